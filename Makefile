@@ -1,0 +1,29 @@
+# make train: train on the packaged sample volumes.   make test: run the tests.
+# Further config keys go through ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
+
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIGS := --meta_file configs/metadata.json --logging_file configs/logging.conf
+ARGS ?=
+
+.PHONY: train test lint clinical-data
+
+train: .venv/installed
+	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
+		--epochs 45 --val_interval 15 --resume true $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clinical-data: .venv/installed
+	$(BIN)/python -m scripts.clinical_data $(ARGS)
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,554 @@
+"""The factor-aware AutoencoderKL: MONAI's network with a free shrink factor per level, per axis and at the input.
+
+Everything that is not about factors is inherited from :py:class:`monai.networks.nets.AutoencoderKL`. With the default
+arguments the classes here are MONAI's: same state-dict keys, same initial weights for the same seed, same outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.networks.blocks import Convolution, SpatialAttentionBlock
+from monai.networks.blocks import Upsample as MonaiUpsample
+from monai.networks.nets import autoencoderkl as monai_autoencoderkl
+
+from scripts.blocks import LinearShortcut, SubpixelDownsample, SubpixelUpsample
+
+__all__ = ["AutoencoderKL", "Decoder", "Downsample", "Encoder", "Reconstructor", "Upsample"]
+
+INITIAL_MODES = ("conv", "pixelshuffle")
+CORRECTION_SCALE = 0.1  # beside a linear shortcut: of the norms and weights that end in the latent and in the image
+LOG_VARIANCE_START = -6.0  # ditto: sampling noise far below the shortcut's unit variance
+
+
+def _per_axis(name: str, factor: Any, spatial_dims: int) -> tuple[int, ...]:
+    """Return ``factor`` as one positive integer per spatial axis, or raise a ``ValueError`` that names ``name``."""
+    values = tuple(factor) if isinstance(factor, Sequence) and not isinstance(factor, str) else (factor,) * spatial_dims
+    if len(values) != spatial_dims:
+        raise ValueError(
+            f"`{name}` has {len(values)} values ({factor!r}); it needs one integer, or one per axis of {spatial_dims}."
+        )
+    if any(isinstance(v, bool) or not isinstance(v, Integral) or v < 1 for v in values):
+        raise ValueError(f"`{name}` is {factor!r}; every factor must be an integer of at least 1.")
+    return tuple(int(v) for v in values)
+
+
+def _per_transition(
+    name: str, factors: Sequence[Any] | None, channels: Sequence[int], spatial_dims: int
+) -> list[tuple[int, ...]]:
+    """Return one tuple of per-axis factors for each step between two levels of ``channels``."""
+    needed = len(channels) - 1
+    if factors is None:
+        factors = [2] * needed
+    if isinstance(factors, str) or not isinstance(factors, Sequence):
+        raise ValueError(f"`{name}` is {factors!r}; it needs a sequence of {needed} factors, one between two levels.")
+    if len(factors) != needed:
+        raise ValueError(
+            f"`{name}` has {len(factors)} factors ({list(factors)!r}); the {len(channels)} levels of "
+            f"`channels` {list(channels)!r} need {needed}, one between two levels."
+        )
+    return [_per_axis(f"{name}[{i}]", factor, spatial_dims) for i, factor in enumerate(factors)]
+
+
+def _check_initial_mode(initial_mode: str) -> None:
+    if initial_mode not in INITIAL_MODES:
+        raise ValueError(f"`initial_mode` is {initial_mode!r}; it must be one of {', '.join(INITIAL_MODES)}.")
+
+
+class Downsample(nn.Module):
+    """
+    Strided convolution that shrinks by ``stride`` along each axis and reads every voxel.
+
+    A factor f > 1 pads one voxel on the right and uses a kernel of f + 1, which at f = 2 is the layer of MONAI's
+    ``AEKLDownsample``; along an axis with factor 1 the kernel is 3 with a padding of 1.
+
+    Args:
+        spatial_dims: number of spatial dimensions, 1 to 3.
+        in_channels: number of input channels.
+        out_channels: number of output channels, ``in_channels`` if None.
+        stride: shrink factor, one for all axes or one per axis.
+
+    Raises:
+        ValueError: when ``stride`` is not a positive integer, or not one per axis.
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int, out_channels: int | None = None, stride: int | Sequence[int] = 2
+    ) -> None:
+        super().__init__()
+        strides = _per_axis("stride", stride, spatial_dims)
+        self.pad: list[int] = [side for f in reversed(strides) for side in (0, int(f > 1))]  # last axis first
+        self.conv = Convolution(
+            spatial_dims=spatial_dims,
+            in_channels=in_channels,
+            out_channels=in_channels if out_channels is None else out_channels,
+            strides=strides,
+            kernel_size=[f + 1 if f > 1 else 3 for f in strides],
+            padding=tuple(0 if f > 1 else 1 for f in strides),
+            conv_only=True,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: tensor of shape ``BxCxHxWxD`` (2D: ``BxCxHxW``).
+
+        Returns:
+            tensor with each spatial size divided by its factor.
+        """
+        return self.conv(F.pad(x, self.pad))
+
+
+class Upsample(MonaiUpsample):
+    """
+    Nearest-neighbour enlargement followed by a convolution, or a transposed convolution; see MONAI's ``Upsample``.
+
+    Args:
+        spatial_dims: number of spatial dimensions, 1 to 3.
+        in_channels: number of input channels.
+        out_channels: number of output channels, ``in_channels`` if None.
+        scale_factor: enlargement, one for all axes or one per axis.
+        use_convtranspose: transposed convolution with kernel = stride = ``scale_factor`` instead.
+        kernel_size: of the convolution after the enlargement, odd; one for all axes or one per axis.
+
+    Raises:
+        ValueError: when ``scale_factor`` is not a positive integer, or not one per axis.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int | None = None,
+        scale_factor: int | Sequence[int] = 2,
+        use_convtranspose: bool = False,
+        kernel_size: int | Sequence[int] = 3,
+    ) -> None:
+        scale_factor = _per_axis("scale_factor", scale_factor, spatial_dims)
+        out_channels = in_channels if out_channels is None else out_channels
+        if use_convtranspose:
+            super().__init__(spatial_dims, in_channels, out_channels, scale_factor, mode="deconv")
+            return
+        post_conv = Convolution(
+            spatial_dims=spatial_dims,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            strides=1,
+            kernel_size=kernel_size,
+            conv_only=True,
+        )
+        super().__init__(
+            spatial_dims,
+            in_channels,
+            in_channels,  # the convolution after the enlargement changes the channels, not one before it
+            scale_factor=[float(f) for f in scale_factor],
+            mode="nontrainable",
+            interp_mode="nearest",
+            post_conv=post_conv,
+            align_corners=None,
+        )
+
+
+class SpatialAttention(SpatialAttentionBlock):
+    """MONAI's ``SpatialAttentionBlock`` (same parameters, same result) in a form that TorchScript compiles."""
+
+    def __init__(self, block: SpatialAttentionBlock) -> None:
+        nn.Module.__init__(self)
+        self.spatial_dims = block.spatial_dims
+        self.norm = block.norm
+        self.attn = block.attn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual = x
+        x = self.norm(x).flatten(2).transpose(1, 2)
+        x = self.attn(x)
+        return x.transpose(1, 2).reshape(residual.shape) + residual
+
+
+def _replace_attention(blocks: nn.ModuleList) -> None:
+    for i, block in enumerate(blocks):
+        if isinstance(block, SpatialAttentionBlock):
+            blocks[i] = SpatialAttention(block)
+
+
+class Encoder(monai_autoencoderkl.Encoder):
+    """
+    MONAI's AutoencoderKL ``Encoder`` with a free factor for each transition and for the first convolution.
+
+    Args:
+        spatial_dims: number of spatial dimensions, 1 to 3.
+        in_channels: number of image channels.
+        channels: feature channels of each level.
+        args: the remaining arguments of MONAI's ``Encoder``, in its order.
+        downsample_factors: ``len(channels) - 1`` factors, each an integer or one integer per axis; None is 2 everywhere.
+        initial_downsample_factor: shrink of the first convolution, an integer or one per axis.
+        initial_mode: ``"conv"`` for a strided first convolution, ``"pixelshuffle"`` for space-to-depth and a
+            convolution on the small grid.
+        kwargs: the remaining arguments of MONAI's ``Encoder``, by name.
+
+    Raises:
+        ValueError: for a factor that is not a positive integer, or a wrong number of factors.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        channels: Sequence[int],
+        *args: Any,
+        downsample_factors: Sequence[int | Sequence[int]] | None = None,
+        initial_downsample_factor: int | Sequence[int] = 1,
+        initial_mode: str = "conv",
+        **kwargs: Any,
+    ) -> None:
+        factors = _per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
+        initial = _per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
+        _check_initial_mode(initial_mode)
+        super().__init__(spatial_dims, in_channels, channels, *args, **kwargs)
+        _replace_attention(self.blocks)
+        places = [i for i, b in enumerate(self.blocks) if isinstance(b, monai_autoencoderkl.AEKLDownsample)]
+        for place, factor, width in zip(places, factors, channels):
+            if any(f != 2 for f in factor):
+                self.blocks[place] = Downsample(spatial_dims, width, stride=factor)
+        if any(f > 1 for f in initial):
+            first = Downsample if initial_mode == "conv" else SubpixelDownsample
+            self.blocks[0] = first(spatial_dims, in_channels, channels[0], initial)
+
+
+class Decoder(monai_autoencoderkl.Decoder):
+    """
+    MONAI's AutoencoderKL ``Decoder`` with a free factor for each transition and for the last convolution.
+
+    Args:
+        spatial_dims: number of spatial dimensions, 1 to 3.
+        channels: feature channels of each level, in the encoder's order.
+        in_channels: number of latent channels.
+        out_channels: number of image channels.
+        args: the remaining arguments of MONAI's ``Decoder``, in its order.
+        upsample_factors: ``len(channels) - 1`` factors in the encoder's order, used in reverse; None is 2 everywhere.
+        initial_upsample_factor: enlargement after the last level, an integer or one per axis.
+        initial_mode: ``"conv"`` for nearest-neighbour enlargement and a convolution, ``"pixelshuffle"`` for a
+            convolution on the small grid and depth-to-space.
+        kwargs: the remaining arguments of MONAI's ``Decoder``, by name.
+
+    Raises:
+        ValueError: for a factor that is not a positive integer, or a wrong number of factors.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        channels: Sequence[int],
+        in_channels: int,
+        out_channels: int,
+        *args: Any,
+        upsample_factors: Sequence[int | Sequence[int]] | None = None,
+        initial_upsample_factor: int | Sequence[int] = 1,
+        initial_mode: str = "conv",
+        **kwargs: Any,
+    ) -> None:
+        factors = _per_transition("upsample_factors", upsample_factors, channels, spatial_dims)
+        initial = _per_axis("initial_upsample_factor", initial_upsample_factor, spatial_dims)
+        _check_initial_mode(initial_mode)
+        super().__init__(spatial_dims, channels, in_channels, out_channels, *args, **kwargs)
+        _replace_attention(self.blocks)
+        places = [i for i, b in enumerate(self.blocks) if isinstance(b, MonaiUpsample)]
+        for place, factor, width in zip(places, reversed(factors), reversed(channels)):
+            if any(f != 2 for f in factor):
+                use_convtranspose = hasattr(self.blocks[place], "deconv")
+                self.blocks[place] = Upsample(spatial_dims, width, scale_factor=factor, use_convtranspose=use_convtranspose)
+        if all(f == 1 for f in initial):
+            return
+        if initial_mode == "pixelshuffle":
+            self.blocks[-1] = SubpixelUpsample(spatial_dims, channels[0], out_channels, initial)
+        else:
+            # a kernel that gives each of the f copies of a voxel its own neighbourhood: at f = 2 it is 3
+            kernel_size = [max(3, f // 2 * 2 + 1) for f in initial]
+            self.blocks[-1] = Upsample(spatial_dims, channels[0], out_channels, initial, kernel_size=kernel_size)
+
+
+class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
+    """
+    MONAI's ``AutoencoderKL`` (Rombach et al., https://arxiv.org/abs/2112.10752; Pinaya et al.,
+    https://arxiv.org/abs/2209.07162) in which every step between levels, and the first convolution, shrinks by a
+    factor of one's choice.
+
+    Args:
+        spatial_dims: number of spatial dimensions, 1 to 3.
+        in_channels: number of image channels.
+        out_channels: number of channels of the reconstruction.
+        num_res_blocks: residual blocks per level, one number or one per level.
+        channels: feature channels of each level, divisible by ``norm_num_groups``.
+        attention_levels: for each level, whether it has attention blocks.
+        latent_channels: number of latent channels.
+        norm_num_groups: groups of the group normalisation.
+        norm_eps: epsilon of the normalisation.
+        with_encoder_nonlocal_attn: attention block at the end of the encoder. It needs memory that grows with the
+            square of the latent's number of voxels, unless ``use_flash_attention`` is set.
+        with_decoder_nonlocal_attn: attention block at the start of the decoder, ditto.
+        use_checkpoint: recompute activations in the backward pass instead of keeping them.
+        use_convtranspose: transposed convolutions (kernel = stride = factor) between the decoder's levels.
+        include_fc: final linear layer in attention blocks.
+        use_combined_linear: one linear layer for query, key and value.
+        use_flash_attention: PyTorch's memory-efficient attention.
+        downsample_factors: the shrink between two levels, ``len(channels) - 1`` of them, each an integer or one integer
+            per spatial axis; None is 2 everywhere.
+        initial_downsample_factor: the shrink of the first convolution, undone after the decoder's last level; an
+            integer or one per axis.
+        initial_mode: ``"conv"``: a strided convolution in, nearest-neighbour enlargement and a convolution out;
+            ``"pixelshuffle"``: space-to-depth and a convolution in, a convolution and depth-to-space out, so that no
+            feature map has full resolution.
+        linear_shortcut: add a linear code beside the network, see :py:class:`scripts.blocks.LinearShortcut`.
+
+    Raises:
+        ValueError: for an argument that does not fit, with its name, its value and what it needs.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        num_res_blocks: Sequence[int] | int = (2, 2, 2, 2),
+        channels: Sequence[int] = (32, 64, 64, 64),
+        attention_levels: Sequence[bool] = (False, False, True, True),
+        latent_channels: int = 3,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-6,
+        with_encoder_nonlocal_attn: bool = True,
+        with_decoder_nonlocal_attn: bool = True,
+        use_checkpoint: bool = False,
+        use_convtranspose: bool = False,
+        include_fc: bool = True,
+        use_combined_linear: bool = False,
+        use_flash_attention: bool = False,
+        downsample_factors: Sequence[int | Sequence[int]] | None = None,
+        initial_downsample_factor: int | Sequence[int] = 1,
+        initial_mode: str = "conv",
+        linear_shortcut: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)  # MONAI's constructor would build its own encoder and decoder first
+        if spatial_dims not in (1, 2, 3):
+            raise ValueError(f"`spatial_dims` is {spatial_dims!r}; it must be 1, 2 or 3.")
+        if isinstance(num_res_blocks, int):
+            num_res_blocks = (num_res_blocks,) * len(channels)
+        self._check_levels(channels, norm_num_groups, attention_levels=attention_levels, num_res_blocks=num_res_blocks)
+        factors = _per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
+        initial = _per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
+        _check_initial_mode(initial_mode)
+
+        self.arguments: dict[str, Any] = {
+            "spatial_dims": spatial_dims,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "num_res_blocks": list(num_res_blocks),
+            "channels": list(channels),
+            "attention_levels": [bool(level) for level in attention_levels],
+            "latent_channels": latent_channels,
+            "norm_num_groups": norm_num_groups,
+            "norm_eps": norm_eps,
+            "with_encoder_nonlocal_attn": with_encoder_nonlocal_attn,
+            "with_decoder_nonlocal_attn": with_decoder_nonlocal_attn,
+            "use_convtranspose": use_convtranspose,
+            "include_fc": include_fc,
+            "use_combined_linear": use_combined_linear,
+            "downsample_factors": [list(f) for f in factors],
+            "initial_downsample_factor": list(initial),
+            "initial_mode": initial_mode,
+            "linear_shortcut": linear_shortcut,
+        }
+        self.downsample_factors = tuple(factors)
+        self.initial_downsample_factor = initial
+        self.total_downsample_factor = tuple(math.prod(f) for f in zip(initial, *factors))
+        self.latent_channels = latent_channels
+        self.use_checkpoint = use_checkpoint
+
+        shared: dict[str, Any] = {
+            "spatial_dims": spatial_dims,
+            "channels": channels,
+            "num_res_blocks": num_res_blocks,
+            "norm_num_groups": norm_num_groups,
+            "norm_eps": norm_eps,
+            "attention_levels": attention_levels,
+            "include_fc": include_fc,
+            "use_combined_linear": use_combined_linear,
+            "use_flash_attention": use_flash_attention,
+            "initial_mode": initial_mode,
+        }
+        self.encoder: nn.Module = Encoder(
+            in_channels=in_channels,
+            out_channels=latent_channels,
+            with_nonlocal_attn=with_encoder_nonlocal_attn,
+            downsample_factors=factors,
+            initial_downsample_factor=initial,
+            **shared,
+        )
+        self.decoder: nn.Module = Decoder(
+            in_channels=latent_channels,
+            out_channels=out_channels,
+            with_nonlocal_attn=with_decoder_nonlocal_attn,
+            use_convtranspose=use_convtranspose,
+            upsample_factors=factors,
+            initial_upsample_factor=initial,
+            **shared,
+        )
+        self.quant_conv_mu = self._latent_conv(spatial_dims, latent_channels)
+        self.quant_conv_log_sigma = self._latent_conv(spatial_dims, latent_channels)
+        self.post_quant_conv = self._latent_conv(spatial_dims, latent_channels)
+        self.shortcut: LinearShortcut | None = None
+        if linear_shortcut:
+            self.shortcut = LinearShortcut(in_channels, latent_channels, out_channels, self.total_downsample_factor)
+            self._start_as_shortcut()
+
+    @staticmethod
+    def _check_levels(channels: Sequence[int], norm_num_groups: int, **per_level: Sequence[Any]) -> None:
+        if len(channels) == 0:
+            raise ValueError("`channels` is empty; it needs at least one level.")
+        if any(width % norm_num_groups != 0 for width in channels):
+            raise ValueError(
+                f"`channels` is {list(channels)!r}; all must be divisible by `norm_num_groups`, which is {norm_num_groups}."
+            )
+        for name, values in per_level.items():
+            if len(values) != len(channels):
+                raise ValueError(
+                    f"`{name}` has {len(values)} values ({list(values)!r}); "
+                    f"it needs one per level of `channels` {list(channels)!r}."
+                )
+
+    @staticmethod
+    def _latent_conv(spatial_dims: int, latent_channels: int) -> Convolution:
+        return Convolution(spatial_dims, latent_channels, latent_channels, kernel_size=1, padding=0, conv_only=True)
+
+    @torch.no_grad()
+    def _start_as_shortcut(self) -> None:
+        """
+        Let the network start as a small correction of the linear code, and grow in small steps.
+
+        Scaling the last layers alone is not enough: Adam moves all weights of a convolution by the same step, and with
+        hundreds of inputs that is a large step of its output. So the norm in front of it is scaled as well.
+        """
+        encoder: Any = self.encoder
+        decoder: Any = self.decoder
+        log_sigma: Any = self.quant_conv_log_sigma
+        for norm in (encoder.blocks[-2], decoder.blocks[-2]):
+            norm.weight.mul_(CORRECTION_SCALE)
+        for layer in (decoder.blocks[-1], self.quant_conv_mu, log_sigma):
+            for parameter in layer.parameters():
+                parameter.mul_(CORRECTION_SCALE)
+        log_sigma.conv.bias.fill_(LOG_VARIANCE_START)
+
+    def latent_shape(self, spatial_shape: Sequence[int]) -> tuple[int, ...]:
+        """
+        Shape of the latent of one volume.
+
+        Args:
+            spatial_shape: spatial size of the volume in voxels, divisible by ``total_downsample_factor``.
+
+        Returns:
+            ``(latent_channels, *spatial)``.
+
+        Raises:
+            ValueError: when the number of axes is wrong, or a size is not divisible.
+        """
+        self._check_divisible(spatial_shape)
+        return (self.latent_channels, *(n // f for n, f in zip(spatial_shape, self.total_downsample_factor)))
+
+    def _check_divisible(self, spatial_shape: Sequence[int]) -> None:
+        factors = self.total_downsample_factor
+        if len(spatial_shape) != len(factors):
+            raise ValueError(
+                f"the spatial shape {tuple(spatial_shape)} has {len(spatial_shape)} axes; the network has {len(factors)}."
+            )
+        for axis, (size, factor) in enumerate(zip(spatial_shape, factors)):
+            if size % factor != 0 or size == 0:
+                below = size // factor * factor
+                nearest = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
+                raise ValueError(
+                    f"the size of spatial axis {axis} is {size}, which the total downsample factor {factor} does not "
+                    f"divide; the nearest sizes that work are {nearest}. `reconstruct` takes any size."
+                )
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Encode an image into the mean and standard deviation of its latent.
+
+        Args:
+            x: image of shape ``BxCxHxWxD`` (2D: ``BxCxHxW``), sizes divisible by ``total_downsample_factor``.
+
+        Returns:
+            ``z_mu`` and ``z_sigma``, each ``B`` times ``latent_shape``.
+
+        Raises:
+            ValueError: when a spatial size is not divisible by the total factor.
+        """
+        self._check_divisible(x.shape[2:])
+        z_mu, z_sigma = super().encode(x)
+        if self.shortcut is not None:
+            z_mu = z_mu + self.shortcut.encode(x)
+        return z_mu, z_sigma
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """
+        Decode a latent.
+
+        Args:
+            z: latent, ``B`` times ``latent_shape``.
+
+        Returns:
+            image of shape ``BxCxHxWxD`` (2D: ``BxCxHxW``).
+        """
+        image = super().decode(z)
+        if self.shortcut is not None:
+            image = image + self.shortcut.decode(z)
+        return image
+
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Encode an image of any size, take the mean, decode. Sizes that the total factor does not divide are padded by
+        repeating the last voxel, and cropped back.
+
+        Args:
+            x: image of shape ``BxCxHxWxD`` (2D: ``BxCxHxW``).
+
+        Returns:
+            reconstruction of the same shape.
+        """
+        # Written for TorchScript and torch.export, which can follow neither `encode` and `decode` (activation
+        # checkpointing) nor slices of an unknown length.
+        padding: list[int] = []
+        for axis, factor in enumerate(self.total_downsample_factor):
+            size = x.shape[axis + 2]
+            padding = [0, (size + factor - 1) // factor * factor - size] + padding  # the last axis comes first
+        padded = F.pad(x, padding, mode="replicate")
+        z_mu = self.quant_conv_mu(self.encoder(padded))
+        if self.shortcut is not None:
+            z_mu = z_mu + self.shortcut.encode(padded)
+        image = self.decoder(self.post_quant_conv(z_mu))
+        if self.shortcut is not None:
+            image = image + self.shortcut.decode(z_mu)
+        for axis in range(x.dim() - 2):
+            image = image.index_select(axis + 2, torch.arange(x.shape[axis + 2], device=x.device))
+        return image
+
+
+class Reconstructor(AutoencoderKL):
+    """
+    :py:class:`AutoencoderKL` with the same weights whose ``forward`` returns the reconstruction alone, so that bundle
+    tools (``verify_net_in_out``, ``ckpt_export``, ``onnx_export``) work on it as it is.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """
+        Args:
+            x: image of shape ``BxCxHxWxD`` (2D: ``BxCxHxW``) and any spatial size.
+
+        Returns:
+            reconstruction of the same shape.
+        """
+        return self.reconstruct(x)

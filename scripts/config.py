@@ -1,0 +1,92 @@
+"""Checks of a bundle config that MONAI leaves out: misspelt keys, and flags that arrive as text."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+from monai.bundle.reference_resolver import ReferenceResolver
+
+__all__ = ["check_config"]
+
+NOT_CONFIGS = ("metadata.json",)
+FLAGS = {"true": True, "false": False}
+logger = logging.getLogger(__name__)
+
+
+def check_config(bundle_root: str) -> None:
+    """
+    Check the config that is being run. To be called from its ``initialize``.
+
+    A top-level key that no config of the bundle has, and that nothing refers to, is refused: MONAI would add it in silence,
+    and a typing error would train the default. A flag that arrives as text (``--resume false`` is the string ``"false"``,
+    which is true) becomes the boolean that it says.
+
+    Args:
+        bundle_root: root of the bundle; the keys and the flags are those of its ``configs/*.json``.
+
+    Raises:
+        ValueError: for an unknown key, with the nearest one that exists, and for a flag that is neither true nor false.
+    """
+    defaults = _bundle_defaults(Path(bundle_root) / "configs")
+    parser = _calling_parser()
+    _refuse_unknown_keys(parser, defaults)
+    for key, default in defaults.items():
+        if isinstance(default, bool) and key in parser:
+            _read_flag(parser, key)
+
+
+def _bundle_defaults(folder: Path) -> dict[str, Any]:
+    files = [path for path in sorted(folder.glob("*.json")) if path.name not in NOT_CONFIGS]
+    if not files:
+        raise FileNotFoundError(f"there are no configs in {folder}; set `bundle_root` to the bundle's folder.")
+    defaults: dict[str, Any] = {}
+    for path in files:
+        for key, value in ConfigParser.load_config_file(path).items():
+            defaults.setdefault(key.split("#")[0].lstrip("+"), value)
+    return defaults
+
+
+def _calling_parser() -> ConfigParser:
+    """The parser that evaluates the calling expression. MONAI hands it no reference, so look for it on the stack."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), ConfigParser):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    raise RuntimeError("check_config is for an expression of a bundle config")
+
+
+def _refuse_unknown_keys(parser: ConfigParser, defaults: dict[str, Any]) -> None:
+    config: dict[str, Any] = parser.get()
+    referred = {id.split(ReferenceResolver.sep)[0] for id in _references(config)}
+    known = defaults.keys() | referred | {ConfigParser.meta_key}
+    for key in config.keys() - known:
+        nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no config key {key!r}; the nearest one is {nearest!r}.")
+
+
+def _references(config: Any) -> set[str]:
+    """Ids that ``config`` refers to by ``@``, at any depth."""
+    if isinstance(config, str):
+        return set(ReferenceResolver.match_refs_pattern(config))
+    if isinstance(config, (dict, list)):
+        return set().union(*(_references(v) for v in (config.values() if isinstance(config, dict) else config)))
+    return set()
+
+
+def _read_flag(parser: ConfigParser, key: str) -> None:
+    value = parser[key]
+    if isinstance(value, str) and value[:1] not in ("$", "@"):
+        value = FLAGS.get(value.lower(), value)
+    if isinstance(value, str) and value[:1] in ("$", "@"):
+        return  # an expression says for itself what it is
+    if not isinstance(value, bool):
+        raise ValueError(f"`{key}` is {value!r}; it must be true or false.")
+    # the item as well as the config, which has been parsed already
+    parser.config[key] = value  # type: ignore[index]
+    parser.ref_resolver.items[key].update_config(value)

@@ -1,0 +1,211 @@
+"""Which volumes a run uses: everything below a folder, or the lists of a Medical Segmentation Decathlon ``dataset.json``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+from monai.data import load_decathlon_datalist, partition_dataset
+from nibabel.filebasedimages import ImageFileError
+
+__all__ = ["affordable_cache_rate", "find_images", "training_and_validation"]
+
+LABEL_WORDS = re.compile(
+    r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|probseg|rois?|annotations?)(?:[^a-z]|$)"
+)
+COLLECTION = re.compile(r"images?(?:tr|ts|val)?", re.IGNORECASE)  # a folder of many subjects, as in the Decathlon
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+CACHE_SHARE = 0.5  # of the free memory, for preprocessed float32 volumes
+logger = logging.getLogger(__name__)
+
+
+def find_images(dataset_dir: str, image_glob: str, image_channels: int = 1) -> list[dict[str, str]]:
+    """
+    Find the volumes below a folder. Labels and segmentations, told by their names, are left out.
+
+    Args:
+        dataset_dir: folder to search.
+        image_glob: pattern relative to it, ``**`` for any depth.
+        image_channels: number of channels that every volume must have.
+
+    Returns:
+        ``[{"image": path}, ...]``, sorted by path.
+
+    Raises:
+        FileNotFoundError: when the folder does not exist or nothing in it matches.
+        ValueError: when a file is no volume, or has another number of channels.
+    """
+    items = _search(dataset_dir, image_glob)
+    logger.info(f"{dataset_dir}: {_describe(items, image_channels)}")
+    return items
+
+
+def training_and_validation(
+    dataset_dir: str, image_glob: str, val_fraction: float, seed: int, image_channels: int = 1
+) -> dict[str, list[dict[str, str]]]:
+    """
+    List the volumes for training and for validation: those of ``dataset_dir/dataset.json`` (Medical Segmentation
+    Decathlon format) where there is one, otherwise everything that :py:func:`find_images` finds.
+
+    Without a validation list of its own, a seeded share of the subjects is set aside. A subject is what a path says by
+    ``sub-...``, otherwise the file's own folder (unless all files lie in one, or it is called ``images...``).
+
+    Args:
+        dataset_dir: folder of the volumes.
+        image_glob: pattern relative to it, used when there is no ``dataset.json``.
+        val_fraction: share of the subjects for validation, between 0 and 1.
+        seed: of the split.
+        image_channels: number of channels that every volume must have.
+
+    Returns:
+        ``{"training": [{"image": path}, ...], "validation": [...]}``.
+
+    Raises:
+        FileNotFoundError: when there is nothing to train on.
+        ValueError: when a file is no volume or has another number of channels, or when there is nothing to split.
+    """
+    lists = _decathlon_lists(Path(dataset_dir) / "dataset.json")
+    if not lists:
+        lists = {"training": _search(dataset_dir, image_glob)}
+    if not lists.get("validation"):
+        lists = _split_by_subject(lists["training"], dataset_dir, val_fraction, seed)
+    for name, items in lists.items():
+        logger.info(f"{dataset_dir}, {name}: {_describe(items, image_channels)}")
+    return lists
+
+
+def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
+    """
+    Share of the volumes that fits, as float32, into half of the host's free memory.
+
+    Args:
+        items: ``[{"image": path}, ...]``.
+
+    Returns:
+        a ``cache_rate`` for MONAI's ``CacheDataset``, between 0 and 1.
+    """
+    needed = sum(4 * math.prod(_header(item["image"]).get_data_shape()) for item in items if _is_nifti(item["image"]))
+    if not needed or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 0.0
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(1.0, CACHE_SHARE * free / needed)
+
+
+def _search(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
+    folder = Path(dataset_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
+    found = sorted(path for path in folder.glob(image_glob) if path.is_file())
+    images = [path for path in found if not _is_label(path.relative_to(folder))]
+    if len(images) < len(found):
+        logger.info(f"{dataset_dir}: left out {len(found) - len(images)} labels and segmentations, by their names")
+    if not images:
+        raise FileNotFoundError(
+            f"no volume below `dataset_dir` {dataset_dir!r} matches `image_glob` {image_glob!r} "
+            f"({len(found)} files match and look like labels); set one of the two."
+        )
+    return [{"image": str(path)} for path in images]
+
+
+def _is_label(relative: Path) -> bool:
+    # BIDS entities such as `label-GM` are covered, and so are the folders `labelsTr` and `masks`
+    return any(LABEL_WORDS.search(part.lower()) for part in relative.parts)
+
+
+def _is_nifti(path: str) -> bool:
+    return path.lower().endswith(NIFTI_SUFFIXES)
+
+
+def _decathlon_lists(path: Path) -> dict[str, list[dict[str, str]]]:
+    if not path.is_file():
+        return {}
+    lists = {}
+    for name in ("training", "validation"):
+        try:
+            entries: list[Any] = load_decathlon_datalist(path, is_segmentation=False, data_list_key=name)
+        except ValueError as error:  # MONAI says so when a list is missing
+            if name == "training":
+                raise ValueError(f"{path} has no list `training`; it needs one, as in the Decathlon format.") from error
+            continue
+        lists[name] = [{"image": entry["image"]} for entry in entries]
+    missing = [item["image"] for items in lists.values() for item in items if not Path(item["image"]).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} lists {len(missing)} files that do not exist, the first is {missing[0]!r}.")
+    if not lists["training"]:
+        raise FileNotFoundError(f"the list `training` of {path} is empty.")
+    return lists
+
+
+def _split_by_subject(
+    items: list[dict[str, str]], dataset_dir: str, val_fraction: float, seed: int
+) -> dict[str, list[dict[str, str]]]:
+    if isinstance(val_fraction, bool) or not isinstance(val_fraction, (int, float)) or not 0 < val_fraction < 1:
+        raise ValueError(f"`val_fraction` is {val_fraction!r}; it must lie between 0 and 1, both excluded.")
+    subjects: dict[str, list[dict[str, str]]] = defaultdict(list)
+    one_folder = len({Path(item["image"]).parent for item in items}) == 1
+    for item in items:
+        subjects[_subject(Path(item["image"]).relative_to(dataset_dir), one_folder)].append(item)
+    if len(subjects) < 2:
+        raise ValueError(
+            f"{dataset_dir!r} holds {len(items)} volumes of {len(subjects)} subject; training and validation need at "
+            "least two subjects (`sub-*` in the path, or a folder each), or a `dataset.json` with both lists."
+        )
+    num_validation = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
+    validation, training = partition_dataset(
+        sorted(subjects), ratios=[num_validation, len(subjects) - num_validation], shuffle=True, seed=seed
+    )
+    return {
+        "training": [item for subject in sorted(training) for item in subjects[subject]],
+        "validation": [item for subject in sorted(validation) for item in subjects[subject]],
+    }
+
+
+def _subject(relative: Path, one_folder: bool) -> str:
+    named = re.search(r"sub-[A-Za-z0-9]+", str(relative))
+    if named:
+        return named.group()
+    folder = relative.parent
+    if one_folder or folder == Path(".") or COLLECTION.fullmatch(folder.name):
+        return str(relative)
+    return str(folder)
+
+
+def _describe(items: Sequence[dict[str, str]], image_channels: int) -> str:
+    """Check every header and say in a line what there is."""
+    headers = [_size_and_spacing(item["image"], image_channels) for item in items if _is_nifti(item["image"])]
+    text = f"{len(items)} volume{'s' if len(items) != 1 else ''}"
+    if not headers:
+        return text
+    sizes, spacings = zip(*headers)
+    return f"{text}, size {_range(sizes, '{:d}')} voxels, spacing {_range(spacings, '{:.3g}')} mm"
+
+
+def _range(values: Sequence[Sequence[float]], form: str) -> str:
+    low, high = ("x".join(form.format(pick(axis)) for axis in zip(*values)) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def _header(path: str) -> Any:
+    try:
+        return nib.load(path).header
+    except (ImageFileError, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as NIfTI ({error}); remove it or repair it.") from error
+
+
+def _size_and_spacing(path: str, image_channels: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    header = _header(path)
+    shape = header.get_data_shape()
+    channels = 1 if len(shape) == 3 else shape[-1]
+    if len(shape) not in (3, 4) or channels != image_channels or min(shape) < 1:
+        raise ValueError(
+            f"{path} has the shape {tuple(shape)}; a volume of {image_channels} channel(s) is expected "
+            "(three axes, and the channels as a fourth). Set `image_channels`, or narrow `image_glob`."
+        )
+    return tuple(shape[:3]), tuple(float(z) for z in header.get_zooms()[:3])

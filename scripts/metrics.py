@@ -1,0 +1,59 @@
+"""Quality of a reconstruction, beyond the metrics that MONAI has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.metrics import PSNRMetric
+from monai.utils.enums import CommonKeys as Keys
+
+__all__ = ["ForegroundPSNRMetric", "shrunk_and_image", "trilinear_reconstruction"]
+
+
+class ForegroundPSNRMetric(PSNRMetric):
+    """
+    Peak signal-to-noise ratio over the voxels of the target that are not air. Volumes are mostly air, which anything
+    reconstructs well, so the ratio over all voxels flatters.
+
+    Args:
+        threshold: voxels of the target above it are foreground.
+        kwargs: arguments of MONAI's ``PSNRMetric``.
+    """
+
+    def __init__(self, threshold: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        foregrounds = [target > self.threshold for target in y]
+        pairs = [(p[f], t[f]) for p, t, f in zip(y_pred, y, foregrounds)]
+        return torch.cat([super(ForegroundPSNRMetric, self)._compute_metric(p[None], t[None]) for p, t in pairs])
+
+
+def trilinear_reconstruction(image: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:
+    """
+    Shrink by ``factors`` and enlarge again with linear interpolation: what a code must beat to be of any use.
+
+    Args:
+        image: ``BxCxHxWxD``.
+        factors: shrink factor along each axis; a size that it does not divide is rounded up, as the network pads it.
+
+    Returns:
+        the same shape.
+    """
+    shape = image.shape[2:]
+    small = F.interpolate(image, size=[-(-n // f) for n, f in zip(shape, factors)], mode="trilinear")
+    return F.interpolate(small, size=shape, mode="trilinear")
+
+
+def shrunk_and_image(factors: Sequence[int]) -> Callable[[Any], tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """An ``output_transform`` that gives a metric :py:func:`trilinear_reconstruction` in place of the prediction."""
+
+    def transform(output: list[dict[str, torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        images = [item[Keys.IMAGE] for item in output]
+        return [trilinear_reconstruction(image[None], factors)[0] for image in images], images
+
+    return transform

@@ -1,0 +1,81 @@
+"""A picture of a reconstruction: image, reconstruction and error in three planes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from matplotlib.figure import Figure
+from monai.engines import Evaluator
+from monai.utils.enums import CommonKeys as Keys
+from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["ReconstructionPicture", "draw_reconstruction"]
+
+PLANES = ("sagittal", "coronal", "axial")
+ERROR_GAIN = 5  # the error is shown this many times larger
+
+
+def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spacing: tuple[float, ...]) -> Figure:
+    """
+    Draw one channel in the three planes through the middle of the volume, all at the window [0, 1].
+
+    Args:
+        image: ``HxWxD`` in RAS orientation, values in [0, 1].
+        reconstruction: the same shape.
+        spacing: voxel size in mm.
+
+    Returns:
+        a figure with a row per plane; the columns are image, reconstruction, and the error times 5.
+    """
+    columns = {
+        "image": image,
+        "reconstruction": reconstruction,
+        f"error x {ERROR_GAIN}": (reconstruction - image).abs() * ERROR_GAIN,
+    }
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    axes = figure.subplots(len(PLANES), len(columns))
+    for row, plane in enumerate(PLANES):
+        across = [axis for axis in range(3) if axis != row]
+        for column, (title, volume) in enumerate(columns.items()):
+            values = np.asarray(volume.select(row, volume.shape[row] // 2).cpu(), dtype=np.float32)
+            panel = axes[row, column]
+            panel.imshow(
+                values.T, origin="lower", cmap="gray", vmin=0, vmax=1, aspect=spacing[across[1]] / spacing[across[0]]
+            )
+            panel.set_xticks([])
+            panel.set_yticks([])
+            if row == 0:
+                panel.set_title(title)
+            if column == 0:
+                panel.set_ylabel(plane)
+    return figure
+
+
+class ReconstructionPicture:
+    """
+    Evaluator handler that draws the first volume of each run, to a PNG file and to TensorBoard.
+
+    Args:
+        path: of the PNG file.
+        summary_writer: where to add the picture as well, at the epoch as step.
+    """
+
+    def __init__(self, path: str, summary_writer: SummaryWriter | None = None) -> None:
+        self.path = Path(path)
+        self.summary_writer = summary_writer
+
+    def attach(self, engine: Evaluator) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=lambda _, iteration: iteration == 1), self)
+
+    def __call__(self, engine: Evaluator) -> None:
+        output = engine.state.output[0]
+        image = output[Keys.IMAGE]
+        spacing = tuple(float(size) for size in image.pixdim)
+        figure = draw_reconstruction(image[0], output[Keys.PRED][0], spacing)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.path, dpi=100)
+        if self.summary_writer is not None:
+            self.summary_writer.add_figure("reconstruction", figure, engine.state.epoch)

@@ -1,0 +1,161 @@
+"""What a run tells the person who waits for it: the factors at the start, progress, the numbers before and after."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from operator import itemgetter
+
+from ignite.engine import Events
+from ignite.handlers import ProgressBar
+from ignite.metrics import Average
+from monai.engines import Evaluator, Trainer
+from monai.utils.enums import CommonKeys as Keys
+from tqdm.auto import tqdm
+
+from scripts.autoencoderkl import AutoencoderKL
+
+__all__ = ["BeforeAndAfter", "LogPerVolume", "TrainingProgress", "VolumeProgress", "log_factors"]
+
+LOSSES = (Keys.LOSS.value, "recon_loss", "kl_loss")
+logger = logging.getLogger(__name__)
+
+
+def log_factors(network: AutoencoderKL, patch_size: Sequence[int]) -> None:
+    """
+    Log in one line by how much the network shrinks, and the latent of one patch.
+
+    Args:
+        network: the network.
+        patch_size: spatial size of a training patch, voxels.
+
+    Raises:
+        ValueError: when the total factor does not divide the patch.
+    """
+    latent = network.latent_shape(patch_size)
+    levels = ", ".join(_by(factors) for factors in network.downsample_factors) or "none"
+    share = math.prod(patch_size) * network.arguments["in_channels"] / math.prod(latent)
+    logger.info(
+        f"downsample factors: initial {_by(network.initial_downsample_factor)}, per level {levels}, "
+        f"total {_by(network.total_downsample_factor)}; a patch of {_by(patch_size)} has a latent of "
+        f"{latent[0]} channels x {_by(latent[1:])}, {share:.3g} voxels per latent value"
+    )
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(str(size) for size in sizes)
+
+
+class TrainingProgress:
+    """
+    Trainer handler that shows one progress bar over all iterations (epoch, losses, time left), and logs the mean losses of
+    every epoch.
+    """
+
+    def attach(self, engine: Trainer) -> None:
+        for name in LOSSES:
+            Average(output_transform=itemgetter(name)).attach(engine, name)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        for event in (Events.COMPLETED, Events.TERMINATE, Events.EXCEPTION_RAISED):
+            engine.add_event_handler(event, self._close)
+
+    def _start(self, engine: Trainer) -> None:
+        total = engine.state.max_epochs * engine.state.epoch_length
+        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", dynamic_ncols=True)
+
+    def _advance(self, engine: Trainer) -> None:
+        if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait
+            losses = {name: f"{engine.state.output[name].item():.3g}" for name in LOSSES}
+            self.bar.set_postfix({"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}", **losses})
+
+    def _log(self, engine: Trainer) -> None:
+        losses = ", ".join(f"{name} {engine.state.metrics[name]:.4g}" for name in LOSSES)
+        logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}")
+
+    def _close(self, engine: Trainer, error: BaseException | None = None) -> None:
+        self.bar.close()
+        if error is not None:
+            raise error  # ignite swallows an exception that has a handler
+
+
+class VolumeProgress(ProgressBar):
+    """Ignite's progress bar over the volumes of an evaluator, as a handler that a config can declare."""
+
+    def __init__(self) -> None:
+        super().__init__(desc="volumes", persist=True)
+
+
+class BeforeAndAfter:
+    """
+    Trainer handler that validates before the first step and after the last, and says at the end what training gained:
+    PSNR before and after, that of trilinear shrinking by the same factor, and where the picture and the weights are.
+
+    Args:
+        validator: the validation engine, with the metrics ``psnr`` and ``trilinear_psnr``.
+        picture: path of the picture that validation draws.
+        weights: path of the best weights.
+    """
+
+    def __init__(self, validator: Evaluator, picture: str, weights: str) -> None:
+        self.validator = validator
+        self.picture = picture
+        self.weights = weights
+        self.before: dict[str, float] = {}
+
+    def attach(self, engine: Trainer) -> None:
+        engine.add_event_handler(Events.STARTED, self._validate_before)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._validate_last_epoch)
+        engine.add_event_handler(Events.COMPLETED, self._report)
+
+    def _validate_before(self, engine: Trainer) -> None:
+        if engine.state.epoch > 0:  # resumed
+            return
+        self.validator.run()
+        self.before = dict(self.validator.state.metrics)
+        logger.info(f"before the first step: validation PSNR {self.before['psnr']:.2f} dB")
+        # an untrained network is not the best one, and the next validation is the first
+        self.validator.state.best_metric = self.validator.state.best_metric_epoch = -1
+        self.validator.state.epoch = 0
+
+    def _validate_last_epoch(self, engine: Trainer) -> None:
+        if engine.state.epoch == engine.state.max_epochs and self.validator.state.epoch != engine.state.epoch:
+            self.validator.run(engine.state.epoch)
+
+    def _report(self, engine: Trainer) -> None:
+        if self.validator.state.epoch != engine.state.epoch:  # resumed after the last epoch
+            self.validator.run(engine.state.epoch)
+        state = self.validator.state
+        lines = ["training is complete"]
+        if self.before:
+            lines.append(f"validation PSNR before the first step: {self.before['psnr']:.2f} dB")
+        lines += [
+            f"validation PSNR at the end:            {state.metrics['psnr']:.2f} dB "
+            f"(best {state.best_metric:.2f} dB at epoch {state.best_metric_epoch})",
+            f"trilinear shrinking, same factor:      {state.metrics['trilinear_psnr']:.2f} dB",
+            f"picture: {self.picture}",
+            f"weights: {self.weights}",
+        ]
+        logger.info("\n  ".join(lines))
+
+
+class LogPerVolume:
+    """Evaluator handler that logs every metric of every volume, in the order of the files."""
+
+    def attach(self, engine: Evaluator) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._remember)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
+
+    def _start(self) -> None:
+        self.names: list[str] = []
+
+    def _remember(self, engine: Evaluator) -> None:
+        self.names += [item[Keys.IMAGE].meta["filename_or_obj"] for item in engine.state.batch]
+
+    def _log(self, engine: Evaluator) -> None:
+        for i, name in enumerate(self.names):
+            values = (f"{metric} {scores[i].item():.4g}" for metric, scores in engine.state.metric_details.items())
+            logger.info(f"{name}: {', '.join(values)}")

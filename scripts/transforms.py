@@ -1,0 +1,82 @@
+"""The one transform that MONAI lacks: an intensity window that can be undone, so that a reconstruction gets back the units
+of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform
+from monai.transforms.utils_pytorch_numpy_unification import percentile
+from monai.utils import ImageMetaKey
+
+__all__ = ["ScaleIntensityWindowd"]
+
+
+class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
+    """
+    Scale a window of intensities to [0, 1] and clip what lies outside, as MONAI's ``ScaleIntensityRangePercentilesd`` and
+    ``ScaleIntensityRanged`` do, but invertible: ``Invertd`` maps [0, 1] back to the window.
+
+    Args:
+        keys: keys of the images, each ``CxHxWxD``.
+        percentiles: lower and upper percentile (0 to 100) of each channel that become 0 and 1.
+        intensity_range: fixed lower and upper intensity instead, e.g. ``[-1000, 1000]`` HU for CT; None for percentiles.
+        allow_missing_keys: do not raise when a key is missing.
+
+    Raises:
+        ValueError: for a window that is empty, and, when called, for a volume with values that are not finite or that are
+            all the same.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        percentiles: Sequence[float],
+        intensity_range: Sequence[float] | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        for name, window in (("intensity_percentiles", percentiles), ("intensity_range", intensity_range)):
+            if window is not None and (len(window) != 2 or not window[0] < window[1]):
+                raise ValueError(f"`{name}` is {window!r}; it needs two numbers, the lower one first.")
+        self.percentiles = [float(p) for p in percentiles]
+        self.intensity_range = intensity_range
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = d[key].to(torch.float32)
+            low, high = self._window(image)
+            scaled = ((image - low) / (high - low)).clamp_(0, 1)
+            d[key] = self.push_transform(scaled, extra_info={"low": low.flatten().tolist(), "high": high.flatten().tolist()})
+        return d
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            info = self.pop_transform(d[key])["extra_info"]
+            per_channel = (-1, *[1] * (d[key].ndim - 1))
+            low, high = (d[key].new_tensor(info[side]).reshape(per_channel) for side in ("low", "high"))
+            d[key] = d[key] * (high - low) + low
+        return d
+
+    def _window(self, image: MetaTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper intensity for each channel, ``Cx1x1x1``."""
+        values = image.as_tensor()
+        name = image.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the volume")
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} has voxels that are NaN or infinite; repair it or take it out of `dataset_dir`.")
+        if self.intensity_range is not None:
+            window = torch.tensor(self.intensity_range, dtype=torch.float32).expand(len(values), 2)
+        else:
+            window = torch.stack([torch.as_tensor(percentile(channel, self.percentiles)) for channel in values])
+            if (window[:, 0] == window[:, 1]).any():  # more than the upper percentile is one value
+                window = torch.stack([values.flatten(1).amin(1), values.flatten(1).amax(1)], dim=1)
+            if (window[:, 0] == window[:, 1]).any():
+                raise ValueError(f"{name} is constant ({float(values.flatten()[0])}); take it out of `dataset_dir`.")
+        low, high = window.float().reshape(len(values), 2, *[1] * (values.ndim - 1)).unbind(1)
+        return low, high

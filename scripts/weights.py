@@ -1,0 +1,128 @@
+"""``model.pt`` and the ``model.json`` beside it: weights that know their network.
+
+``model.pt`` is a plain state dict, as the bundle tools want it. Factors do not show in the shapes of all weights, so
+``[2, 2]`` would load into ``[2, 1]`` and give nonsense; ``model.json`` keeps the network's arguments and the weights'
+SHA-256, and loading checks both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from scripts.autoencoderkl import AutoencoderKL
+
+__all__ = ["WeightsLoader", "check_arguments", "load_weights", "save_weights", "write_atomically"]
+
+logger = logging.getLogger(__name__)
+
+
+def write_atomically(content: bytes, path: Path) -> None:
+    """Replace ``path`` by ``content`` in one step: after a crash at any moment it holds the old content or the new."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def serialise(content: Any) -> bytes:
+    """What ``torch.save`` would write."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def save_weights(network: AutoencoderKL, path: str | Path) -> None:
+    """
+    Write ``network``'s weights to ``path`` and its arguments to the JSON file beside it, each in one step.
+
+    Args:
+        network: the network.
+        path: of the weights, e.g. ``models/model.pt``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = serialise(network.state_dict())
+    # The description goes first and also vouches for the weights that it finds, so that no moment is without a valid pair.
+    hashes = [hashlib.sha256(content).hexdigest()]
+    if path.is_file():
+        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    description = {"network": network.arguments, "sha256": hashes[0], "sha256_before": hashes[-1]}
+    write_atomically(json.dumps(description, indent=2).encode(), path.with_suffix(".json"))
+    write_atomically(content, path)
+
+
+def load_weights(network: AutoencoderKL, path: str | Path) -> None:
+    """
+    Load ``path`` into ``network``, after checking that the weights were made for it.
+
+    Args:
+        network: the network.
+        path: a state dict that :py:func:`save_weights` wrote, or another one (which is loaded with a warning).
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is damaged, or was made for another network, with the arguments that differ.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there are no weights at {path}. Train first, or point `ckpt_dir` at the folder that holds `model.pt`."
+        )
+    content = path.read_bytes()
+    description_path = path.with_suffix(".json")
+    if description_path.is_file():
+        description = json.loads(description_path.read_text())
+        if hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
+            raise ValueError(
+                f"{path} is not the file that {description_path} describes: it was changed or damaged. "
+                f"Restore the pair, or remove {description_path.name} if you trust the weights."
+            )
+        check_arguments(description["network"], network.arguments, path)
+    else:
+        logger.warning(f"{path} has no {description_path.name} beside it: nobody knows whether it fits this network.")
+    try:
+        network.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    except Exception as error:  # damaged archives raise whatever the unpickler stumbles over
+        raise ValueError(f"{path} cannot be loaded into this network: {error}") from error
+    logger.info(f"loaded the weights {path}")
+
+
+def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """
+    Compare the arguments of two networks.
+
+    Raises:
+        ValueError: when they differ, with the arguments that do and both values.
+    """
+    differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    if differing:
+        details = "; ".join(f"`{name}` is {saved.get(name)} there and {wanted.get(name)} here" for name in differing)
+        raise ValueError(f"{path} was made for another network: {details}. Use the config that it was trained with.")
+
+
+class WeightsLoader:
+    """
+    Handler that loads weights before the engine reads its first batch; see :py:func:`load_weights`.
+
+    Args:
+        network: the network.
+        path: of the weights.
+    """
+
+    def __init__(self, network: AutoencoderKL, path: str) -> None:
+        self.network = network
+        self.path = path
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda: load_weights(self.network, self.path))

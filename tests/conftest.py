@@ -1,0 +1,70 @@
+"""Shared pieces: the bundle's root, small volumes on disk, and the command line as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# a network and patches that train in seconds; every other key is the bundle's default
+SMALL = {"channels": "[4,8,8]", "latent_channels": "8", "patch_size": "[16,16,16]", "num_workers": "0", "device": "cpu"}
+
+
+def head_like(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """A bright ellipsoid with structure in dark air, int16."""
+    random = np.random.default_rng(seed)
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    inside = sum(a**2 for a in axes) < 0.8
+    waves = sum(np.sin(random.uniform(2, 6) * a + random.uniform(0, 6)) for a in axes)
+    return np.where(inside, 500 + 150 * waves + random.normal(0, 10, shape), 0).astype(np.int16)
+
+
+def save_volume(path: Path, shape: tuple[int, ...], seed: int = 0, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(head_like(shape, seed), np.eye(4) if affine is None else affine), path)
+    return path
+
+
+@pytest.fixture
+def volumes(tmp_path: Path) -> Path:
+    """A user's folder: volumes of different sizes, some odd, one smaller than a patch, and a segmentation."""
+    folder = tmp_path / "volumes"
+    for i, shape in enumerate([(24, 24, 24), (21, 26, 19), (12, 20, 17), (33, 18, 24)]):
+        save_volume(folder / f"sub-{i:02d}" / f"sub-{i:02d}_T1w.nii.gz", shape, seed=i)
+    save_volume(folder / "sub-00" / "sub-00_dseg.nii.gz", (24, 24, 24))
+    return folder
+
+
+def bundle_run(run_id: str, *config_files: str, cwd: Path = ROOT, check: bool = True, **overrides: str):
+    """``python -m monai.bundle run`` in a process of its own; returns it, with its output in ``stdout``."""
+    root = ROOT if cwd != ROOT else Path(".")
+    files = [str(root / "configs" / name) for name in config_files]
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
+    command += [
+        "--meta_file",
+        str(root / "configs/metadata.json"),
+        "--logging_file",
+        str(root / "configs/logging.conf"),
+    ]
+    for key, value in overrides.items():
+        command += [f"--{key}", value]
+    process = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    if check and process.returncode != 0:
+        pytest.fail(f"{' '.join(command)}\nended with {process.returncode}:\n{process.stdout[-5000:]}")
+    return process

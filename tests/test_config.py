@@ -1,0 +1,141 @@
+"""The configs as they lie there: they agree with each other, keep MONAI's property names, and refuse typing errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from tests.conftest import ROOT, SMALL
+
+CONFIGS = ROOT / "configs"
+SHARED = ROOT.parent / "shared"
+
+
+def workflow(*files: str, workflow_type: str, **overrides) -> ConfigWorkflow:
+    return ConfigWorkflow(
+        config_file=[str(CONFIGS / name) for name in files],
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=False,
+        workflow_type=workflow_type,
+        bundle_root=str(ROOT),
+        **overrides,
+    )
+
+
+def test_inference_builds_the_network_that_training_builds():
+    train, inference = (ConfigParser.load_config_file(CONFIGS / name) for name in ("train.json", "inference.json"))
+    definition = {**train["network_def"], "_target_": "scripts.autoencoderkl.Reconstructor"}
+    definition.pop("_desc_")
+    assert inference["network_def"] == definition
+    keys = {value[1:] for value in definition.values() if isinstance(value, str) and value.startswith("@")}
+    keys |= {"spacing", "intensity_percentiles", "intensity_range", "amp", "amp_dtype", "device", "image_glob"}
+    assert {key: inference[key] for key in keys} == {key: train[key] for key in keys}
+    assert inference["preprocessing"]["transforms"] == train["load"]
+    clip = train["validate"]["postprocessing"]["transforms"]
+    assert inference["postprocessing"]["transforms"][: len(clip)] == clip
+
+
+@pytest.mark.parametrize(
+    "files, workflow_type",
+    [
+        (("train.json",), "train"),
+        (("train.json", "evaluate.json"), "train"),
+        (("inference.json",), "infer"),
+    ],
+)
+def test_no_property_of_monai_is_missing(files, workflow_type, volumes, tmp_path):
+    flow = workflow(*files, workflow_type=workflow_type, dataset_dir=str(volumes), output_dir=str(tmp_path), num_workers=0)
+    flow.initialize()
+    assert flow.check_properties() == []
+
+
+@pytest.mark.parametrize("preset", sorted(p.name for p in (CONFIGS / "presets").glob("*.json")))
+@pytest.mark.parametrize("base", ["train.json", "inference.json"])
+def test_presets_build(preset, base):
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / base, CONFIGS / "presets" / preset])
+    network = parser.get_parsed_content("network_def")
+    assert preset.startswith(f"{network.total_downsample_factor[0]}x")
+
+
+@pytest.mark.parametrize(
+    "key, nearest, files",
+    [
+        ("downsample_factor", "downsample_factors", ["train.json"]),
+        ("epoch", "epochs", ["train.json", "evaluate.json"]),
+        ("dataset_dirs", "dataset_dir", ["inference.json"]),
+    ],
+)
+def test_misspelt_key_is_refused_with_the_nearest(key, nearest, files):
+    flow = workflow(*files, workflow_type="train", **{key: 3})
+    with pytest.raises(RuntimeError) as error:
+        flow.initialize()
+    assert f"no config key '{key}'; the nearest one is '{nearest}'" in str(error.value.__cause__)
+
+
+def test_key_of_an_overlay_that_something_refers_to_is_allowed(tmp_path):
+    overlay = tmp_path / "mine.json"
+    overlay.write_text(json.dumps({"my_epochs": 7, "epochs": "@my_epochs"}))
+    flow = workflow("train.json", str(overlay), workflow_type="train")
+    flow.initialize()
+    assert flow.max_epochs == 7
+
+
+@pytest.mark.parametrize("text, value", [("false", False), ("False", False), ("true", True), (True, True)])
+def test_flag_given_as_text_means_what_it_says(text, value):
+    flow = workflow("train.json", workflow_type="train", fast_dev_run=text)
+    flow.initialize()
+    assert flow.parser.get_parsed_content("fast_dev_run") is value
+    assert ("fast_dev_run" in flow.parser.get_parsed_content("ckpt_dir")) is value
+
+
+@pytest.mark.parametrize("value", ["maybe", 1, "1"])
+def test_flag_that_is_no_boolean_is_refused(value):
+    flow = workflow("train.json", workflow_type="train", resume=value)
+    with pytest.raises(RuntimeError) as error:
+        flow.initialize()
+    assert "`resume`" in str(error.value.__cause__) and "true or false" in str(error.value.__cause__)
+
+
+def test_two_levels_and_three_work_as_they_are():
+    for channels, factors in (([16, 32], [4]), ([16, 32, 64], [4, 2]), ([16, 32, 64, 64], [2, 2, 2])):
+        parser = ConfigParser()
+        parser.read_config(CONFIGS / "train.json")
+        parser.update({"channels": channels, "downsample_factors": factors})
+        assert parser.get_parsed_content("network_def").downsample_factors == tuple((f,) * 3 for f in factors)
+
+
+def test_fast_dev_run_takes_few_volumes_and_one_epoch(volumes):
+    flow = workflow("train.json", workflow_type="train", dataset_dir=str(volumes), fast_dev_run=True, num_workers=0)
+    flow.initialize()
+    assert flow.max_epochs == 1
+    assert len(flow.train_dataset_data) == 2
+
+
+def test_metadata_follows_the_schema():
+    import jsonschema
+
+    schema = SHARED / "meta_schema_20240725.json"
+    if not schema.is_file():
+        pytest.skip("MONAI's schema is not at hand")
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    jsonschema.validate(metadata, json.loads(schema.read_text()))
+    assert schema.name in metadata["schema"]
+    assert metadata["version"] in metadata["changelog"]
+
+
+def test_network_of_inference_passes_verify_net_in_out():
+    from monai.bundle import verify_net_in_out
+
+    small = {key: json.loads(value) for key, value in SMALL.items() if key in ("channels", "latent_channels")}
+    for any_size in (1, 8, 21):
+        verify_net_in_out(
+            "network_def",
+            meta_file=str(CONFIGS / "metadata.json"),
+            config_file=str(CONFIGS / "inference.json"),
+            device="cpu",
+            any=any_size,
+            **small,
+        )

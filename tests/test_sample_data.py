@@ -1,0 +1,43 @@
+"""The sample volumes that need no download."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from scripts import sample_data
+
+
+def test_sample_volumes_are_complete_deterministic_and_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_data, "NUM_TRAINING_VOLUMES", 1)
+    folder = tmp_path / "data" / "sample"
+    assert sample_data.prepare_sample_volumes(str(folder)) == str(folder)
+    lists = json.loads((folder / "dataset.json").read_text())
+    paths = [folder / item["image"] for name in ("training", "validation") for item in lists[name]]
+    head, template = (nib.load(path) for path in paths)
+    assert head.shape == template.shape == (197, 233, 189)
+    assert np.unique(np.asarray(head.dataobj)).size > 50
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["sample"]  # nothing unfinished stays
+
+    monkeypatch.setattr(sample_data, "_synthesise_head", lambda *_: 1 / 0)
+    sample_data.prepare_sample_volumes(str(folder))  # does not make them again
+
+
+def test_interrupted_preparation_is_not_taken_for_whole(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample_data, "_synthesise_head", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample_data.prepare_sample_volumes(str(tmp_path / "sample"))
+    assert not (tmp_path / "sample").exists()
+
+
+def test_training_volumes_differ(monkeypatch):
+    tissues = sample_data._tissue_maps()[:, 60:90, 100:130, 80:110]
+    heads = [sample_data._synthesise_head(tissues, seed) for seed in (0, 1, 0)]
+    assert np.array_equal(heads[0], heads[2])
+    assert abs(heads[0] - heads[1]).mean() > 10

@@ -1,0 +1,348 @@
+"""The trainer, its loss, checkpoints and weights, in one process on tiny networks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from monai.engines import SupervisedEvaluator
+from torch.utils.data import DataLoader
+
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.checkpoints import CHECKPOINT, WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir
+from scripts.inferer import ReconstructionInferer
+from scripts.losses import kl_divergence
+from scripts.metrics import ForegroundPSNRMetric, trilinear_reconstruction
+from scripts.report import BeforeAndAfter
+from scripts.trainer import AutoencoderTrainer
+from scripts.weights import load_weights, save_weights, write_atomically
+
+
+def small_network(**arguments) -> AutoencoderKL:
+    torch.manual_seed(0)
+    defaults = {
+        "spatial_dims": 3,
+        "channels": (4, 8),
+        "num_res_blocks": 1,
+        "attention_levels": (False, False),
+        "norm_num_groups": 1,
+        "with_encoder_nonlocal_attn": False,
+        "with_decoder_nonlocal_attn": False,
+        "initial_downsample_factor": 2,
+        "initial_mode": "pixelshuffle",
+        "linear_shortcut": True,
+    }
+    return AutoencoderKL(**{**defaults, **arguments})
+
+
+class FixedNoise(AutoencoderKL):
+    """Samples the mean, so that two ways to see the same images can be compared."""
+
+    def sampling(self, z_mu, z_sigma):
+        return z_mu
+
+
+def images(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"image": torch.rand(1, 8, 8, 8, generator=generator)} for _ in range(count)]
+
+
+def trainer_of(network, items, batch_size=1, handlers=(), optimizer=torch.optim.AdamW, lr=1e-3, **arguments):
+    defaults = {
+        "device": torch.device("cpu"),
+        "max_epochs": 1,
+        "kl_weight": 1e-4,
+        "amp": False,
+        "amp_dtype": "bfloat16",
+    }
+    return AutoencoderTrainer(
+        train_data_loader=DataLoader(items, batch_size=batch_size),
+        network=network,
+        optimizer=optimizer(network.parameters(), lr=lr),
+        loss_function=torch.nn.L1Loss(),
+        train_handlers=list(handlers),
+        **{**defaults, **arguments},
+    )
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_kl_divergence_is_that_of_torch_distributions():
+    mean, deviation = torch.randn(2, 3, 4, 4, 4), torch.rand(2, 3, 4, 4, 4) + 0.1
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, deviation), torch.distributions.Normal(0.0, 1.0)
+    )
+    assert torch.allclose(kl_divergence(mean, deviation), expected.sum() / 2, rtol=1e-5)
+
+
+def test_kl_divergence_of_tiny_float16_deviations_is_finite():
+    deviation = torch.full((1, 1, 2, 2, 2), 1e-6, dtype=torch.float16)
+    assert torch.isfinite(kl_divergence(torch.zeros_like(deviation), deviation))
+
+
+def test_loss_is_its_parts():
+    trainer = trainer_of(small_network(), images(1), kl_weight=0.01)
+    trainer.run()
+    output = trainer.state.output
+    assert torch.isclose(output["loss"], output["recon_loss"] + 0.01 * output["kl_loss"])
+    assert torch.isclose(output["recon_loss"], (output["pred"] - output["image"]).abs().mean())
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_equals_a_larger_batch():
+    weights = []
+    for batch_size, accumulation_steps in ((4, 1), (1, 4)):
+        network = FixedNoise(**small_network().arguments)
+        network.load_state_dict(small_network().state_dict())
+        trainer_of(
+            network, images(8), batch_size, optimizer=torch.optim.SGD, lr=0.1, accumulation_steps=accumulation_steps
+        ).run()
+        weights.append(torch.cat([p.flatten() for p in network.parameters()]))
+    start = torch.cat([p.flatten() for p in small_network().parameters()])
+    assert (weights[0] - weights[1]).abs().max() < 1e-5 < (weights[0] - start).abs().max()
+
+
+def test_an_epoch_that_the_accumulation_does_not_divide_uses_all_its_batches():
+    steps = []
+    network = small_network()
+    trainer = trainer_of(network, images(5), accumulation_steps=2)
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda *args, **kwargs: (steps.append(trainer.state.iteration), step(*args, **kwargs))
+    trainer.run()
+    assert steps == [2, 4, 5]
+
+
+def test_gradients_are_clipped():
+    network = small_network()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    trainer_of(network, images(1), optimizer=torch.optim.SGD, lr=1.0, max_grad_norm=1e-3).run()
+    moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in network.named_parameters()])
+    assert moved.norm() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains_on_the_cpu(amp_dtype):
+    network = small_network()
+    seen = []
+    network.encoder.blocks[-1].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    trainer = trainer_of(network, images(4), amp=True, amp_dtype=amp_dtype, max_epochs=3)
+    trainer.run()
+    assert set(seen) == {getattr(torch, amp_dtype)}
+    assert all(torch.isfinite(p).all() for p in network.parameters())
+    assert trainer.scaler.is_enabled() == (amp_dtype == "float16")
+    if amp_dtype == "float16":
+        assert trainer.scaler.state_dict()["_growth_tracker"] > 0
+
+
+def test_unknown_amp_dtype_is_named():
+    with pytest.raises(ValueError, match="amp_dtype.*int8"):
+        trainer_of(small_network(), images(1), amp_dtype="int8")
+
+
+# --- weights and checkpoints -----------------------------------------------------------------------------------------
+
+
+def test_weights_load_into_the_network_they_were_made_for(tmp_path):
+    saved, target = small_network(), small_network()
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.zero_()
+    save_weights(saved, tmp_path / "model.pt")
+    load_weights(target, tmp_path / "model.pt")
+    assert all(torch.equal(a, b) for a, b in zip(saved.state_dict().values(), target.state_dict().values()))
+    assert json.loads((tmp_path / "model.json").read_text())["network"]["initial_downsample_factor"] == [2, 2, 2]
+
+
+def test_weights_of_other_factors_are_refused_although_their_shapes_fit(tmp_path):
+    save_weights(small_network(linear_shortcut=False), tmp_path / "model.pt")
+    same = small_network(linear_shortcut=False, downsample_factors=[[2, 2, 2]], initial_downsample_factor=[2, 2, 2])
+    load_weights(same, tmp_path / "model.pt")
+    other = small_network(linear_shortcut=False, downsample_factors=[1])
+    other.load_state_dict(same.state_dict(), strict=True)
+    with pytest.raises(ValueError, match=r"`downsample_factors` is \[\[2, 2, 2\]\] there and \[\[1, 1, 1\]\] here"):
+        load_weights(other, tmp_path / "model.pt")
+
+
+def test_missing_damaged_and_unknown_weights(tmp_path, caplog):
+    path = tmp_path / "model.pt"
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        load_weights(small_network(), path)
+    save_weights(small_network(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="changed or damaged"):
+        load_weights(small_network(), path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_weights(small_network(), path)
+    path.write_bytes(whole)
+    load_weights(small_network(), path)
+    assert "nobody knows" in caplog.text
+
+
+class RunsCode:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a payload ran')",)
+
+
+def test_pickled_payload_does_not_run(tmp_path):
+    torch.save({"weight": RunsCode()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_weights(small_network(), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_kill_while_weights_are_written_leaves_a_pair_that_loads(tmp_path, monkeypatch, moment):
+    path = tmp_path / "model.pt"
+    save_weights(small_network(), path)
+    calls = []
+
+    def killed(content, target):
+        calls.append(target)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        write_atomically(content, target)
+
+    monkeypatch.setattr("scripts.weights.write_atomically", killed)
+    other = small_network()
+    with torch.no_grad():
+        other.post_quant_conv.conv.weight.add_(1)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(other, path)
+    load_weights(small_network(), path)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    write_atomically(b"old", path)
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(b"new", path)
+    assert path.read_bytes() == b"old"
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
+    (tmp_path / WEIGHTS).touch()
+    with pytest.raises(FileExistsError, match="resume.*overwrite"):
+        claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
+    claim_ckpt_dir(str(tmp_path), resume=True, overwrite=False)
+    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
+
+
+def run_with_checkpoints(folder, network, epochs: int, resume: bool = False):
+    """Train ``epochs`` epochs with validation, a saver and a resumer, as train.json wires them."""
+    from monai.handlers import PeakSignalToNoiseRatio, ValidationHandler, from_engine
+
+    def psnr_metric():
+        return PeakSignalToNoiseRatio(max_val=1.0, output_transform=from_engine(["pred", "image"]))
+
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(images(2)),
+        network=network,
+        inferer=ReconstructionInferer(amp=False, amp_dtype="bfloat16"),
+        key_val_metric={"psnr": psnr_metric()},
+        additional_metrics={"trilinear_psnr": psnr_metric()},
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    state = {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)}
+    report = BeforeAndAfter(evaluator, picture="p.png", weights="model.pt")
+    handlers = [
+        TrainingResumer(str(folder), resume, network, state, evaluator),
+        ValidationHandler(interval=2, validator=evaluator),
+        report,
+        TrainingSaver(str(folder), network, state, evaluator),
+    ]
+    trainer = trainer_of(network, images(3), handlers=handlers, max_epochs=epochs)
+    trainer.optimizer = optimizer
+    trainer.run()
+    return trainer, evaluator, report
+
+
+def test_resumed_training_goes_on_where_it_stopped(tmp_path):
+    _, evaluator, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    best = evaluator.state.best_metric
+    network = small_network()
+    resumed, evaluator, report = run_with_checkpoints(tmp_path, network, epochs=4, resume=True)
+    assert resumed.state.epoch == 4 and resumed.state.iteration == 12
+    assert evaluator.state.best_metric >= best
+    assert report.before == {}  # the network that resumes is not the one before the first step
+    steps = [s["step"].item() for s in resumed.optimizer.state.values()]
+    assert set(steps) == {12.0}
+
+
+def test_resuming_a_finished_run_trains_no_further(tmp_path, caplog):
+    network = small_network()
+    run_with_checkpoints(tmp_path, network, epochs=2)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    caplog.set_level("INFO")
+    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
+    assert trainer.state.iteration == 6
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert "all 2 epochs are done" in caplog.text and "validation PSNR at the end" in caplog.text
+
+
+def test_resume_with_another_network_names_what_differs(tmp_path):
+    run_with_checkpoints(tmp_path, small_network(), epochs=1)
+    with pytest.raises(ValueError, match=r"`latent_channels` is 3 there and 5 here"):
+        run_with_checkpoints(tmp_path, small_network(latent_channels=5), epochs=2, resume=True)
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    run_with_checkpoints(tmp_path, small_network(), epochs=1)
+    (tmp_path / CHECKPOINT).write_bytes(b"half a checkpoint")
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+        run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
+
+
+def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_path, monkeypatch):
+    """Validation runs before the first step and after epochs 2, 4 and 5; the best of the last three is epoch 4's."""
+    scores = {"psnr": iter([40.0, 20.0, 30.0, 10.0]), "trilinear_psnr": iter([0.0] * 4)}
+    monkeypatch.setattr("monai.handlers.PeakSignalToNoiseRatio.compute", lambda self: next(scores[self._name]))
+    saved = []
+
+    def record(network, path):
+        saved.append(network.post_quant_conv.conv.weight.clone())
+        save_weights(network, path)
+
+    monkeypatch.setattr("scripts.checkpoints.save_weights", record)
+    _, evaluator, report = run_with_checkpoints(tmp_path, small_network(), epochs=5)
+    assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (30.0, 4)
+    assert report.before["psnr"] == 40.0
+    assert len(saved) == 2
+    best = small_network()
+    load_weights(best, tmp_path / WEIGHTS)
+    assert torch.equal(best.post_quant_conv.conv.weight, saved[-1])
+    assert not torch.equal(saved[0], saved[1])
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_foreground_psnr_ignores_air():
+    image = torch.zeros(1, 1, 4, 4, 4)
+    image[..., :2] = 0.5
+    pred = image.clone()
+    pred[..., :2] += 0.1  # an error of 0.1 in the foreground
+    metric = ForegroundPSNRMetric(max_val=1.0)
+    metric(pred, image)
+    assert metric.aggregate().item() == pytest.approx(20.0, abs=1e-4)
+    metric.reset()
+    metric(torch.cat([pred, image + 0.01]), torch.cat([image, image]))
+    assert metric.get_buffer().flatten().tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
+
+
+def test_trilinear_reconstruction_keeps_the_shape_and_blurs():
+    image = torch.rand(1, 1, 19, 16, 8)
+    blurred = trilinear_reconstruction(image, (8, 8, 8))
+    assert blurred.shape == image.shape
+    assert blurred.std() < image.std() / 2
