@@ -10,7 +10,7 @@ ARGS ?=
 
 train: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
-		--epochs 45 --val_interval 15 --resume true $(ARGS)
+		--epochs 80 --val_interval 20 --patch_size "[64,64,64]" --resume true $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)

@@ -19,12 +19,13 @@ SMALL = {"channels": "[4,8,8]", "latent_channels": "8", "patch_size": "[16,16,16
 
 
 def head_like(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """A bright ellipsoid with structure in dark air, int16."""
+    """A bright ellipsoid with structure in dark air, brighter towards one corner, int16."""
     random = np.random.default_rng(seed)
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     inside = sum(a**2 for a in axes) < 0.8
     waves = sum(np.sin(random.uniform(2, 6) * a + random.uniform(0, 6)) for a in axes)
-    return np.where(inside, 500 + 150 * waves + random.normal(0, 10, shape), 0).astype(np.int16)
+    slope = 300 * axes[0] + 200 * axes[1] + 100 * axes[2]
+    return np.where(inside, 900 + slope + 80 * waves + random.normal(0, 10, shape), 0).astype(np.int16)
 
 
 def save_volume(path: Path, shape: tuple[int, ...], seed: int = 0, affine: np.ndarray | None = None) -> Path:
