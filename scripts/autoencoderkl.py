@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.networks.blocks import Convolution, SpatialAttentionBlock
+from monai.networks.blocks import Convolution
 from monai.networks.blocks import Upsample as MonaiUpsample
 from monai.networks.nets import autoencoderkl as monai_autoencoderkl
 
-from scripts.blocks import LinearShortcut, SubpixelDownsample, SubpixelUpsample
+from scripts.factors import per_axis, per_transition
+from scripts.lean import use_lean_blocks
+from scripts.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
+from scripts.shortcut import LinearShortcut
 
 __all__ = ["AutoencoderKL", "Decoder", "Downsample", "Encoder", "Reconstructor", "Upsample"]
 
@@ -27,154 +29,9 @@ CORRECTION_SCALE = 0.1  # beside a linear shortcut: of the norms and weights tha
 LOG_VARIANCE_START = -6.0  # ditto: sampling noise far below the shortcut's unit variance
 
 
-def _per_axis(name: str, factor: Any, spatial_dims: int) -> tuple[int, ...]:
-    """Return ``factor`` as one positive integer per spatial axis, or raise a ``ValueError`` that names ``name``."""
-    values = tuple(factor) if isinstance(factor, Sequence) and not isinstance(factor, str) else (factor,) * spatial_dims
-    if len(values) != spatial_dims:
-        raise ValueError(
-            f"`{name}` has {len(values)} values ({factor!r}); it needs one integer, or one per axis of {spatial_dims}."
-        )
-    if any(isinstance(v, bool) or not isinstance(v, Integral) or v < 1 for v in values):
-        raise ValueError(f"`{name}` is {factor!r}; every factor must be an integer of at least 1.")
-    return tuple(int(v) for v in values)
-
-
-def _per_transition(
-    name: str, factors: Sequence[Any] | None, channels: Sequence[int], spatial_dims: int
-) -> list[tuple[int, ...]]:
-    """Return one tuple of per-axis factors for each step between two levels of ``channels``."""
-    needed = len(channels) - 1
-    if factors is None:
-        factors = [2] * needed
-    if isinstance(factors, str) or not isinstance(factors, Sequence):
-        raise ValueError(f"`{name}` is {factors!r}; it needs a sequence of {needed} factors, one between two levels.")
-    if len(factors) != needed:
-        raise ValueError(
-            f"`{name}` has {len(factors)} factors ({list(factors)!r}); the {len(channels)} levels of "
-            f"`channels` {list(channels)!r} need {needed}, one between two levels."
-        )
-    return [_per_axis(f"{name}[{i}]", factor, spatial_dims) for i, factor in enumerate(factors)]
-
-
 def _check_initial_mode(initial_mode: str) -> None:
     if initial_mode not in INITIAL_MODES:
         raise ValueError(f"`initial_mode` is {initial_mode!r}; it must be one of {', '.join(INITIAL_MODES)}.")
-
-
-class Downsample(nn.Module):
-    """
-    Strided convolution that shrinks by ``stride`` along each axis and reads every voxel.
-
-    A factor f > 1 pads one voxel on the right and uses a kernel of f + 1, which at f = 2 is the layer of MONAI's
-    ``AEKLDownsample``; along an axis with factor 1 the kernel is 3 with a padding of 1.
-
-    Args:
-        spatial_dims: number of spatial dimensions, 1 to 3.
-        in_channels: number of input channels.
-        out_channels: number of output channels, ``in_channels`` if None.
-        stride: shrink factor, one for all axes or one per axis.
-
-    Raises:
-        ValueError: when ``stride`` is not a positive integer, or not one per axis.
-    """
-
-    def __init__(
-        self, spatial_dims: int, in_channels: int, out_channels: int | None = None, stride: int | Sequence[int] = 2
-    ) -> None:
-        super().__init__()
-        strides = _per_axis("stride", stride, spatial_dims)
-        self.pad: list[int] = [side for f in reversed(strides) for side in (0, int(f > 1))]  # last axis first
-        self.conv = Convolution(
-            spatial_dims=spatial_dims,
-            in_channels=in_channels,
-            out_channels=in_channels if out_channels is None else out_channels,
-            strides=strides,
-            kernel_size=[f + 1 if f > 1 else 3 for f in strides],
-            padding=tuple(0 if f > 1 else 1 for f in strides),
-            conv_only=True,
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: tensor of shape ``BxCxHxWxD`` (2D: ``BxCxHxW``).
-
-        Returns:
-            tensor with each spatial size divided by its factor.
-        """
-        return self.conv(F.pad(x, self.pad))
-
-
-class Upsample(MonaiUpsample):
-    """
-    Nearest-neighbour enlargement followed by a convolution, or a transposed convolution; see MONAI's ``Upsample``.
-
-    Args:
-        spatial_dims: number of spatial dimensions, 1 to 3.
-        in_channels: number of input channels.
-        out_channels: number of output channels, ``in_channels`` if None.
-        scale_factor: enlargement, one for all axes or one per axis.
-        use_convtranspose: transposed convolution with kernel = stride = ``scale_factor`` instead.
-        kernel_size: of the convolution after the enlargement, odd; one for all axes or one per axis.
-
-    Raises:
-        ValueError: when ``scale_factor`` is not a positive integer, or not one per axis.
-    """
-
-    def __init__(
-        self,
-        spatial_dims: int,
-        in_channels: int,
-        out_channels: int | None = None,
-        scale_factor: int | Sequence[int] = 2,
-        use_convtranspose: bool = False,
-        kernel_size: int | Sequence[int] = 3,
-    ) -> None:
-        scale_factor = _per_axis("scale_factor", scale_factor, spatial_dims)
-        out_channels = in_channels if out_channels is None else out_channels
-        if use_convtranspose:
-            super().__init__(spatial_dims, in_channels, out_channels, scale_factor, mode="deconv")
-            return
-        post_conv = Convolution(
-            spatial_dims=spatial_dims,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            strides=1,
-            kernel_size=kernel_size,
-            conv_only=True,
-        )
-        super().__init__(
-            spatial_dims,
-            in_channels,
-            in_channels,  # the convolution after the enlargement changes the channels, not one before it
-            scale_factor=[float(f) for f in scale_factor],
-            mode="nontrainable",
-            interp_mode="nearest",
-            post_conv=post_conv,
-            align_corners=None,
-        )
-
-
-class SpatialAttention(SpatialAttentionBlock):
-    """MONAI's ``SpatialAttentionBlock`` (same parameters, same result) in a form that TorchScript compiles."""
-
-    def __init__(self, block: SpatialAttentionBlock) -> None:
-        nn.Module.__init__(self)
-        self.spatial_dims = block.spatial_dims
-        self.norm = block.norm
-        self.attn = block.attn
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        residual = x
-        x = self.norm(x).flatten(2).transpose(1, 2)
-        x = self.attn(x)
-        return x.transpose(1, 2).reshape(residual.shape) + residual
-
-
-def _replace_attention(blocks: nn.ModuleList) -> None:
-    for i, block in enumerate(blocks):
-        if isinstance(block, SpatialAttentionBlock):
-            blocks[i] = SpatialAttention(block)
 
 
 class Encoder(monai_autoencoderkl.Encoder):
@@ -207,11 +64,11 @@ class Encoder(monai_autoencoderkl.Encoder):
         initial_mode: str = "conv",
         **kwargs: Any,
     ) -> None:
-        factors = _per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
-        initial = _per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
+        factors = per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
+        initial = per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
         _check_initial_mode(initial_mode)
         super().__init__(spatial_dims, in_channels, channels, *args, **kwargs)
-        _replace_attention(self.blocks)
+        use_lean_blocks(self.blocks)
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, monai_autoencoderkl.AEKLDownsample)]
         for place, factor, width in zip(places, factors, channels):
             if any(f != 2 for f in factor):
@@ -253,16 +110,17 @@ class Decoder(monai_autoencoderkl.Decoder):
         initial_mode: str = "conv",
         **kwargs: Any,
     ) -> None:
-        factors = _per_transition("upsample_factors", upsample_factors, channels, spatial_dims)
-        initial = _per_axis("initial_upsample_factor", initial_upsample_factor, spatial_dims)
+        factors = per_transition("upsample_factors", upsample_factors, channels, spatial_dims)
+        initial = per_axis("initial_upsample_factor", initial_upsample_factor, spatial_dims)
         _check_initial_mode(initial_mode)
         super().__init__(spatial_dims, channels, in_channels, out_channels, *args, **kwargs)
-        _replace_attention(self.blocks)
+        use_lean_blocks(self.blocks)
+        if all(f == 2 for factor in factors for f in factor) and all(f == 1 for f in initial):
+            return  # MONAI's decoder, to the last bit
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, MonaiUpsample)]
         for place, factor, width in zip(places, reversed(factors), reversed(channels)):
-            if any(f != 2 for f in factor):
-                use_convtranspose = hasattr(self.blocks[place], "deconv")
-                self.blocks[place] = Upsample(spatial_dims, width, scale_factor=factor, use_convtranspose=use_convtranspose)
+            use_convtranspose = hasattr(self.blocks[place], "deconv")
+            self.blocks[place] = Upsample(spatial_dims, width, scale_factor=factor, use_convtranspose=use_convtranspose)
         if all(f == 1 for f in initial):
             return
         if initial_mode == "pixelshuffle":
@@ -304,7 +162,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         initial_mode: ``"conv"``: a strided convolution in, nearest-neighbour enlargement and a convolution out;
             ``"pixelshuffle"``: space-to-depth and a convolution in, a convolution and depth-to-space out, so that no
             feature map has full resolution.
-        linear_shortcut: add a linear code beside the network, see :py:class:`scripts.blocks.LinearShortcut`.
+        linear_shortcut: add a linear code beside the network, see :py:class:`scripts.shortcut.LinearShortcut`.
 
     Raises:
         ValueError: for an argument that does not fit, with its name, its value and what it needs.
@@ -339,8 +197,8 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         if isinstance(num_res_blocks, int):
             num_res_blocks = (num_res_blocks,) * len(channels)
         self._check_levels(channels, norm_num_groups, attention_levels=attention_levels, num_res_blocks=num_res_blocks)
-        factors = _per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
-        initial = _per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
+        factors = per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
+        initial = per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
         _check_initial_mode(initial_mode)
 
         self.arguments: dict[str, Any] = {

@@ -15,12 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 __all__ = ["ReconstructionPicture", "draw_reconstruction"]
 
 PLANES = ("sagittal", "coronal", "axial")
+POSITION = 0.45  # of each plane along its axis: the very middle of a head is the gap between its halves
 ERROR_GAIN = 5  # the error is shown this many times larger
 
 
 def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spacing: tuple[float, ...]) -> Figure:
     """
-    Draw one channel in the three planes through the middle of the volume, all at the window [0, 1].
+    Draw one channel in three planes near the middle of the volume, all at the window [0, 1].
 
     Args:
         image: ``HxWxD`` in RAS orientation, values in [0, 1].
@@ -40,7 +41,7 @@ def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spaci
     for row, plane in enumerate(PLANES):
         across = [axis for axis in range(3) if axis != row]
         for column, (title, volume) in enumerate(columns.items()):
-            values = np.asarray(volume.select(row, volume.shape[row] // 2).cpu(), dtype=np.float32)
+            values = np.asarray(volume.select(row, int(volume.shape[row] * POSITION)).cpu(), dtype=np.float32)
             panel = axes[row, column]
             panel.imshow(
                 values.T, origin="lower", cmap="gray", vmin=0, vmax=1, aspect=spacing[across[1]] / spacing[across[0]]

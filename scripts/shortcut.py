@@ -1,5 +1,4 @@
-"""The building blocks that MONAI's AutoencoderKL does not have: sub-pixel layers with a factor per axis, and the linear
-shortcut."""
+"""The linear shortcut: a linear code beside the network, which starts as a block-wise cosine transform."""
 
 from __future__ import annotations
 
@@ -9,102 +8,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
-from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 
-__all__ = ["LinearShortcut", "SubpixelDownsample", "SubpixelUpsample", "depth_to_space", "dct_basis", "space_to_depth"]
-
-
-def space_to_depth(x: torch.Tensor, factors: list[int]) -> torch.Tensor:
-    """
-    Move each block of ``factors`` voxels into channels, as :py:func:`monai.networks.utils.pixelunshuffle` does for one
-    factor (Shi et al., https://arxiv.org/abs/1609.05158).
-
-    Args:
-        x: tensor of shape ``BxCxHxWxD`` (or 1D, 2D), sizes divisible by ``factors``.
-        factors: block size along each spatial axis.
-
-    Returns:
-        tensor with ``C * prod(factors)`` channels and each size divided by its factor.
-    """
-    dims = len(factors)
-    split = [x.shape[0], x.shape[1]]
-    for axis, factor in enumerate(factors):
-        split += [x.shape[axis + 2] // factor, factor]
-    order = [0, 1] + [2 * i + 3 for i in range(dims)] + [2 * i + 2 for i in range(dims)]
-    return x.reshape(split).permute(order).flatten(1, 1 + dims)
-
-
-def depth_to_space(x: torch.Tensor, factors: list[int]) -> torch.Tensor:
-    """
-    Inverse of :py:func:`space_to_depth`, as :py:func:`monai.networks.utils.pixelshuffle` does for one factor.
-
-    Args:
-        x: tensor of shape ``BxCxHxWxD`` (or 1D, 2D), ``C`` divisible by ``prod(factors)``.
-        factors: block size along each spatial axis.
-
-    Returns:
-        tensor with ``C / prod(factors)`` channels and each size multiplied by its factor.
-    """
-    dims = len(factors)
-    voxels = 1
-    for factor in factors:
-        voxels *= factor
-    split = [x.shape[0], x.shape[1] // voxels]
-    merged = [x.shape[0], x.shape[1] // voxels]
-    order = [0, 1]
-    for axis, factor in enumerate(factors):
-        split.append(factor)
-        order += [2 + dims + axis, 2 + axis]
-        merged.append(x.shape[axis + 2] * factor)
-    for axis in range(dims):
-        split.append(x.shape[axis + 2])
-    return x.reshape(split).permute(order).reshape(merged)
-
-
-class SubpixelDownsample(nn.Module):
-    """
-    Space-to-depth, then a convolution of kernel 3 on the small grid: no feature map has the input's resolution.
-
-    Args:
-        spatial_dims: number of spatial dimensions, 1 to 3.
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        factors: shrink factor along each axis.
-    """
-
-    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, factors: Sequence[int]) -> None:
-        super().__init__()
-        self.factors = list(factors)
-        self.conv = Convolution(spatial_dims, in_channels * math.prod(factors), out_channels, kernel_size=3, conv_only=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(space_to_depth(x, self.factors))
-
-
-class SubpixelUpsample(nn.Module):
-    """
-    A convolution of kernel 3 on the small grid, then depth-to-space. It starts as a nearest-neighbour enlargement
-    (ICNR, Aitken et al., https://arxiv.org/abs/1707.02937), which has no checkerboard.
-
-    Args:
-        spatial_dims: number of spatial dimensions, 1 to 3.
-        in_channels: number of input channels.
-        out_channels: number of output channels.
-        factors: enlargement along each axis.
-    """
-
-    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, factors: Sequence[int]) -> None:
-        super().__init__()
-        self.factors = list(factors)
-        voxels = math.prod(factors)
-        self.conv = Convolution(spatial_dims, in_channels, out_channels * voxels, kernel_size=3, conv_only=True)
-        with torch.no_grad():
-            for parameter in self.conv.parameters():  # all voxels of a block start with the first one's weights
-                parameter.copy_(parameter[::voxels].repeat_interleave(voxels, dim=0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return depth_to_space(self.conv(x), self.factors)
+__all__ = ["LinearShortcut", "dct_basis"]
 
 
 def dct_basis(factors: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
