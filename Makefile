@@ -1,12 +1,13 @@
-# make train: train on the packaged sample volumes.   make test: run the tests.
+# make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
 # Further config keys go through ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
 
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIGS := --meta_file configs/metadata.json --logging_file configs/logging.conf
 ARGS ?=
+DEVICE ?= cpu
 
-.PHONY: train test lint clinical-data
+.PHONY: train test bench lint clinical-data
 
 train: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
@@ -14,6 +15,9 @@ train: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.cost --device $(DEVICE)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

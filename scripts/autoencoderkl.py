@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution
 from monai.networks.blocks import Upsample as MonaiUpsample
 from monai.networks.nets import autoencoderkl as monai_autoencoderkl
+from torch.utils.checkpoint import checkpoint
 
 from scripts.factors import per_axis, per_transition
 from scripts.lean import use_lean_blocks
@@ -92,6 +93,8 @@ class Decoder(monai_autoencoderkl.Decoder):
         initial_upsample_factor: enlargement after the last level, an integer or one per axis.
         initial_mode: ``"conv"`` for nearest-neighbour enlargement and a convolution, ``"pixelshuffle"`` for a
             convolution on the small grid and depth-to-space.
+        refines_image: take a first image beside the latent; it joins the features where the last level begins, by
+            space-to-depth and a convolution, so that what the decoder adds to it can follow what it shows.
         kwargs: the remaining arguments of MONAI's ``Decoder``, by name.
 
     Raises:
@@ -108,6 +111,7 @@ class Decoder(monai_autoencoderkl.Decoder):
         upsample_factors: Sequence[int | Sequence[int]] | None = None,
         initial_upsample_factor: int | Sequence[int] = 1,
         initial_mode: str = "conv",
+        refines_image: bool = False,
         **kwargs: Any,
     ) -> None:
         factors = per_transition("upsample_factors", upsample_factors, channels, spatial_dims)
@@ -115,9 +119,14 @@ class Decoder(monai_autoencoderkl.Decoder):
         _check_initial_mode(initial_mode)
         super().__init__(spatial_dims, channels, in_channels, out_channels, *args, **kwargs)
         use_lean_blocks(self.blocks)
+        places = [i for i, b in enumerate(self.blocks) if isinstance(b, MonaiUpsample)]
+        self.last_level = places[-1] + 1 if places else 1
+        self.refine: SubpixelDownsample | None = None
+        if refines_image:
+            width = channels[1] if len(channels) > 1 else channels[0]
+            self.refine = SubpixelDownsample(spatial_dims, out_channels, width, initial)
         if all(f == 2 for factor in factors for f in factor) and all(f == 1 for f in initial):
             return  # MONAI's decoder, to the last bit
-        places = [i for i, b in enumerate(self.blocks) if isinstance(b, MonaiUpsample)]
         for place, factor, width in zip(places, reversed(factors), reversed(channels)):
             use_convtranspose = hasattr(self.blocks[place], "deconv")
             self.blocks[place] = Upsample(spatial_dims, width, scale_factor=factor, use_convtranspose=use_convtranspose)
@@ -129,6 +138,21 @@ class Decoder(monai_autoencoderkl.Decoder):
             # a kernel that gives each of the f copies of a voxel its own neighbourhood: at f = 2 it is 3
             kernel_size = [max(3, f // 2 * 2 + 1) for f in initial]
             self.blocks[-1] = Upsample(spatial_dims, channels[0], out_channels, initial, kernel_size=kernel_size)
+
+    def forward(self, x: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            x: latent, ``BxCxHxWxD`` (2D: ``BxCxHxW``).
+            image: the first image, of the result's shape, for a decoder that refines one.
+
+        Returns:
+            image of ``out_channels`` channels.
+        """
+        for i, block in enumerate(self.blocks):
+            if i == self.last_level and image is not None and self.refine is not None:
+                x = x + self.refine(image)
+            x = block(x)
+        return x
 
 
 class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
@@ -162,7 +186,8 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         initial_mode: ``"conv"``: a strided convolution in, nearest-neighbour enlargement and a convolution out;
             ``"pixelshuffle"``: space-to-depth and a convolution in, a convolution and depth-to-space out, so that no
             feature map has full resolution.
-        linear_shortcut: add a linear code beside the network, see :py:class:`scripts.shortcut.LinearShortcut`.
+        linear_shortcut: add a linear code beside the network, see :py:class:`scripts.shortcut.LinearShortcut`. The decoder
+            sees its image and adds what it lacks.
 
     Raises:
         ValueError: for an argument that does not fit, with its name, its value and what it needs.
@@ -254,6 +279,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             use_convtranspose=use_convtranspose,
             upsample_factors=factors,
             initial_upsample_factor=initial,
+            refines_image=linear_shortcut,
             **shared,
         )
         self.quant_conv_mu = self._latent_conv(spatial_dims, latent_channels)
@@ -361,10 +387,13 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         Returns:
             image of shape ``BxCxHxWxD`` (2D: ``BxCxHxW``).
         """
-        image = super().decode(z)
-        if self.shortcut is not None:
-            image = image + self.shortcut.decode(z)
-        return image
+        if self.shortcut is None:
+            return super().decode(z)
+        linear = self.shortcut.decode(z)
+        z = self.post_quant_conv(z)
+        if self.use_checkpoint:
+            return linear + checkpoint(self.decoder, z, linear, use_reentrant=False)
+        return linear + self.decoder(z, linear)
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -387,9 +416,11 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         z_mu = self.quant_conv_mu(self.encoder(padded))
         if self.shortcut is not None:
             z_mu = z_mu + self.shortcut.encode(padded)
-        image = self.decoder(self.post_quant_conv(z_mu))
         if self.shortcut is not None:
-            image = image + self.shortcut.decode(z_mu)
+            linear = self.shortcut.decode(z_mu)
+            image = linear + self.decoder(self.post_quant_conv(z_mu), linear)
+        else:
+            image = self.decoder(self.post_quant_conv(z_mu))
         for axis in range(x.dim() - 2):
             image = image.index_select(axis + 2, torch.arange(x.shape[axis + 2], device=x.device))
         return image

@@ -1,0 +1,112 @@
+"""What factors save: memory and time of a training step and of whole-volume reconstruction, as ratios to MONAI's network.
+
+    python -m benchmarks.cost [--size 96] [--inference_size 256] [--device cpu]
+
+Prints the tables of docs/performance.md in Markdown. All ratios of a table are measured in one run on one machine.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from statistics import median
+
+import fire
+import torch
+
+from benchmarks.networks import FACTORS, MONAI, build, total_factor
+
+MIB = 2**20
+REPEATS = 3
+
+
+def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> None:
+    """
+    Print the tables.
+
+    Args:
+        size: edge of the cube that is trained on, voxels.
+        inference_size: edge of the cube that is reconstructed, voxels.
+        device: where to run.
+    """
+    print(f"Training step on {size}³, batch 1, bfloat16, channels (32, 64, 64), {device}:\n")
+    rows = {name: (saved_activations(name, size, device), training_step(name, size, device)) for name in [MONAI, *FACTORS]}
+    memory, seconds = rows[MONAI]
+    print_table(
+        ["network", "total", "saved activations", "less than MONAI", "training step"],
+        (
+            [
+                name,
+                f"{total_factor(build(name))}x",
+                f"{m / MIB:.0f} MiB",
+                f"{1 - m / memory:.1%}",
+                f"{seconds / s:.1f}x faster",
+            ]
+            for name, (m, s) in rows.items()
+        ),
+    )
+    print(f"\nReconstruction of {inference_size}³ without gradients, float32, process peak above idle, {device}:\n")
+    peaks = {name: inference_peak(name, inference_size, device) for name in [MONAI, *FACTORS]}
+    print_table(
+        ["network", "total", "peak", "of MONAI's"],
+        (
+            [name, f"{total_factor(build(name))}x", f"{p / MIB:.0f} MiB", f"1/{peaks[MONAI] / p:.1f}"]
+            for name, p in peaks.items()
+        ),
+    )
+
+
+def saved_activations(name: str, size: int, device: str) -> int:
+    """Bytes that the backward pass of one step keeps, parameters apart."""
+    network = build(name).to(device)
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    image = torch.rand(1, 1, size, size, size, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(device, torch.bfloat16):
+        kept = network(image)  # noqa: F841  a storage that is freed could be counted twice
+    return sum(storages.values())
+
+
+def training_step(name: str, size: int, device: str) -> float:
+    """Seconds of a step with AdamW: the median of three after one to warm up."""
+    network = build(name).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    image = torch.rand(1, 1, size, size, size, device=device)
+    times = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            reconstruction, z_mu, _ = network(image)
+        loss = torch.nn.functional.l1_loss(reconstruction.float(), image) + 1e-8 * z_mu.float().square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def inference_peak(name: str, size: int, device: str) -> int:
+    """Bytes by which reconstructing one volume raises the peak, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.inference_peak", name, str(size), device]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_table(header: list[str], rows: Iterable[list[str]]) -> None:
+    """Print a Markdown table."""
+    for row in [header, ["---"] * len(header), *rows]:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    fire.Fire(tables)

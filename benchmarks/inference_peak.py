@@ -1,0 +1,44 @@
+"""By how many bytes the reconstruction of one volume raises the peak of this process, or of the GPU.
+
+python -m benchmarks.inference_peak "initial 2, [2,2]" 256 cpu
+"""
+
+from __future__ import annotations
+
+import resource
+
+import fire
+import torch
+
+from benchmarks.networks import build, total_factor
+
+
+def inference_peak(name: str, size: int, device: str = "cpu") -> int:
+    """
+    Reconstruct a cube in float32, without gradients.
+
+    Args:
+        name: of the network, see :py:mod:`benchmarks.networks`.
+        size: edge of the cube, voxels.
+        device: where to run.
+
+    Returns:
+        bytes above the peak of a process that has reconstructed a tiny volume.
+    """
+    network = build(name).eval().to(device)
+    with torch.no_grad():
+        network.reconstruct(torch.rand(1, 1, *[4 * total_factor(network)] * 3, device=device))  # loads the libraries
+        before = peak_bytes(device)
+        network.reconstruct(torch.rand(1, 1, size, size, size, device=device))
+    return peak_bytes(device) - before
+
+
+def peak_bytes(device: str) -> int:
+    """Peak of the process's memory, or of the GPU's."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    fire.Fire(inference_peak)

@@ -1,0 +1,46 @@
+"""The networks that the benchmarks compare: MONAI's AutoencoderKL, and this bundle's at the same width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
+
+from scripts.autoencoderkl import AutoencoderKL
+
+MONAI = "MONAI [2,2]"
+WIDTH: dict[str, Any] = {
+    "spatial_dims": 3,
+    "channels": (32, 64, 64),
+    "num_res_blocks": 1,
+    "attention_levels": (False, False, False),
+    "latent_channels": 3,
+    "norm_num_groups": 8,
+    "with_encoder_nonlocal_attn": False,
+    "with_decoder_nonlocal_attn": False,
+}
+FACTORS: dict[str, dict[str, Any]] = {
+    "[2,2]": {},
+    "[4,2]": {"downsample_factors": [4, 2]},
+    "[8,2]": {"downsample_factors": [8, 2]},
+    "[2,4]": {"downsample_factors": [2, 4]},
+    "initial 2 (conv), [4,2]": {"initial_downsample_factor": 2, "downsample_factors": [4, 2]},
+    "initial 2 (conv), [8,2]": {"initial_downsample_factor": 2, "downsample_factors": [8, 2]},
+    "initial 4 (conv), [4,2]": {"initial_downsample_factor": 4, "downsample_factors": [4, 2]},
+    "initial 2, [2,2]": {"initial_downsample_factor": 2, "initial_mode": "pixelshuffle"},
+    "initial 2, [4,2]": {"initial_downsample_factor": 2, "downsample_factors": [4, 2], "initial_mode": "pixelshuffle"},
+    "initial 4, [2,2]": {"initial_downsample_factor": 4, "initial_mode": "pixelshuffle"},
+    "initial 4, [4,2]": {"initial_downsample_factor": 4, "downsample_factors": [4, 2], "initial_mode": "pixelshuffle"},
+}
+
+
+def build(name: str) -> torch.nn.Module:
+    """Build a network by its name in the tables."""
+    torch.manual_seed(0)
+    return MonaiAutoencoderKL(**WIDTH) if name == MONAI else AutoencoderKL(**WIDTH, **FACTORS[name])
+
+
+def total_factor(network: torch.nn.Module) -> int:
+    """The total downsample factor along the first axis."""
+    return network.total_downsample_factor[0] if isinstance(network, AutoencoderKL) else 4
