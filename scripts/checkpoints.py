@@ -128,7 +128,8 @@ class TrainingResumer:
             raise ValueError(f"{self.path} is damaged ({error}); remove it to start again.") from error
         check_arguments(content["arguments"], self.network.arguments, self.path)
         self.network.load_state_dict(content["network"])
-        trainer.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # empty when the run so far had no scaler
+            trainer.scaler.load_state_dict(content["scaler"])
         for name, item in self.to_load.items():
             item.load_state_dict(content[name])
         for engine, name in ((trainer, "trainer"), (self.evaluator, "evaluator")):
