@@ -1,0 +1,28 @@
+"""What the factors promise to save, on a small volume."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cost import saved_activations
+from benchmarks.networks import FACTORS, MONAI, build
+
+
+@pytest.fixture(scope="module")
+def kept_by_monai() -> int:
+    return saved_activations(MONAI, 64, "cpu")
+
+
+@pytest.mark.parametrize(
+    "name, least_saving",
+    [("[2,2]", 0.45), ("initial 2, [2,2]", 0.94), ("initial 2, [4,2]", 0.94), ("initial 4, [2,2]", 0.985)],
+)
+def test_saved_activations_shrink_against_monai(kept_by_monai, name, least_saving):
+    assert 1 - saved_activations(name, 64, "cpu") / kept_by_monai > least_saving
+
+
+def test_benchmarked_networks_have_the_factors_of_their_names():
+    for name in FACTORS:
+        levels = [int(f) for f in name[name.index("[") + 1 : -1].split(",")]
+        initial = int(name.split()[1].rstrip(",")) if name.startswith("initial") else 1
+        assert build(name).total_downsample_factor == (initial * levels[0] * levels[1],) * 3
