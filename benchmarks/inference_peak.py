@@ -1,6 +1,6 @@
 """By how many bytes the reconstruction of one volume raises the peak of this process, or of the GPU.
 
-python -m benchmarks.inference_peak "initial 2, [2,2]" 256 cpu
+python -m benchmarks.inference_peak "'initial 2, [2,2]'" 256 cpu
 """
 
 from __future__ import annotations
