@@ -35,6 +35,15 @@ def _check_initial_mode(initial_mode: str) -> None:
         raise ValueError(f"`initial_mode` is {initial_mode!r}; it must be one of {', '.join(INITIAL_MODES)}.")
 
 
+def _run(blocks: nn.ModuleList, recompute: bool, x: torch.Tensor) -> torch.Tensor:
+    """Run blocks one after the other, and again in the backward pass if ``recompute``, to keep their input alone."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(_run, blocks, False, x, use_reentrant=False)
+    for block in blocks:
+        x = block(x)
+    return x
+
+
 class Encoder(monai_autoencoderkl.Encoder):
     """
     MONAI's AutoencoderKL ``Encoder`` with a free factor for each transition and for the first convolution.
@@ -71,12 +80,35 @@ class Encoder(monai_autoencoderkl.Encoder):
         super().__init__(spatial_dims, in_channels, channels, *args, **kwargs)
         use_lean_blocks(self.blocks)
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, monai_autoencoderkl.AEKLDownsample)]
+        self.level_starts = [0, *(place + 1 for place in places)]
+        self.checkpoint_levels = [False] * len(channels)
         for place, factor, width in zip(places, factors, channels):
             if any(f != 2 for f in factor):
                 self.blocks[place] = Downsample(spatial_dims, width, stride=factor)
         if any(f > 1 for f in initial):
             first = Downsample if initial_mode == "conv" else SubpixelDownsample
             self.blocks[0] = first(spatial_dims, in_channels, channels[0], initial)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: image, ``BxCxHxWxD`` (2D: ``BxCxHxW``).
+
+        Returns:
+            features of ``out_channels`` channels on the latent's grid.
+        """
+        if torch.jit.is_scripting():
+            for block in self.blocks:
+                x = block(x)
+            return x
+        return self._by_levels(x)
+
+    @torch.jit.unused
+    def _by_levels(self, x: torch.Tensor) -> torch.Tensor:
+        ends = [*self.level_starts[1:], len(self.blocks)]
+        for start, end, recompute in zip(self.level_starts, ends, self.checkpoint_levels):
+            x = _run(self.blocks[start:end], recompute, x)
+        return x
 
 
 class Decoder(monai_autoencoderkl.Decoder):
@@ -121,6 +153,8 @@ class Decoder(monai_autoencoderkl.Decoder):
         use_lean_blocks(self.blocks)
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, MonaiUpsample)]
         self.last_level = places[-1] + 1 if places else 1
+        self.level_starts = [0, *places]
+        self.checkpoint_levels = [False] * len(channels)  # in the encoder's order
         self.refine: SubpixelDownsample | None = None
         if refines_image:
             width = channels[1] if len(channels) > 1 else channels[0]
@@ -148,11 +182,28 @@ class Decoder(monai_autoencoderkl.Decoder):
         Returns:
             image of ``out_channels`` channels.
         """
-        for i, block in enumerate(self.blocks):
-            if i == self.last_level and image is not None and self.refine is not None:
-                x = x + self.refine(image)
-            x = block(x)
-        return x
+        if torch.jit.is_scripting():
+            for i, block in enumerate(self.blocks):
+                if i == self.last_level and image is not None and self.refine is not None:
+                    x = x + self.refine(image)
+                x = block(x)
+            return x
+        return self._by_levels(x, image)
+
+    @torch.jit.unused
+    def _by_levels(self, x: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+        *flags, last_flag = reversed(self.checkpoint_levels)
+        for start, end, recompute in zip(self.level_starts, self.level_starts[1:], flags):
+            x = _run(self.blocks[start:end], recompute, x)
+        if last_flag and torch.is_grad_enabled():
+            return checkpoint(self._finest_level, x, image, use_reentrant=False)
+        return self._finest_level(x, image)
+
+    def _finest_level(self, x: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+        x = _run(self.blocks[self.level_starts[-1] : self.last_level], False, x)
+        if image is not None and self.refine is not None:
+            x = x + self.refine(image)
+        return _run(self.blocks[self.last_level :], False, x)
 
 
 class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
@@ -174,7 +225,8 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         with_encoder_nonlocal_attn: attention block at the end of the encoder. It needs memory that grows with the
             square of the latent's number of voxels, unless ``use_flash_attention`` is set.
         with_decoder_nonlocal_attn: attention block at the start of the decoder, ditto.
-        use_checkpoint: recompute activations in the backward pass instead of keeping them.
+        use_checkpoint: recompute activations in the backward pass instead of keeping them; one answer for all levels of
+            encoder and decoder, or one per level.
         use_convtranspose: transposed convolutions (kernel = stride = factor) between the decoder's levels.
         include_fc: final linear layer in attention blocks.
         use_combined_linear: one linear layer for query, key and value.
@@ -206,7 +258,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         norm_eps: float = 1e-6,
         with_encoder_nonlocal_attn: bool = True,
         with_decoder_nonlocal_attn: bool = True,
-        use_checkpoint: bool = False,
+        use_checkpoint: Sequence[bool] | bool = False,
         use_convtranspose: bool = False,
         include_fc: bool = True,
         use_combined_linear: bool = False,
@@ -221,7 +273,15 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             raise ValueError(f"`spatial_dims` is {spatial_dims!r}; it must be 1, 2 or 3.")
         if isinstance(num_res_blocks, int):
             num_res_blocks = (num_res_blocks,) * len(channels)
-        self._check_levels(channels, norm_num_groups, attention_levels=attention_levels, num_res_blocks=num_res_blocks)
+        if isinstance(use_checkpoint, bool):
+            use_checkpoint = (use_checkpoint,) * len(channels)
+        self._check_levels(
+            channels,
+            norm_num_groups,
+            attention_levels=attention_levels,
+            num_res_blocks=num_res_blocks,
+            use_checkpoint=use_checkpoint,
+        )
         factors = per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
         initial = per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
         _check_initial_mode(initial_mode)
@@ -250,7 +310,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         self.initial_downsample_factor = initial
         self.total_downsample_factor = tuple(math.prod(f) for f in zip(initial, *factors))
         self.latent_channels = latent_channels
-        self.use_checkpoint = use_checkpoint
+        self.use_checkpoint = any(use_checkpoint)
 
         shared: dict[str, Any] = {
             "spatial_dims": spatial_dims,
@@ -282,12 +342,17 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             refines_image=linear_shortcut,
             **shared,
         )
+        self.encoder.checkpoint_levels = self.decoder.checkpoint_levels = list(use_checkpoint)
         self.quant_conv_mu = self._latent_conv(spatial_dims, latent_channels)
         self.quant_conv_log_sigma = self._latent_conv(spatial_dims, latent_channels)
         self.post_quant_conv = self._latent_conv(spatial_dims, latent_channels)
         self.shortcut: LinearShortcut | None = None
         if linear_shortcut:
-            self.shortcut = LinearShortcut(in_channels, latent_channels, out_channels, self.total_downsample_factor)
+            if in_channels != out_channels:
+                raise ValueError(
+                    f"`linear_shortcut` needs as many `out_channels` as `in_channels`, not {out_channels} and {in_channels}."
+                )
+            self.shortcut = LinearShortcut(in_channels, latent_channels, self.total_downsample_factor)
             self._start_as_shortcut()
 
     @staticmethod
@@ -372,10 +437,12 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             ValueError: when a spatial size is not divisible by the total factor.
         """
         self._check_divisible(x.shape[2:])
-        z_mu, z_sigma = super().encode(x)
+        h = self.encoder(x)
+        z_mu = self.quant_conv_mu(h)
+        z_log_var = torch.clamp(self.quant_conv_log_sigma(h), -30.0, 20.0)
         if self.shortcut is not None:
             z_mu = z_mu + self.shortcut.encode(x)
-        return z_mu, z_sigma
+        return z_mu, torch.exp(z_log_var / 2)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """
@@ -388,12 +455,9 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             image of shape ``BxCxHxWxD`` (2D: ``BxCxHxW``).
         """
         if self.shortcut is None:
-            return super().decode(z)
+            return self.decoder(self.post_quant_conv(z))
         linear = self.shortcut.decode(z)
-        z = self.post_quant_conv(z)
-        if self.use_checkpoint:
-            return linear + checkpoint(self.decoder, z, linear, use_reentrant=False)
-        return linear + self.decoder(z, linear)
+        return linear + self.decoder(self.post_quant_conv(z), linear)
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """

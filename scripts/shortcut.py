@@ -1,47 +1,101 @@
-"""The linear shortcut: a linear code beside the network, which starts as a block-wise cosine transform."""
+"""The linear shortcut: a linear code beside the network, which starts as a cosine transform or is fitted to the data."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import ignite.distributed as idist
 import torch
 import torch.nn as nn
-from monai.networks.layers.factories import Conv
+import torch.nn.functional as F
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.utils.enums import CommonKeys as Keys
 
-__all__ = ["LinearShortcut", "dct_basis"]
+from scripts.resampling import depth_to_space, space_to_depth
+
+__all__ = ["LinearShortcut", "ShortcutFitter"]
+
+MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
+INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 voxels an edge, with 32 coefficients
+BLOCKS_PER_BATCH = 512
+MAX_BATCHES = 64  # that a code is fitted to
+logger = logging.getLogger(__name__)
 
 
-def dct_basis(factors: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def lowest_frequencies(factors: Sequence[int], count: int) -> list[tuple[int, ...]]:
     """
-    The lowest frequencies of the orthonormal discrete cosine transform (DCT-II) of one block.
+    Indices of the lowest frequencies of the discrete cosine transform (DCT-II) of one block.
 
     Args:
         factors: size of the block along each axis.
-        count: how many basis functions, at most ``prod(factors)``.
+        count: how many; there are at most ``prod(factors)``.
 
     Returns:
-        the functions, ``count`` times ``factors``, and the frequency of each (the norm of its index per axis).
+        one index per axis for each, by the sum of their squares.
     """
-    indices = sorted(itertools.product(*(range(f) for f in factors)), key=lambda k: (sum(i * i for i in k), k))[:count]
-    functions = []
-    for index in indices:
-        function = torch.ones((), dtype=torch.float64)
-        for k, f in zip(index, factors):
-            wave = torch.cos(math.pi * k * (torch.arange(f, dtype=torch.float64) + 0.5) / f)
-            function = function[..., None] * wave / wave.norm()
-        functions.append(function)
-    frequencies = torch.tensor([math.sqrt(sum(i * i for i in k)) for k in indices], dtype=torch.float64)
-    return torch.stack(functions), frequencies
+    return sorted(itertools.product(*(range(f) for f in factors)), key=lambda k: (sum(i * i for i in k), k))[:count]
 
 
-def _expected_deviation(frequencies: torch.Tensor) -> torch.Tensor:
+def _wave(frequency: int, size: int) -> torch.Tensor:
+    """Cosine with a root mean square of 1."""
+    wave = torch.cos(math.pi * frequency * (torch.arange(size, dtype=torch.float64) + 0.5) / size)
+    return wave / wave.square().mean().sqrt()
+
+
+def _expected_deviation(index: Sequence[int]) -> float:
     """
-    Amplitude that each DCT frequency has in blocks of medical volumes in [0, 1], as a standard deviation: a block's mean
+    Amplitude that a DCT frequency has in blocks of medical volumes in [0, 1], as a standard deviation: a block's mean
     varies by about 0.3, and the rest falls with frequency as 1/f^1.5. Read off the MNI152 T1 template, blocks of 4 to 16.
     """
-    return torch.where(frequencies == 0, 0.3, 0.04 * frequencies.clamp(min=1) ** -1.5)
+    frequency = math.sqrt(sum(i * i for i in index))
+    return 0.3 if frequency == 0 else 0.04 * frequency**-1.5
+
+
+class BlockTransform(nn.Module):
+    """
+    A convolution with kernel = stride = ``factors`` and its transposed twin, written as products of matrices: their kernels
+    are as large as blocks, which libraries for convolutions are not made for.
+
+    Args:
+        in_channels: number of input channels.
+        count: number of coefficients of a block.
+        factors: size of a block along each axis.
+    """
+
+    def __init__(self, in_channels: int, count: int, factors: Sequence[int]) -> None:
+        super().__init__()
+        self.factors = list(factors)
+        self.voxels = math.prod(factors)
+        self.analysis = nn.Parameter(torch.zeros(count, in_channels, *factors))
+        self.synthesis = nn.Parameter(torch.zeros(count, in_channels, *factors))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """``BxCxHxWxD`` to coefficients on the grid of blocks."""
+        return _per_voxel(space_to_depth(x, self.factors), self.analysis.flatten(1) / self.voxels)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Coefficients to ``BxCxHxWxD``."""
+        return depth_to_space(_per_voxel(z, self.synthesis.flatten(1).t()), self.factors)
+
+    @torch.no_grad()
+    def start_as(self, functions: torch.Tensor) -> None:
+        """Set both to orthogonal functions, ``count`` or fewer times ``in_channels`` times ``factors``; the rest is zero."""
+        for weight in (self.analysis, self.synthesis):
+            weight.zero_()
+            weight[: len(functions)] = functions
+
+
+def _per_voxel(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Multiply the channels of each voxel by ``matrix``."""
+    weight = matrix.reshape(list(matrix.shape) + [1] * (x.dim() - 2))
+    if x.dim() == 3:
+        return F.conv1d(x, weight)
+    return F.conv2d(x, weight) if x.dim() == 4 else F.conv3d(x, weight)
 
 
 class LinearShortcut(nn.Module):
@@ -49,53 +103,143 @@ class LinearShortcut(nn.Module):
     A linear code beside the network: residual autoencoding (Deep Compression Autoencoder,
     https://arxiv.org/abs/2410.10733) from the image straight to the latent and back.
 
-    Both convolutions have kernel = stride = ``factors``. They start as the lowest frequencies of the block's DCT and are
-    trained with the network. ``scale`` divides the latent and multiplies it again, so that the latent of a volume in [0, 1]
-    has about unit variance while all weights are about 1: otherwise an optimizer that moves every weight by the same
+    It starts as the lowest frequencies of the block's DCT, or is fitted to data (:py:meth:`fit`), and is trained with the
+    network. ``scale`` divides the latent and multiplies it again, so that the latent of a volume in [0, 1] has about unit
+    variance while all functions have a root mean square of 1: otherwise an optimizer that moves every weight by the same
     step, as Adam does, would distort the loudest channel (a block's mean) most. With more than one image channel the latent
     channels are dealt out to them in turn.
+
+    A code of more than 10 million weights is factorised: a transform of small blocks, then one of their coefficients.
 
     Args:
         in_channels: number of image channels.
         latent_channels: number of latent channels.
-        out_channels: number of channels of the reconstruction.
         factors: total downsample factor along each axis.
     """
 
-    def __init__(self, in_channels: int, latent_channels: int, out_channels: int, factors: Sequence[int]) -> None:
+    def __init__(self, in_channels: int, latent_channels: int, factors: Sequence[int]) -> None:
         super().__init__()
-        dims, kernel = len(factors), tuple(factors)
-        self.voxels = math.prod(factors)
-        self.to_latent = Conv[Conv.CONV, dims](in_channels, latent_channels, kernel, stride=kernel)
-        self.to_image = Conv[Conv.CONVTRANS, dims](latent_channels, out_channels, kernel, stride=kernel)
-        self.register_buffer("scale", torch.ones(1, latent_channels, *[1] * dims))
+        inner = tuple(1 for _ in factors)
+        if 2 * in_channels * latent_channels * math.prod(factors) > MAX_PARAMETERS:
+            inner = tuple(math.gcd(f, INNER_SIZE) for f in factors)
+        outer = tuple(f // i for f, i in zip(factors, inner))
+        inner_indices = lowest_frequencies(inner, INNER_COUNT)
+        self.inner: BlockTransform | None = None
+        if math.prod(inner) > 1:
+            self.inner = BlockTransform(in_channels, in_channels * len(inner_indices), inner)
+            self.inner.start_as(
+                _waves_per_channel(inner_indices, [(0,) * len(inner)], inner, (1,) * len(inner), in_channels)
+            )
+        self.outer = BlockTransform(in_channels * len(inner_indices), latent_channels, outer)
+        indices = lowest_frequencies(factors, -(-latent_channels // in_channels))
+        functions = _waves_per_channel(indices, inner_indices, outer, inner, in_channels)[:latent_channels]
+        self.outer.start_as(functions)
+        self.register_buffer("scale", torch.ones(1, latent_channels, *[1] * len(factors)))
         self.scale: torch.Tensor
-        self._start_as_dct(factors)
-
-    @torch.no_grad()
-    def _start_as_dct(self, factors: Sequence[int]) -> None:
-        latent_channels, in_channels = self.to_latent.weight.shape[:2]
-        out_channels = self.to_image.weight.shape[1]
-        for parameter in self.parameters():
-            parameter.zero_()
-        basis, frequencies = dct_basis(factors, min(self.voxels, -(-latent_channels // in_channels)))
-        waves = basis * math.sqrt(self.voxels)  # a root mean square of 1
-        scales = _expected_deviation(frequencies)
-        for z in range(min(latent_channels, len(basis) * in_channels)):
-            frequency, channel = divmod(z, in_channels)
-            self.scale[0, z] = scales[frequency]
-            self.to_latent.weight[z, channel] = waves[frequency]
-            if channel < out_channels:
-                self.to_image.weight[z, channel] = waves[frequency]
+        for z in range(len(functions)):
+            self.scale[0, z] = _expected_deviation(indices[z // in_channels])
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Image ``BxCxHxWxD`` to its linear latent."""
-        return self.to_latent(x) / (self.voxels * self.scale)
+        if self.inner is not None:
+            x = self.inner.encode(x)
+        return self.outer.encode(x) / self.scale
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent to its linear image ``BxCxHxWxD``."""
-        return self.to_image(z * self.scale)
+        x = self.outer.decode(z * self.scale)
+        if self.inner is not None:
+            x = self.inner.decode(x)
+        return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Image to linear reconstruction."""
         return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def fit(self, images: Iterable[torch.Tensor]) -> int:
+        """
+        Set the code to the principal components of blocks, the best linear code for them. They are not centred: the first
+        component is close to a block's mean.
+
+        Args:
+            images: ``BxCxHxWxD`` each, sizes divisible by the factors.
+
+        Returns:
+            number of blocks.
+        """
+        found: list[torch.Tensor] = []
+        for image in images:
+            x = image.to(self.scale.device, torch.float32)
+            x = space_to_depth(x if self.inner is None else self.inner.encode(x), self.outer.factors)
+            blocks = x.flatten(2).transpose(1, 2).flatten(0, 1)
+            found.append(blocks[torch.randperm(len(blocks), device=blocks.device)[:BLOCKS_PER_BATCH]])
+        blocks = torch.cat(found)
+        count = min(len(self.outer.analysis), *blocks.shape)
+        _, singular, components = torch.svd_lowrank(blocks, q=min(count + 16, *blocks.shape), niter=4)
+        functions = components.t()[:count] * math.sqrt(self.outer.voxels)
+        self.outer.start_as(functions.reshape(count, *self.outer.analysis.shape[1:]))
+        deviation = singular[:count] / math.sqrt(len(blocks) * self.outer.voxels)
+        self.scale.fill_(1.0)
+        self.scale[0, :count] = deviation.clamp(min=1e-4).reshape(-1, *self.scale.shape[2:])
+        return len(blocks)
+
+
+def _waves_per_channel(
+    indices: Sequence[Sequence[int]],
+    inner_indices: Sequence[Sequence[int]],
+    outer: Sequence[int],
+    inner: Sequence[int],
+    channels: int,
+) -> torch.Tensor:
+    """
+    The cosine waves of blocks of ``outer * inner`` voxels as functions of the coefficients that ``inner_indices`` name of
+    the smaller blocks, for each channel by itself.
+
+    Returns:
+        ``(len(indices) * channels) x (len(inner_indices) * channels)`` times ``outer``; the channel changes fastest.
+    """
+    functions = torch.ones(len(indices), len(inner_indices), *[1] * len(outer), dtype=torch.float64)
+    for axis, (f, g) in enumerate(zip(outer, inner)):
+        small = torch.stack([_wave(k[axis], g) for k in inner_indices])
+        large = torch.stack([_wave(k[axis], f * g) for k in indices]).reshape(-1, f, g)
+        along = torch.einsum("kpn,jn->kjp", large, small) / g
+        shape = [1] * len(outer)
+        shape[axis] = f
+        functions = functions * along.reshape(len(indices), len(inner_indices), *shape)
+    per_channel = torch.einsum("kj...,ab->kajb...", functions, torch.eye(channels, dtype=torch.float64))
+    return per_channel.flatten(2, 3).flatten(0, 1)
+
+
+class ShortcutFitter:
+    """
+    Handler that fits a network's linear shortcut to the training data before the first step of a new run, see
+    :py:meth:`LinearShortcut.fit`. Without a shortcut, and in a run that is resumed, it does nothing.
+
+    Args:
+        network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer, behind the handler that resumes."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        shortcut = self.network.shortcut
+        if shortcut is None or engine.state.iteration > 0:
+            return
+        loader: Any = engine.state.dataloader
+        batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), MAX_BATCHES)
+        number = shortcut.fit(self._image(batch) for batch in batches)
+        for tensor in shortcut.state_dict().values():
+            if idist.get_world_size() > 1:
+                idist.broadcast(tensor, src=0)
+        logger.info(f"linear shortcut: {len(shortcut.outer.analysis)} principal components of {number} blocks")
+
+    @staticmethod
+    def _image(batch: Any) -> torch.Tensor:
+        image = batch[Keys.IMAGE]
+        return image.as_tensor() if isinstance(image, MetaTensor) else image

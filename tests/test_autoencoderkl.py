@@ -313,6 +313,38 @@ def test_shortcut_starts_as_the_lowest_frequencies_of_the_dct():
         assert abs(linear[block] - idctn(kept, norm="ortho")).max() < 1e-5
 
 
+def test_large_code_is_factorised_and_starts_as_nearly_the_same_waves():
+    from scripts.shortcut import LinearShortcut
+
+    code = LinearShortcut(1, 256, (32, 32, 32))
+    assert code.inner is not None
+    assert sum(p.numel() for p in code.parameters()) <= 10_000_000
+    assert sum(p.numel() for p in LinearShortcut(1, 256, (64, 64, 64)).parameters()) <= 10_000_000
+    torch.manual_seed(0)
+    latent = torch.randn(1, 256, 2, 2, 2)
+    with torch.no_grad():
+        again = code.encode(code.decode(latent))
+        image = code.decode(latent)
+        assert (code(image) - image).std() < 0.05 * image.std()
+    assert (again - latent).std() < 0.05
+
+
+@pytest.mark.parametrize("factors", [(4, 4, 4), (4, 4, 2)])
+def test_fitted_code_is_the_best_linear_one(factors):
+    from scripts.shortcut import LinearShortcut
+
+    torch.manual_seed(0)
+    code = LinearShortcut(1, 6, factors)
+    mixing = torch.randn(6, *factors)  # blocks of six dimensions: six coefficients hold all of them
+    weights = torch.randn(6, 512)
+    blocks = torch.einsum("khwd,kn->nhwd", mixing, weights)
+    image = torch.cat(list(blocks.split(1)), dim=1)[None]  # along one axis
+    before = (code(image) - image).square().mean()
+    assert code.fit([image]) == 512
+    assert (code(image) - image).square().mean() < 1e-6 < before
+    assert torch.allclose(code.encode(image).square().mean(dim=(0, 2, 3, 4)), torch.ones(6), atol=1e-3)
+
+
 def test_network_starts_as_a_small_correction_of_the_shortcut():
     network = shortcut_network()
     image = image_for(network, 4)

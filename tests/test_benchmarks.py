@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import saved_activations
 from benchmarks.networks import FACTORS, MONAI, build
+from scripts.metrics import grid_energy
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +29,21 @@ def test_benchmarked_networks_have_the_factors_of_their_names():
         levels = [int(f) for f in name[name.index("[") + 1 : -1].split(",")]
         initial = int(name.split()[1].rstrip(",")) if name.startswith("initial") else 1
         assert build(name).total_downsample_factor == (initial * levels[0] * levels[1],) * 3
+
+
+def test_block_dct_keeps_what_a_volume_has_most_of():
+    x = torch.arange(32) + 0.5
+    wave = 0.5 + 0.4 * torch.cos(torch.pi * 3 * x / 8)  # two of a block's 512 coefficients
+    image = wave.expand(1, 1, 20, 24, 32)
+    assert torch.allclose(block_dct_reconstruction(image, [8, 8, 8], 2), image, atol=1e-5)
+    assert (block_dct_reconstruction(image, [8, 8, 8], 1) - 0.5).abs().max() < 1e-5  # the mean is the stronger one
+
+
+def test_grid_energy_sees_blocks_and_checkerboards_and_nothing_in_noise():
+    torch.manual_seed(0)
+    noise = torch.rand(1, 1, 65, 65, 65)
+    blocks = noise[..., ::8, ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+    checkerboard = noise + 0.3 * (torch.arange(65) % 4 == 0)
+    assert grid_energy(noise, [8, 8, 8]) < 0.05
+    assert grid_energy(blocks + 0.1 * torch.rand_like(blocks), [8, 8, 8]) > 1
+    assert grid_energy(checkerboard, [8, 8, 8]) > 0.15

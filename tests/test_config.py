@@ -51,13 +51,32 @@ def test_no_property_of_monai_is_missing(files, workflow_type, volumes, tmp_path
     assert flow.check_properties() == []
 
 
+def test_8x_is_the_default():
+    networks = []
+    for files in (["train.json"], ["train.json", "presets/8x.json"]):
+        parser = ConfigParser()
+        parser.read_config([CONFIGS / file for file in files])
+        networks.append(parser.get_parsed_content("network_def").arguments)
+    assert networks[0] == networks[1]
+
+
 @pytest.mark.parametrize("preset", sorted(p.name for p in (CONFIGS / "presets").glob("*.json")))
 @pytest.mark.parametrize("base", ["train.json", "inference.json"])
 def test_presets_build(preset, base):
     parser = ConfigParser()
     parser.read_config([CONFIGS / base, CONFIGS / "presets" / preset])
     network = parser.get_parsed_content("network_def")
-    assert preset.startswith(f"{network.total_downsample_factor[0]}x")
+    assert {
+        "4x.json": (4, 4, 4),
+        "8x.json": (8, 8, 8),
+        "16x.json": (16, 16, 16),
+        "16x_lean.json": (16, 16, 16),
+        "32x.json": (32, 32, 32),
+        "64x.json": (64, 64, 64),
+        "thick_slices.json": (8, 8, 2),
+    }[preset] == network.total_downsample_factor
+    if network.shortcut is not None:
+        assert sum(p.numel() for p in network.shortcut.parameters()) <= 10_000_000
 
 
 @pytest.mark.parametrize(

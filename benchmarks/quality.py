@@ -1,0 +1,192 @@
+"""How good the reconstructions are after equal training time from scratch, on volumes that training never saw.
+
+    python -m benchmarks.quality train --network 8x --data sample --minutes 20
+    python -m benchmarks.quality tables
+
+`train` takes a preset's name or `MONAI` and leaves a row, the weights and a picture per volume in eval/quality; `tables`
+prints the rows that are there in Markdown, beside what needs no training: the block-wise cosine transform with as many
+numbers, and trilinear shrinking. Training time is the processor time of the training process over the number of its threads,
+so that whatever else runs on the machine takes nothing away; on a GPU it is the time on the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+from monai.metrics import PSNRMetric, SSIMMetric
+from monai.utils import set_determinism
+
+from benchmarks.block_dct import block_dct_reconstruction
+from benchmarks.cost import print_table
+from scripts.inferer import autocast_dtype
+from scripts.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
+from scripts.picture import draw_reconstruction
+
+RESULTS = Path("eval/quality")
+MONAI = "MONAI"
+LEVELS = {"channels": [32, 64, 128], "num_res_blocks": 1, "norm_num_groups": 1, "attention_levels": [False] * 3}
+MONAI_NETWORK = {
+    "_target_": "monai.networks.nets.AutoencoderKL",
+    "spatial_dims": 3,
+    "latent_channels": 3,
+    "with_encoder_nonlocal_attn": False,
+    "with_decoder_nonlocal_attn": False,
+    **LEVELS,
+}
+PATCHES = {"sample": [64, 64, 64], "clinical": [96, 96, 32]}  # about as many voxels; the clinical volumes have few slices
+
+
+def train(network: str, data: str = "sample", minutes: float = 20.0, device: str = "cpu") -> None:
+    """
+    Train from scratch and evaluate.
+
+    Args:
+        network: name of a preset, or ``MONAI``.
+        data: ``sample`` or ``clinical``, folders below ``data``.
+        minutes: of training.
+        device: where to run.
+    """
+    parser = ConfigParser()
+    parser.read_config("configs/train.json")
+    if network != MONAI:
+        parser.update(ConfigParser.load_config_file(f"configs/presets/{network}.json"))
+    parser.update(
+        {
+            "dataset_dir": f"data/{data}",
+            "patch_size": PATCHES[data],
+            "device": device,
+            "channels_last": device == "cpu",
+            "epochs": 10**6,
+            "num_workers": 0,
+            "train#handlers": [],
+        }
+    )
+    if network == MONAI:
+        parser["network_def"] = MONAI_NETWORK
+    elif parser["linear_shortcut"]:
+        parser["train#handlers"] = [{"_target_": "scripts.shortcut.ShortcutFitter", "network": "@network"}]
+    parser.parse()
+    set_determinism(seed=parser.get_parsed_content("seed"))
+    trainer = parser.get_parsed_content("train#trainer")
+    Budget(60 * minutes, device).attach(trainer)
+    trainer.run()
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    trained = parser.get_parsed_content("network").eval()
+    torch.save(trained.state_dict(), RESULTS / f"{data}-{network}.pt")
+    factors = list(getattr(trained, "total_downsample_factor", (4, 4, 4)))
+    latent_channels = parser.get_parsed_content("network_def#latent_channels")
+    row = {
+        "network": network,
+        "data": data,
+        "minutes": minutes,
+        "steps": trainer.state.iteration,
+        "factors": factors,
+        "latent_channels": latent_channels,
+        "volumes": {},
+    }
+    for item in parser.get_parsed_content("validate#dataset"):
+        name = Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz")
+        spacing = tuple(float(s) for s in item["image"].pixdim)
+        image = item["image"].as_tensor()[None]
+        with torch.no_grad(), torch.autocast(device, autocast_dtype(parser["amp_dtype"])):
+            reconstruction = reconstruct(trained, image.to(device), factors).float().clamp(0, 1).cpu()
+        row["volumes"][name] = measure(reconstruction, image, factors, latent_channels)
+        figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], spacing)
+        figure.savefig(RESULTS / f"{data}-{network}-{name}.png", dpi=100)
+    (RESULTS / f"{data}-{network}.json").write_text(json.dumps(row, indent=2))
+    print(json.dumps(row), flush=True)
+
+
+class Budget:
+    """Ends a training after so many seconds; the learning rate warms up and falls to zero along a cosine meanwhile."""
+
+    WARM_UP = 0.02  # of the time
+
+    def __init__(self, seconds: float, device: str) -> None:
+        self.seconds = seconds
+        self.threads = torch.get_num_threads()
+        self.on_cpu = device == "cpu"
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer."""
+        self.start = self.now()
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def now(self) -> float:
+        """Seconds since an arbitrary moment."""
+        return time.process_time() / self.threads if self.on_cpu else time.perf_counter()
+
+    def __call__(self, engine: Any) -> None:
+        if engine.state.iteration == 1:
+            self.rate = engine.optimizer.param_groups[0]["lr"]
+        spent = (self.now() - self.start) / self.seconds
+        if spent >= 1:
+            engine.terminate()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, spent / self.WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(spent, 1.0)))
+        if engine.state.iteration % 100 == 0:
+            print(f"{spent:.1%} of the time, {engine.state.iteration} steps", flush=True)
+
+
+def reconstruct(network: Any, image: torch.Tensor, factors: list[int]) -> torch.Tensor:
+    """Reconstruct a volume of any size, with MONAI's network too, which takes multiples of its factor."""
+    shape = image.shape[2:]
+    pad = [side for n, f in zip(reversed(shape), reversed(factors)) for side in (0, -n % f)]
+    padded = torch.nn.functional.pad(image, pad, mode="replicate")
+    return network.reconstruct(padded)[..., : shape[0], : shape[1], : shape[2]]
+
+
+def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int], latent_channels: int) -> dict[str, float]:
+    """All numbers of one volume, both tensors ``1x1xHxWxD`` in [0, 1]."""
+    psnr = PSNRMetric(max_val=1.0)
+    dct = block_dct_reconstruction(image, factors, latent_channels)
+    return {
+        "psnr": float(psnr(reconstruction, image)),
+        "foreground_psnr": float(ForegroundPSNRMetric(max_val=1.0)(reconstruction, image)),
+        "ssim": float(SSIMMetric(spatial_dims=3)(reconstruction, image)),
+        "dct_psnr": float(psnr(dct, image)),
+        "trilinear_psnr": float(psnr(trilinear_reconstruction(image, factors), image)),
+        "grid": grid_energy(reconstruction, factors),
+        "image_grid": grid_energy(image, factors),
+        "dct_grid": grid_energy(dct, factors),
+    }
+
+
+def tables() -> None:
+    """Print the rows that are there."""
+    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    volumes = sorted({(row["data"], name) for row in rows for name in row["volumes"]}, reverse=True)
+    for data, name in volumes:
+        print(f"\n`{name}`, trained on `data/{data}`:\n")
+        header = ["network", "minutes", "steps", "voxels per number", "PSNR", "foreground", "SSIM", "block DCT", "trilinear"]
+        cells = [table_row(row, row["volumes"][name]) for row in rows if name in row["volumes"] and row["data"] == data]
+        print_table([*header, "grid: image, ours, DCT"], cells)
+
+
+def table_row(row: dict[str, Any], volume: dict[str, float]) -> list[str]:
+    """The cells of one network and volume."""
+    return [
+        row["network"],
+        f"{row['minutes']:g}",
+        str(row["steps"]),
+        f"{math.prod(row['factors']) / row['latent_channels']:.0f}",
+        f"**{volume['psnr']:.2f} dB**",
+        f"{volume['foreground_psnr']:.2f} dB",
+        f"{volume['ssim']:.3f}",
+        f"{volume['dct_psnr']:.2f} dB",
+        f"{volume['trilinear_psnr']:.2f} dB",
+        f"{volume['image_grid']:.3f}, {volume['grid']:.3f}, {volume['dct_grid']:.3f}",
+    ]
+
+
+if __name__ == "__main__":
+    fire.Fire({"train": train, "tables": tables})
