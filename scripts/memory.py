@@ -207,7 +207,8 @@ class _TrainingStep:
                 optimizer.zero_grad(set_to_none=True)
 
     def run(self, image: torch.Tensor, tracker: _AllocationTracker, saved: SavedTensors) -> None:
-        output = torch.empty_like(image, dtype=self.amp_dtype)  # the reconstruction of the step before is still there
+        # the trainer's output, image and reconstruction, stays until the next step has made its own
+        output = [torch.empty_like(image), torch.empty_like(image, dtype=self.amp_dtype)]
         with saved:
             tracker.phase = "forward"
             with _autocast(self.amp_dtype):
@@ -221,11 +222,11 @@ class _TrainingStep:
         loss.backward()
         tracker.phase = "optimizer"
         self._update(0)
-        output = reconstruction.detach()
+        output = [image, reconstruction.detach()]
         if self.discriminator is not None:
             tracker.phase = "discriminator"
             self.discriminator.requires_grad_(True)
-            (self._opinion(output) + self._opinion(image)).backward()
+            sum(self._opinion(item) for item in output).backward()  # type: ignore[union-attr]
             self._update(1)
 
     def _opinion(self, image: torch.Tensor) -> torch.Tensor:
