@@ -139,8 +139,9 @@ def _refuse(unexpected: Sequence[Any]) -> None:
 
 def _what_would_fit(spatial_size: Any, memory_gb: float, device: str, overrides: dict[str, Any]) -> str:
     """Why nothing was found, with what would fit instead."""
-    leanest, changes = planning.leanest(spatial_size, memory_gb, device, **overrides)
-    return f"nothing fits: the leanest configuration\n{tables.verdict(leanest.estimate, memory_gb, changes)}"
+    least, changes = planning.leanest(spatial_size, memory_gb, device, **overrides)
+    factors = {key: least.overlay[key] for key in planning.FACTOR_KEYS}
+    return f"nothing fits, not even {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"
 
 
 def _as_dict(estimate: planning.Estimate) -> dict[str, Any]:

@@ -47,6 +47,7 @@ CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB: CUDA's context and libraries; the pr
 FRAGMENTATION = 0.08  # of the peak: what an allocator holds and cannot use
 MAX_INITIAL, LAST_RESORT_INITIAL = 4, 8
 MAX_LATENT_CHANNELS = 256
+FACTOR_KEYS = ("initial_downsample_factor", "downsample_factors", "latent_channels")
 logger = logging.getLogger(__name__)
 
 
@@ -427,8 +428,7 @@ def recommend_downsample_factors(
         found: list[Recommendation] = []
         for candidate in ranked:
             if max(candidate.initial) <= limit and len(found) < count:
-                channels = _latent_channels(candidate.totals, plan.network.arguments["in_channels"], voxels_per_latent)
-                recommendation = _recommendation(candidate, plan, channels, device, overrides)
+                recommendation = _recommendation(candidate, plan, voxels_per_latent, device, overrides)
                 if memory_gb is None or recommendation.estimate.fits(memory_gb):
                     found.append(recommendation)
         if found:
@@ -437,17 +437,21 @@ def recommend_downsample_factors(
 
 
 def leanest(
-    spatial_size: Any, memory_gb: float, device: str = "cuda", **overrides: Any
+    spatial_size: int | Sequence[int], memory_gb: float, device: str = "cuda", **overrides: Any
 ) -> tuple[Recommendation, list[Change]]:
     """
-    For a request that nothing fits: the configuration that needs least, and :py:func:`what_would_fit` for it.
+    For a request that nothing fits: of the configurations with an initial factor of 4 or more the one that needs least, and
+    :py:func:`what_would_fit` for it.
 
     The arguments are those of :py:func:`recommend_downsample_factors`.
     """
-    everything = recommend_downsample_factors(spatial_size, count=100, device=device, **overrides)
-    least = min(everything, key=lambda item: max(item.estimate.training_bytes, item.estimate.inference_bytes))
-    plan = read_plan(**overrides, **{key: value for key, value in least.overlay.items() if key not in overrides})
-    return least, what_would_fit(plan, least.padded_size, least.padded_size, memory_gb, device)
+    plan = read_plan(**overrides)
+    ranked = candidates(_size("spatial_size", spatial_size, plan.network), None, len(plan.network.downsample_factors), 1)
+    lean = [_recommendation(c, plan, None, device, overrides) for c in ranked if max(c.initial) >= MAX_INITIAL]
+    least = min(lean, key=lambda item: max(item.estimate.training_bytes, item.estimate.inference_bytes))
+    factors = {key: least.overlay[key] for key in FACTOR_KEYS}
+    size = least.padded_size
+    return least, what_would_fit(plan.with_network(**factors), size, size, memory_gb, device)
 
 
 def write_overlay(recommendation: Recommendation, path: str | Path) -> None:
@@ -491,9 +495,10 @@ def _short(factor: tuple[int, ...]) -> int | list[int]:
 
 
 def _recommendation(
-    candidate: Candidate, plan: Plan, latent_channels: int, device: str, overrides: dict[str, Any]
+    candidate: Candidate, plan: Plan, voxels_per_latent: float | None, device: str, overrides: dict[str, Any]
 ) -> Recommendation:
-    factors = {
+    latent_channels = _latent_channels(candidate.totals, plan.network.arguments["in_channels"], voxels_per_latent)
+    factors: dict[str, Any] = {
         "initial_downsample_factor": _short(candidate.initial),
         "downsample_factors": [_short(level) for level in candidate.levels],
         "latent_channels": latent_channels,
