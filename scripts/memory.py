@@ -64,7 +64,7 @@ class TrainingCost:
     Cost of one training step, after the first one. All but ``flops`` are bytes.
 
     Args:
-        parameters: of the network, its buffers, and the discriminator's.
+        parameters: of the network, its buffers, their average, and the discriminator's.
         gradients: of all trained parameters.
         optimizer_state: of all optimizers.
         saved_activations: what forward pass and loss keep for the backward pass, parameters apart.
@@ -110,6 +110,7 @@ def training_cost(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     accumulates: bool = False,
     discriminator: nn.Module | None = None,
+    averaged: bool = False,
 ) -> TrainingCost:
     """
     Cost of a step of :py:class:`scripts.trainer.AutoencoderTrainer`. Nothing is computed or allocated.
@@ -125,13 +126,14 @@ def training_cost(
         optimizer: makes the optimizer from parameters.
         accumulates: gradients of an earlier batch are there while the batch runs (gradient accumulation).
         discriminator: adversarial training with MONAI's ``PatchDiscriminator`` or one with its interface.
+        averaged: an average of the weights lies beside them.
     """
     _check_device(device)
     with _fake_tensors():
         network = _fake_copy(network)
         judge = None if discriminator is None else _fake_copy(discriminator)
         step = _TrainingStep(network, judge, loss, optimizer, device, amp_dtype)
-        step.prepare(accumulates)
+        step.prepare(accumulates, averaged)
         image = _image(network, batch_size, spatial_size)
         levels, saved = _Levels(network, spatial_size), SavedTensors(step.parameters)
         flops = FlopCounterMode(display=False)
@@ -197,8 +199,9 @@ class _TrainingStep:
             if group.get("foreach", True) is None:  # PyTorch's choice, which it does not see on a fake device
                 group["foreach"] = device == "cuda" and not group.get("fused")
 
-    def prepare(self, accumulates: bool) -> None:
-        """Let the optimizers make their state, as the first step does."""
+    def prepare(self, accumulates: bool, averaged: bool) -> None:
+        """Let the optimizers make their state, as the first step does, and copy the weights for their average."""
+        self.average = [torch.empty_like(tensor) for tensor in self.network.state_dict().values()] if averaged else []
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         for optimizer in self.optimizers:
@@ -220,14 +223,15 @@ class _TrainingStep:
                 loss = loss + self._opinion(reconstruction)
         tracker.phase = "backward"
         loss.backward()
-        tracker.phase = "optimizer"
-        self._update(0)
-        output = [image, reconstruction.detach()]
         if self.discriminator is not None:
             tracker.phase = "discriminator"
             self.discriminator.requires_grad_(True)
-            sum(self._opinion(item) for item in output).backward()  # type: ignore[union-attr]
-            self._update(1)
+            (self._opinion(image) + self._opinion(reconstruction.detach())).backward()
+        tracker.phase = "optimizer"
+        del output
+        for module, optimizer in zip(self.modules, self.optimizers):
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
 
     def _opinion(self, image: torch.Tensor) -> torch.Tensor:
         """A squared error of the discriminator's last map."""
@@ -235,17 +239,13 @@ class _TrainingStep:
             maps = self.discriminator(image)  # type: ignore[misc]
         return maps[-1].float().square().mean()
 
-    def _update(self, i: int) -> None:
-        nn.utils.clip_grad_norm_(self.modules[i].parameters(), 1.0)
-        self.optimizers[i].step()
-
     def tensors(self) -> list[Any]:
         """Everything that is alive when the step starts."""
         gradients = [p.grad for p in self.parameters]
-        return [[m.state_dict() for m in self.modules], gradients, [dict(o.state) for o in self.optimizers]]
+        return [self.average, [m.state_dict() for m in self.modules], gradients, [dict(o.state) for o in self.optimizers]]
 
     def nbytes_of_modules(self) -> int:
-        return sum(_nbytes(module.state_dict()) for module in self.modules)
+        return _nbytes(self.average) + sum(_nbytes(module.state_dict()) for module in self.modules)
 
     def nbytes_of_optimizers(self) -> int:
         return sum(_nbytes(dict(optimizer.state)) for optimizer in self.optimizers)
@@ -396,7 +396,7 @@ def _autocast(dtype: torch.dtype | None) -> torch.autocast:
 
 def _fake_tensors() -> Any:
     """Fake tensors, which PyTorch keeps private: whoever is inside makes them instead of real ones."""
-    return FakeTensorMode()
+    return FakeTensorMode(allow_non_fake_inputs=True)  # a loss may hold tensors of its own
 
 
 def _fake_copy(module: nn.Module) -> nn.Module:

@@ -66,6 +66,7 @@ class Plan:
         loss: of reconstruction and image.
         optimizer: makes the optimizer from parameters.
         discriminator: on the ``meta`` device, where adversarial training is on.
+        averaged: whether an average of the weights is kept.
     """
 
     build: Callable[..., AutoencoderKL]
@@ -77,11 +78,13 @@ class Plan:
     loss: Any = torch.nn.functional.l1_loss
     optimizer: Any = torch.optim.AdamW
     discriminator: torch.nn.Module | None = None
+    averaged: bool = False
 
     def with_network(self, **arguments: Any) -> Plan:
         """The same plan with other arguments of the network."""
+        build = partial(self.build, **arguments)
         with torch.device("meta"):
-            return replace(self, network=self.build(**arguments))
+            return replace(self, build=build, network=build())
 
 
 @dataclass(frozen=True)
@@ -258,15 +261,32 @@ def _training_settings(parser: ConfigParser, network: AutoencoderKL) -> dict[str
     adversarial = float(parser.get_parsed_content("adv_weight")) > 0 if "adv_weight" in parser else False
     with torch.device("meta"):
         discriminator = parser.get_parsed_content("discriminator_def") if adversarial else None
+    terms = parser.get_parsed_content("loss_terms") if "loss_terms" in parser else None
     steps = positive("gradient_accumulation_steps", parser.get_parsed_content("gradient_accumulation_steps"))
     return {
         "patch_size": _size("patch_size", parser.get_parsed_content("patch_size"), network),
         "batch_size": positive("batch_size", parser.get_parsed_content("batch_size")),
         "accumulates": steps > 1,
-        "loss": parser.get_parsed_content("loss"),
+        "loss": total_loss(parser.get_parsed_content("loss"), terms),
         "optimizer": parser.get_parsed_content("optimizer"),
         "discriminator": discriminator,
+        "averaged": "average" in parser,
     }
+
+
+def total_loss(loss: Any, terms: dict[str, Any] | None) -> Any:
+    """
+    The loss that is trained on.
+
+    Args:
+        loss: of reconstruction and image.
+        terms: what is added to it, by name: objects with a ``function`` of the same arguments and a ``weight``.
+    """
+    if not terms:
+        return loss
+    return lambda pred, target: sum(
+        (term.weight * term.function(pred, target) for term in terms.values()), start=loss(pred, target)
+    )
 
 
 def estimate_plan(
@@ -310,6 +330,7 @@ def _training_cost(plan: Plan, size: Sequence[int], device: str) -> TrainingCost
         optimizer=plan.optimizer,
         accumulates=plan.accumulates,
         discriminator=plan.discriminator,
+        averaged=plan.averaged,
     )
 
 
@@ -376,8 +397,9 @@ def _changes(plan: Plan, size: tuple[int, ...]) -> Iterator[tuple[str, Plan, tup
             patch = tuple(max(n // divisor // f, 1) * f for n, f in zip(size, factors))
             yield f"patch_size {list(patch)}", plan, patch
     initial = [min(2 * f, LAST_RESORT_INITIAL) for f in plan.network.initial_downsample_factor]
-    larger = plan.with_network(initial_downsample_factor=initial)
-    yield f"initial_downsample_factor {initial}", larger, padded_size(size, larger.network.total_downsample_factor)
+    if max(initial) > max(plan.network.initial_downsample_factor):
+        larger = plan.with_network(initial_downsample_factor=initial)
+        yield f"initial_downsample_factor {initial}", larger, padded_size(size, larger.network.total_downsample_factor)
 
 
 def recommend_downsample_factors(
@@ -424,15 +446,15 @@ def recommend_downsample_factors(
             positive(name, value)
     mm = _spacing(spacing, len(size))
     ranked = candidates(size, mm, len(plan.network.downsample_factors), target_latent_size)
-    for limit in (MAX_INITIAL, LAST_RESORT_INITIAL):
-        found: list[Recommendation] = []
-        for candidate in ranked:
-            if max(candidate.initial) <= limit and len(found) < count:
-                recommendation = _recommendation(candidate, plan, voxels_per_latent, device, overrides)
-                if memory_gb is None or recommendation.estimate.fits(memory_gb):
-                    found.append(recommendation)
-        if found:
+    usual = [candidate for candidate in ranked if max(candidate.initial) <= MAX_INITIAL]
+    last_resort = [candidate for candidate in ranked if max(candidate.initial) > MAX_INITIAL]
+    found: list[Recommendation] = []
+    for candidate in usual + last_resort:
+        if len(found) == count or (found and candidate in last_resort):
             break
+        recommendation = _recommendation(candidate, plan, voxels_per_latent, device, overrides)
+        if memory_gb is None or recommendation.estimate.fits(memory_gb):
+            found.append(recommendation)
     return found
 
 
@@ -525,6 +547,8 @@ def log_estimate(
     loss: Any,
     optimizer: torch.optim.Optimizer,
     device: torch.device | str,
+    loss_terms: dict[str, Any] | None = None,
+    **further: Any,
 ) -> None:
     """
     Log in one line what a training step will need, and warn when the device has less.
@@ -538,6 +562,8 @@ def log_estimate(
         loss: of reconstruction and image.
         optimizer: its kind and settings are used, not its state.
         device: where training will run.
+        loss_terms: what is added to the loss, see :py:func:`total_loss`.
+        further: arguments of :py:func:`scripts.memory.training_cost`, such as ``discriminator``.
     """
     device = torch.device(device)
     rules = "cpu" if device.type == "cpu" else "cuda"
@@ -550,17 +576,18 @@ def log_estimate(
             batch_size=batch_size,
             amp_dtype=None if amp_dtype is None else autocast_dtype(amp_dtype),
             device=rules,
-            loss=loss,
+            loss=total_loss(loss, loss_terms),
             optimizer=partial(type(optimizer), **settings),
             accumulates=accumulation_steps > 1,
+            **further,
         )
     except Exception as error:  # whatever private parts of PyTorch raise: a week of training is worth more than its forecast
         logger.warning(f"no estimate of the memory: {type(error).__name__}: {error}")
         return
     needed = _with_margin(cost, rules)
     logger.info(
-        f"estimate for one training step: {needed / GIB:.2f} GiB (peak {cost.peak / GIB:.2f}, of which saved activations "
-        f"{cost.saved_activations / GIB:.2f}, parameters {cost.parameters / GIB:.2f}), {cost.flops / 1e12:.3g} TFLOP"
+        f"estimate for one training step: {needed / GIB:.2f} GiB with margin, {cost.peak / GIB:.3g} GiB without, of which saved "
+        f"activations {cost.saved_activations / GIB:.3g}; {cost.flops / 1e12:.3g} TFLOP"
     )
     available = device_memory(device)
     if available is not None and needed > available:
