@@ -402,7 +402,9 @@ def _fake_tensors() -> Any:
 def _fake_copy(module: nn.Module) -> nn.Module:
     """A copy of ``module``, from whatever device, with fake parameters and buffers. Made inside ``_fake_tensors``."""
     memo: dict[int, Any] = {}
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    plain = (value for value in attributes if isinstance(value, torch.Tensor))  # attention blocks have one
+    for tensor in itertools.chain(module.parameters(), module.buffers(), plain):
         fake = torch.empty(tensor.shape, dtype=tensor.dtype)
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     return copy.deepcopy(module, memo)

@@ -586,8 +586,8 @@ def log_estimate(
         return
     needed = _with_margin(cost, rules)
     logger.info(
-        f"estimate for one training step: {needed / GIB:.2f} GiB with margin, {cost.peak / GIB:.3g} GiB without, of which saved "
-        f"activations {cost.saved_activations / GIB:.3g}; {cost.flops / 1e12:.3g} TFLOP"
+        f"estimate for one training step: {needed / GIB:.2f} GiB with margin, {cost.peak / GIB:.3g} GiB without, of which "
+        f"saved activations {cost.saved_activations / GIB:.3g} GiB; {cost.flops / 1e12:.3g} TFLOP"
     )
     available = device_memory(device)
     if available is not None and needed > available:

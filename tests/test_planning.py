@@ -31,11 +31,16 @@ def on_meta(name: str, **arguments) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name, batch_size, amp",
-    [(MONAI, 1, True), ("initial 2 (conv), [4,2]", 1, True), ("initial 2, [2,2]", 1, True), ("initial 2, [2,2]", 3, False)],
+    "name, batch_size, amp, arguments",
+    [
+        (MONAI, 1, True, {}),
+        ("initial 2 (conv), [4,2]", 1, True, {"use_checkpoint": True}),
+        ("initial 2, [2,2]", 1, True, {"attention_levels": (False, False, True), "use_flash_attention": True}),
+        ("initial 2, [2,2]", 3, False, {"linear_shortcut": True}),
+    ],
 )
-def test_saved_activations_are_those_of_a_real_step(name, batch_size, amp):
-    network = on_meta(name).to_empty(device="cpu")
+def test_saved_activations_are_those_of_a_real_step(name, batch_size, amp, arguments):
+    network = build_with(name, **arguments)
     amp_dtype = torch.bfloat16 if amp else None
     estimate = training_cost(network, (32,) * 3, batch_size=batch_size, amp_dtype=amp_dtype, device="cpu")
     assert estimate.saved_activations == pytest.approx(saved_in_a_step(network, (32,) * 3, batch_size, amp), rel=0.02)
@@ -105,6 +110,12 @@ def test_adversarial_training_costs_a_discriminator():
     assert adversarial.parameters >= plain.parameters + weights
     assert adversarial.gradients == plain.gradients + weights
     assert adversarial.saved_activations > plain.saved_activations
+
+
+def test_average_of_the_weights_is_counted():
+    plain, averaged = (training_cost(on_meta("initial 4, [2,2]"), (32,) * 3, averaged=a) for a in (False, True))
+    assert averaged.parameters == 2 * plain.parameters
+    assert averaged.peak >= plain.peak + plain.parameters
 
 
 def test_accumulated_gradients_are_there_during_the_step():
