@@ -18,6 +18,8 @@ test: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE)
+	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.planning_requests
 
 lint: .venv/installed
 	$(BIN)/ruff check .

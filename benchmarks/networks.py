@@ -37,8 +37,13 @@ FACTORS: dict[str, dict[str, Any]] = {
 
 def build(name: str) -> torch.nn.Module:
     """Build a network by its name in the tables."""
+    return build_with(name)
+
+
+def build_with(name: str, **arguments: Any) -> torch.nn.Module:
+    """Build a network by its name in the tables, with ``arguments`` that replace those of the table."""
     torch.manual_seed(0)
-    return MonaiAutoencoderKL(**WIDTH) if name == MONAI else AutoencoderKL(**WIDTH, **FACTORS[name])
+    return MonaiAutoencoderKL(**WIDTH | arguments) if name == MONAI else AutoencoderKL(**WIDTH | FACTORS[name] | arguments)
 
 
 def total_factor(network: torch.nn.Module) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
 
-__all__ = ["check_config"]
+__all__ = ["check_config", "check_parser"]
 
 NOT_CONFIGS = ("metadata.json",)
 FLAGS = {"true": True, "false": False}
@@ -20,20 +20,30 @@ logger = logging.getLogger(__name__)
 
 def check_config(bundle_root: str) -> None:
     """
-    Check the config that is being run. To be called from its ``initialize``.
+    Check the config that is being run, see :py:func:`check_parser`. To be called from its ``initialize``.
+
+    Args:
+        bundle_root: root of the bundle.
+    """
+    check_parser(_calling_parser(), bundle_root)
+
+
+def check_parser(parser: ConfigParser, bundle_root: str | Path) -> None:
+    """
+    Check a config.
 
     A top-level key that no config of the bundle has, and that nothing refers to, is refused: MONAI would add it in silence,
     and a typing error would train the default. A flag that arrives as text (``--resume false`` is the string ``"false"``,
     which is true) becomes the boolean that it says.
 
     Args:
+        parser: of the config, with its overrides.
         bundle_root: root of the bundle; the keys and the flags are those of its ``configs/*.json``.
 
     Raises:
         ValueError: for an unknown key, with the nearest one that exists, and for a flag that is neither true nor false.
     """
     defaults = _bundle_defaults(Path(bundle_root) / "configs")
-    parser = _calling_parser()
     _refuse_unknown_keys(parser, defaults)
     for key, default in defaults.items():
         if isinstance(default, bool) and key in parser:

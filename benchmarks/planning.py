@@ -1,0 +1,98 @@
+"""The planner's estimates against what real training steps on the CPU need, each in a process of its own.
+
+    python -m benchmarks.planning
+
+Prints the table of docs/planning.md in Markdown. It runs on Linux, where a process can tell what it holds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.networks import MONAI, build_with
+from scripts.memory import training_cost
+
+MIB = 2**20
+# glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network of :py:mod:`benchmarks.networks` with further arguments, and a training step of it."""
+
+    name: str
+    size: tuple[int, ...]
+    amp: bool = True
+    batch_size: int = 1
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> torch.nn.Module:
+        return build_with(self.name, **self.arguments)
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        return getattr(self.build(), "total_downsample_factor", (4, 4, 4))
+
+
+ATTENTION = {"attention_levels": (False, False, True), "use_flash_attention": True}
+SHORTCUT = {"linear_shortcut": True}
+THICK = {"initial_downsample_factor": [2, 2, 1], "downsample_factors": [[2, 2, 1], [2, 2, 2]]}
+ROWS = {
+    "MONAI's network": Row(MONAI, (80, 80, 80)),
+    "4x": Row("[2,2]", (80, 80, 80)),
+    "4x, without AMP": Row("[2,2]", (64, 64, 64), amp=False),
+    "4x, checkpointing": Row("[2,2]", (80, 80, 80), arguments={"use_checkpoint": True}),
+    "8x": Row("initial 2, [2,2]", (160, 160, 160)),
+    "8x, batch 3, without AMP": Row("initial 2, [2,2]", (96, 96, 96), amp=False, batch_size=3),
+    "8x, linear shortcut, batch 3": Row(
+        "initial 2, [2,2]", (112, 112, 112), batch_size=3, arguments={"linear_shortcut": True}
+    ),
+    "16x (conv)": Row("initial 2 (conv), [4,2]", (160, 160, 160)),
+    "16x, attention at the last level": Row(
+        "initial 2, [4,2]",
+        (160, 160, 160),
+        arguments={"attention_levels": (False, False, True), "use_flash_attention": True},
+    ),
+    "16x lean": Row("initial 4, [2,2]", (256, 256, 256)),
+    "32x (conv)": Row("initial 4 (conv), [4,2]", (256, 256, 256)),
+    "32x, without AMP": Row("initial 4, [4,2]", (256, 256, 256), amp=False),
+    "64x": Row("initial 4, [4,2]", (320, 320, 320), arguments={"initial_downsample_factor": 8}),
+    "thick slices": Row("initial 2, [2,2]", (192, 192, 64), arguments=THICK),
+    "thick slices (conv), without AMP": Row(
+        "initial 2 (conv), [4,2]", (160, 160, 48), amp=False, arguments={**THICK, "initial_mode": "conv"}
+    ),
+}
+
+
+def main() -> None:
+    """Print the table."""
+    header = ["", "size", "batch", "saved: estimated", "counted", "off by", "peak: estimated", "measured", "off by"]
+    print(f"| {' | '.join(header)} |\n| {' | '.join(['---'] * len(header))} |", flush=True)
+    for name, row in ROWS.items():
+        estimate = training_cost(
+            row.build(), row.size, batch_size=row.batch_size, amp_dtype=torch.bfloat16 if row.amp else None, device="cpu"
+        )
+        saved, peak = measure(name)
+        pairs = [(estimate.saved_activations, saved), (estimate.peak, peak)]
+        cells = [f"{a / MIB:.0f} MiB | {b / MIB:.0f} MiB | {a / b - 1:+.1%}" for a, b in pairs]
+        size = "x".join(str(n) for n in row.size)
+        print(f"| {name} | {size} | {row.batch_size} | {' | '.join(cells)} |", flush=True)
+
+
+def measure(name: str) -> tuple[int, int]:
+    """Bytes saved and growth of the peak, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.planning_step", repr(name)]  # fire reads literals
+    process = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+    saved, peak = process.stdout.split()[-2:]
+    return int(saved), int(peak)
+
+
+if __name__ == "__main__":
+    main()

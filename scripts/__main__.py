@@ -1,0 +1,179 @@
+"""The planner's command line.
+
+    python -m scripts estimate [--config_file configs/train.json] [--memory_gb 12] [--any_config_key value]
+    python -m scripts recommend --spatial_size "[256,256,64]" --spacing "[0.8,0.8,3]" --memory_gb 8 [--output my.json]
+    python -m scripts check
+
+Exit code 0; 1 when a check fails or nothing fits; 2 for a bad request, with one line on stderr that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import fire
+
+from scripts import planning, tables
+from scripts.check import check_all
+
+
+def estimate(
+    *unexpected: Any,
+    config_file: str | Sequence[str] = planning.TRAIN,
+    spatial_size: int | Sequence[int] | None = None,
+    volume_size: int | Sequence[int] | None = None,
+    memory_gb: float | None = None,
+    device: str = "cuda",
+    json: bool = False,
+    **overrides: Any,
+) -> None:
+    """
+    What a configuration needs in memory and operations, for a training step and for reconstructing a volume.
+
+    Args:
+        config_file: a config, or a list of a config and its overlays, as monai.bundle run takes them.
+        spatial_size: of the training patch, voxels; one number for a cube. Without it, the config's patch_size.
+        volume_size: of the volume that is reconstructed, voxels. Without it, spatial_size.
+        memory_gb: say whether it fits into so many GiB, and if not, what would.
+        device: cuda or cpu, whose rules are followed. No such device is needed.
+        json: print JSON.
+        overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
+    """
+    _refuse(unexpected)
+    plan = planning.read_plan(config_file, **overrides)
+    budget = None if memory_gb is None else planning.positive("memory_gb", memory_gb)
+    found = planning.estimate_plan(plan, spatial_size, volume_size, device)
+    fits = None if budget is None else found.fits(budget)
+    changes = []
+    if budget is not None and not fits:
+        changes = planning.what_would_fit(plan, found.spatial_size, found.volume_size, budget, device)
+    if json:
+        _print_json({**_as_dict(found), "fits": fits, "changes": [asdict(change) for change in changes]})
+        return
+    print(tables.estimate_table(found))
+    if budget is not None:
+        print("\n" + tables.verdict(found, budget, changes))
+
+
+def recommend(
+    *unexpected: Any,
+    spatial_size: int | Sequence[int] | None = None,
+    target_latent_size: int = 32,
+    memory_gb: float | None = None,
+    spacing: Sequence[float] | None = None,
+    voxels_per_latent: float | None = None,
+    count: int = 5,
+    output: str | None = None,
+    rank: int = 1,
+    device: str = "cuda",
+    json: bool = False,
+    **overrides: Any,
+) -> None:
+    """
+    The configurations that suit a volume and a GPU best.
+
+    Args:
+        spatial_size: of the volumes, voxels, in the order of the axes after orientation to RAS.
+        target_latent_size: wanted size of the latent along its longest axis.
+        memory_gb: GiB that training and reconstruction may need.
+        spacing: mm per voxel along each axis.
+        voxels_per_latent: wanted voxels for each number of the latent.
+        count: how many to list.
+        output: write an overlay that `monai.bundle run training` takes after train.json.
+        rank: which one to write, 1 for the first.
+        device: cuda or cpu, whose rules are followed. No such device is needed.
+        json: print JSON.
+        overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
+    """
+    _refuse(unexpected)
+    if spatial_size is None:
+        raise ValueError('recommend needs the size of the volumes, e.g. --spatial_size "[256,256,64]".')
+    found = planning.recommend_downsample_factors(
+        spatial_size,
+        target_latent_size,
+        memory_gb,
+        spacing=spacing,
+        voxels_per_latent=voxels_per_latent,
+        count=count,
+        device=device,
+        **overrides,
+    )
+    if json:
+        _print_json([{**asdict(item), "estimate": _as_dict(item.estimate)} for item in found])
+    elif found:
+        print(tables.recommendations_table(found))
+    if not found:
+        sys.exit(_what_would_fit(spatial_size, planning.positive("memory_gb", memory_gb), device, overrides))
+    if output is not None:
+        if rank not in range(1, len(found) + 1):
+            raise ValueError(f"`rank` is {rank!r}; it must be one of 1 to {len(found)}.")
+        planning.write_overlay(found[rank - 1], output)
+        print(f"{output}: --config_file \"['configs/train.json','{output}']\"", file=sys.stderr)
+
+
+def check(*unexpected: Any, json: bool = False, **unknown: Any) -> None:
+    """
+    Build every preset and every configuration that the documents name, run it forward and backward, encode and decode.
+
+    Args:
+        json: print JSON.
+    """
+    _refuse([*unexpected, *(f"--{key}" for key in unknown)])
+    results = check_all()
+    if json:
+        _print_json([asdict(result) for result in results])
+    else:
+        print(tables.checks_table(results))
+    if any(result.error is not None for result in results):
+        sys.exit(1)
+
+
+def _refuse(unexpected: Sequence[Any]) -> None:
+    if unexpected:
+        raise ValueError(f"unexpected argument: {unexpected[0]}.")
+
+
+def _what_would_fit(spatial_size: Any, memory_gb: float, device: str, overrides: dict[str, Any]) -> str:
+    """Why nothing was found, with what would fit instead."""
+    least, changes = planning.leanest(spatial_size, memory_gb, device, **overrides)
+    factors = {key: least.overlay[key] for key in planning.FACTOR_KEYS}
+    return f"nothing fits, not even {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"
+
+
+def _as_dict(estimate: planning.Estimate) -> dict[str, Any]:
+    return {
+        **asdict(estimate),
+        "training_bytes": estimate.training_bytes,
+        "inference_bytes": estimate.inference_bytes,
+    }
+
+
+def _print_json(content: Any) -> None:
+    print(jsonlib.dumps(content, indent=2))
+
+
+COMMANDS = {"estimate": estimate, "recommend": recommend, "check": check}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one command; see the module's docstring for the exit codes."""
+    first = arguments[0] if arguments else "--help"
+    if not first.startswith("-") and first not in COMMANDS:
+        sys.exit(_bad_request(f"there is no command {first!r}; it must be one of {', '.join(COMMANDS)}."))
+    try:
+        fire.Fire(COMMANDS, command=list(arguments), name="python -m scripts")
+    except (ValueError, OSError) as error:
+        sys.exit(_bad_request(str(error)))
+
+
+def _bad_request(message: str) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

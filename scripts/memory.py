@@ -1,0 +1,424 @@
+"""What a training step and a reconstruction cost in memory and operations, found by running them on fake tensors.
+
+The real network, loss and optimizer run under PyTorch's ``FakeTensorMode``: every operation takes place, in the order and
+the data types of the real one, but no tensor has numbers. So a volume of any size takes a second and no memory, and the
+result follows the code by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from scripts.losses import kl_divergence
+from scripts.workspace import workspace
+
+__all__ = ["InferenceCost", "LevelCost", "SavedTensors", "TrainingCost", "inference_cost", "training_cost"]
+
+ALLOCATION = {"cpu": 64, "cuda": 512}  # bytes that the allocators round up to
+# Operations that CUDA's autocast runs in float32 and the CPU's does not:
+# https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float32, and ATen/autocast_mode.h
+FLOAT32_ON_CUDA = """
+acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus layer_norm
+rms_norm group_norm norm cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss hinge_embedding_loss kl_div
+l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss
+multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp interpolate
+""".split()  # noqa: SIM905
+FLOAT32_RESULT_ON_CUDA = ("prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum", "vector_norm", "matrix_norm")
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LevelCost:
+    """
+    Bytes that the backward pass keeps of one level.
+
+    Args:
+        part: ``"encoder"``, ``"decoder"`` or ``"other"`` (latent, shortcut and loss).
+        spatial_shape: finest grid on which the level works, voxels; empty for ``"other"``.
+        saved: bytes.
+    """
+
+    part: str
+    spatial_shape: tuple[int, ...]
+    saved: int
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """
+    Cost of one training step, after the first one. All but ``flops`` are bytes.
+
+    Args:
+        parameters: of the network, its buffers, their average, and the discriminator's.
+        gradients: of all trained parameters.
+        optimizer_state: of all optimizers.
+        saved_activations: what forward pass and loss keep for the backward pass, parameters apart.
+        levels: the same per level, from the image to the latent and back.
+        peak: most that is alive at one time, everything included.
+        peak_phase: when that is: ``"forward"``, ``"loss"``, ``"backward"``, ``"discriminator"`` or ``"optimizer"``.
+        convolution: input and result of the largest convolution: libraries may need as much again to reorder them.
+        flops: operations of forward and backward pass, a multiplication and an addition counted as two.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    saved_activations: int
+    levels: tuple[LevelCost, ...]
+    peak: int
+    peak_phase: str
+    convolution: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class InferenceCost:
+    """
+    Cost of reconstructing volumes without gradients: ``parameters``, ``peak``, ``convolution`` in bytes, ``flops``. See
+    :py:class:`TrainingCost`.
+    """
+
+    parameters: int
+    peak: int
+    convolution: int
+    flops: int
+
+
+def training_cost(
+    network: nn.Module,
+    spatial_size: Sequence[int],
+    *,
+    batch_size: int = 1,
+    amp_dtype: torch.dtype | None = torch.bfloat16,
+    device: str = "cuda",
+    loss: Loss = F.l1_loss,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    accumulates: bool = False,
+    discriminator: nn.Module | None = None,
+    averaged: bool = False,
+) -> TrainingCost:
+    """
+    Cost of a step of :py:class:`scripts.trainer.AutoencoderTrainer`. Nothing is computed or allocated.
+
+    Args:
+        network: MONAI's ``AutoencoderKL`` or one with its interface (``encoder.blocks``, ``decoder.blocks``, ``forward``
+            returning the reconstruction, ``z_mu`` and ``z_sigma``). It is not changed, and may be on the ``meta`` device.
+        spatial_size: of the volume or patch, voxels.
+        batch_size: volumes per step.
+        amp_dtype: data type of mixed precision, None for none.
+        device: ``"cuda"`` or ``"cpu"``, whose casting rules, optimizer and allocator are followed. No such device is needed.
+        loss: of reconstruction and image, ``BxCxHxWxD`` in float32.
+        optimizer: makes the optimizer from parameters.
+        accumulates: gradients of an earlier batch are there while the batch runs (gradient accumulation).
+        discriminator: adversarial training with MONAI's ``PatchDiscriminator`` or one with its interface.
+        averaged: an average of the weights lies beside them.
+    """
+    _check_device(device)
+    with _fake_tensors():
+        network = _fake_copy(network)
+        judge = None if discriminator is None else _fake_copy(discriminator)
+        step = _TrainingStep(network, judge, loss, optimizer, device, amp_dtype)
+        step.prepare(accumulates, averaged)
+        image = _image(network, batch_size, spatial_size)
+        levels, saved = _Levels(network, spatial_size), SavedTensors(step.parameters)
+        flops = FlopCounterMode(display=False)
+        with flops, _AllocationTracker(device) as tracker, _casting_rules(device), levels.listening(saved):
+            tracker.track(step.tensors(), image)
+            step.run(image, tracker, saved)
+            gradients = sum(p.grad.nbytes for p in step.parameters if p.grad is not None)
+    return TrainingCost(
+        parameters=step.nbytes_of_modules(),
+        gradients=gradients,
+        optimizer_state=step.nbytes_of_optimizers(),
+        saved_activations=saved.nbytes,
+        levels=levels.costs(saved),
+        peak=tracker.peak,
+        peak_phase=tracker.peak_phase,
+        convolution=tracker.convolution,
+        flops=flops.get_total_flops(),
+    )
+
+
+def inference_cost(
+    network: nn.Module,
+    spatial_size: Sequence[int],
+    *,
+    batch_size: int = 1,
+    amp_dtype: torch.dtype | None = torch.bfloat16,
+    device: str = "cuda",
+) -> InferenceCost:
+    """
+    Cost of ``network.reconstruct`` of whole volumes without gradients, as :py:class:`scripts.inferer.ReconstructionInferer`
+    runs it. The arguments are those of :py:func:`training_cost`.
+    """
+    _check_device(device)
+    with _fake_tensors(), torch.no_grad():
+        network = _fake_copy(network).eval()
+        image = _image(network, batch_size, spatial_size)
+        flops = FlopCounterMode(display=False)
+        with flops, _AllocationTracker(device) as tracker, _casting_rules(device):
+            tracker.track(network.state_dict(), image)
+            with _autocast(amp_dtype):
+                reconstruction = network.reconstruct(image).float()  # type: ignore[operator]
+            del reconstruction
+    return InferenceCost(_nbytes(network.state_dict()), tracker.peak, tracker.convolution, flops.get_total_flops())
+
+
+class _TrainingStep:
+    """One step of :py:class:`scripts.trainer.AutoencoderTrainer`, as far as memory is concerned."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        discriminator: nn.Module | None,
+        loss: Loss,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        device: str,
+        amp_dtype: torch.dtype | None,
+    ) -> None:
+        self.network, self.discriminator, self.loss, self.amp_dtype = network.train(), discriminator, loss, amp_dtype
+        self.modules = [network] if discriminator is None else [network, discriminator]
+        self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        self.optimizers = [optimizer(module.parameters()) for module in self.modules]
+        for group in itertools.chain.from_iterable(o.param_groups for o in self.optimizers):
+            if group.get("foreach", True) is None:  # PyTorch's choice, which it does not see on a fake device
+                group["foreach"] = device == "cuda" and not group.get("fused")
+
+    def prepare(self, accumulates: bool, averaged: bool) -> None:
+        """Let the optimizers make their state, as the first step does, and copy the weights for their average."""
+        self.average = [torch.empty_like(tensor) for tensor in self.network.state_dict().values()] if averaged else []
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            if not accumulates:
+                optimizer.zero_grad(set_to_none=True)
+
+    def run(self, image: torch.Tensor, tracker: _AllocationTracker, saved: SavedTensors) -> None:
+        # the trainer's output, image and reconstruction, stays until the next step has made its own
+        output = [torch.empty_like(image), torch.empty_like(image, dtype=self.amp_dtype)]
+        with saved:
+            tracker.phase = "forward"
+            with _autocast(self.amp_dtype):
+                reconstruction, z_mu, z_sigma = self.network(image)
+            tracker.phase = "loss"
+            loss = self.loss(reconstruction.float(), image) + kl_divergence(z_mu, z_sigma)
+            if self.discriminator is not None:
+                self.discriminator.requires_grad_(False)
+                loss = loss + self._opinion(reconstruction)
+        tracker.phase = "backward"
+        loss.backward()
+        if self.discriminator is not None:
+            tracker.phase = "discriminator"
+            self.discriminator.requires_grad_(True)
+            (self._opinion(image) + self._opinion(reconstruction.detach())).backward()
+        tracker.phase = "optimizer"
+        del output
+        for module, optimizer in zip(self.modules, self.optimizers):
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+
+    def _opinion(self, image: torch.Tensor) -> torch.Tensor:
+        """A squared error of the discriminator's last map."""
+        with _autocast(self.amp_dtype):
+            maps = self.discriminator(image)  # type: ignore[misc]
+        return maps[-1].float().square().mean()
+
+    def tensors(self) -> list[Any]:
+        """Everything that is alive when the step starts."""
+        gradients = [p.grad for p in self.parameters]
+        return [self.average, [m.state_dict() for m in self.modules], gradients, [dict(o.state) for o in self.optimizers]]
+
+    def nbytes_of_modules(self) -> int:
+        return _nbytes(self.average) + sum(_nbytes(module.state_dict()) for module in self.modules)
+
+    def nbytes_of_optimizers(self) -> int:
+        return sum(_nbytes(dict(optimizer.state)) for optimizer in self.optimizers)
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """
+    Counts what a forward pass inside it keeps for the backward pass, on any device, fake or not.
+
+    ``places`` has the bytes of each place; whoever knows where the forward pass is sets ``place``. A storage counts once, at
+    the first place that keeps it.
+
+    Args:
+        apart: tensors that are not counted, such as parameters.
+    """
+
+    def __init__(self, apart: Sequence[torch.Tensor] = ()) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        self.place: Any = None
+        self.places: dict[Any, dict[int, int]] = {}
+        self.known = {tensor.untyped_storage()._cdata for tensor in apart}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all places."""
+        return sum(sum(storages.values()) for storages in self.places.values())
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.places.setdefault(self.place, {})[storage._cdata] = storage.nbytes()
+        return tensor
+
+
+class _Levels:
+    """
+    Attributes saved activations to the levels of encoder and decoder: blocks that follow each other and have the same finest
+    grid, that of their input or of their result.
+    """
+
+    def __init__(self, network: nn.Module, spatial_size: Sequence[int]) -> None:
+        self.network = network
+        self.image_size = tuple(spatial_size)
+        self.grids: dict[Any, tuple[int, ...]] = {}
+
+    @contextmanager
+    def listening(self, saved: SavedTensors) -> Iterator[None]:
+        handles = []
+        for part in ("encoder", "decoder"):
+            for i, block in enumerate(getattr(self.network, part).blocks):
+                handles.append(block.register_forward_pre_hook(lambda *_, place=(part, i): setattr(saved, "place", place)))
+                handles.append(
+                    block.register_forward_hook(lambda _, x, y, place=(part, i): self._leave(saved, place, x[0], y))
+                )
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def _leave(self, saved: SavedTensors, place: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+        saved.place = None
+        self.grids[place] = tuple(max(sizes) for sizes in zip(x.shape[2:], y.shape[2:]))
+
+    def costs(self, saved: SavedTensors) -> tuple[LevelCost, ...]:
+        costs = []
+        nbytes = {place: sum(storages.values()) for place, storages in saved.places.items()}
+        for (part, grid), places in itertools.groupby(self.grids, key=lambda place: (place[0], self.grids[place])):
+            costs.append(LevelCost(part, grid, sum(nbytes.pop(place, 0) for place in places)))
+        return (*costs, LevelCost("other", (), sum(nbytes.values())))
+
+
+class _AllocationTracker(TorchDispatchMode):
+    """
+    Follows the storages that come into being and go, as an allocator would.
+
+    ``peak`` is the most that was alive at one time, ``peak_phase`` the value of ``phase`` at that moment.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.alive: dict[int, weakref.ref] = {}
+        self.nbytes = self.peak = self.convolution = 0
+        self.phase = self.peak_phase = "forward"
+
+    def track(self, *tensors: Any) -> None:
+        """Count tensors that are there before the first operation."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        self._note(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        self._note(workspace(func, args, result, self.device))
+        if func is torch.ops.aten.convolution.default:
+            self.convolution = max(self.convolution, args[0].nbytes + result.nbytes)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.alive:
+            return
+        unit = ALLOCATION[self.device]
+        nbytes = -(-storage.nbytes() // unit) * unit
+
+        def free(_: Any) -> None:
+            del self.alive[key]
+            self.nbytes -= nbytes
+
+        self.alive[key] = weakref.ref(storage, free)
+        self.nbytes += nbytes
+
+    def _note(self, beside: int) -> None:
+        if self.nbytes + beside > self.peak:
+            self.peak, self.peak_phase = self.nbytes + beside, self.phase
+
+
+class _CudaCasting(TorchFunctionMode):
+    """What CUDA's autocast runs in float32, while the CPU's autocast does the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if not torch.is_autocast_enabled("cpu") or name not in (*FLOAT32_ON_CUDA, *FLOAT32_RESULT_ON_CUDA):
+            return func(*args, **kwargs)
+        if name in FLOAT32_ON_CUDA:
+            args, kwargs = tree_map_only(torch.Tensor, _to_float32, (args, kwargs))
+        elif args[0].dtype in (torch.bfloat16, torch.float16):
+            kwargs = {"dtype": torch.float32, **kwargs}
+        with _autocast(None):
+            return func(*args, **kwargs)
+
+
+def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _casting_rules(device: str) -> Any:
+    return _CudaCasting() if device == "cuda" else nullcontext()
+
+
+def _autocast(dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)  # fake tensors are the CPU's
+
+
+def _fake_tensors() -> Any:
+    """Fake tensors, which PyTorch keeps private: whoever is inside makes them instead of real ones."""
+    return FakeTensorMode(allow_non_fake_inputs=True)  # a loss may hold tensors of its own
+
+
+def _fake_copy(module: nn.Module) -> nn.Module:
+    """A copy of ``module``, from whatever device, with fake parameters and buffers. Made inside ``_fake_tensors``."""
+    memo: dict[int, Any] = {}
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    plain = (value for value in attributes if isinstance(value, torch.Tensor))  # attention blocks have one
+    for tensor in itertools.chain(module.parameters(), module.buffers(), plain):
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(module, memo)
+
+
+def _image(network: nn.Module, batch_size: int, spatial_size: Sequence[int]) -> torch.Tensor:
+    encoder: Any = network.encoder
+    return torch.empty(batch_size, encoder.in_channels, *spatial_size)
+
+
+def _nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tree_leaves(tensors) if isinstance(tensor, torch.Tensor))
+
+
+def _check_device(device: str) -> None:
+    if device not in ALLOCATION:
+        raise ValueError(f"`device` is {device!r}; it must be one of {', '.join(ALLOCATION)}.")
