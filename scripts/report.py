@@ -111,7 +111,7 @@ class BeforeAndAfter:
         engine.add_event_handler(Events.COMPLETED, self._report)
 
     def _validate_before(self, engine: Trainer) -> None:
-        if engine.state.epoch > 0:  # resumed
+        if engine.state.iteration > 0:  # resumed
             return
         self.validator.run()
         self.before = dict(self.validator.state.metrics)

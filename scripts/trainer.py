@@ -76,6 +76,11 @@ class AutoencoderTrainer(SupervisedTrainer):
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 
+    @property
+    def step_is_complete(self) -> bool:
+        """Whether the optimizer has used all gradients so far, so that none would be lost if the run stopped here."""
+        return self._accumulation_window()[1]
+
     def _accumulation_window(self) -> tuple[bool, bool]:
         """Whether this batch is the first and the last of its optimizer step. The last step of an epoch may be shorter."""
         position = (self.state.iteration - 1) % self.state.epoch_length

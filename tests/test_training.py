@@ -10,7 +10,7 @@ from monai.engines import SupervisedEvaluator
 from torch.utils.data import DataLoader
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.checkpoints import CHECKPOINT, WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir
+from scripts.checkpoints import WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
 from scripts.inferer import ReconstructionInferer
 from scripts.losses import kl_divergence
 from scripts.metrics import ForegroundPSNRMetric, trilinear_reconstruction
@@ -238,7 +238,7 @@ def test_folder_of_another_run_is_refused(tmp_path):
     claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
 
 
-def run_with_checkpoints(folder, network, epochs: int, resume: bool = False):
+def run_with_checkpoints(folder, network, epochs: int, resume: bool = False, num_images: int = 3, schedule=None):
     """Train ``epochs`` epochs with validation, a saver and a resumer, as train.json wires them."""
     from monai.handlers import PeakSignalToNoiseRatio, ValidationHandler, from_engine
 
@@ -254,7 +254,7 @@ def run_with_checkpoints(folder, network, epochs: int, resume: bool = False):
         additional_metrics={"trilinear_psnr": psnr_metric()},
     )
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    state = {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)}
+    state = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
     report = BeforeAndAfter(evaluator, picture="p.png", weights="model.pt")
     handlers = [
         TrainingResumer(str(folder), resume, network, state, evaluator),
@@ -262,7 +262,7 @@ def run_with_checkpoints(folder, network, epochs: int, resume: bool = False):
         report,
         TrainingSaver(str(folder), network, state, evaluator),
     ]
-    trainer = trainer_of(network, images(3), handlers=handlers, max_epochs=epochs)
+    trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs)
     trainer.optimizer = optimizer
     trainer.run()
     return trainer, evaluator, report
@@ -283,11 +283,11 @@ def test_resumed_training_goes_on_where_it_stopped(tmp_path):
 def test_resuming_a_finished_run_trains_no_further(tmp_path, caplog):
     network = small_network()
     run_with_checkpoints(tmp_path, network, epochs=2)
-    before = (tmp_path / CHECKPOINT).read_bytes()
+    before = find_checkpoints(tmp_path)[0].read_bytes()
     caplog.set_level("INFO")
     trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
     assert trainer.state.iteration == 6
-    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert find_checkpoints(tmp_path)[0].read_bytes() == before
     assert "all 2 epochs are done" in caplog.text and "validation PSNR at the end" in caplog.text
 
 
@@ -297,11 +297,74 @@ def test_resume_with_another_network_names_what_differs(tmp_path):
         run_with_checkpoints(tmp_path, small_network(latent_channels=5), epochs=2, resume=True)
 
 
-def test_damaged_checkpoint_is_named(tmp_path):
-    run_with_checkpoints(tmp_path, small_network(), epochs=1)
-    (tmp_path / CHECKPOINT).write_bytes(b"half a checkpoint")
-    with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
-        run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
+def test_last_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
+    """Of five epochs with three steps, validated after 2, 4 and 5, the best is the second."""
+    scores = {"psnr": iter([1.0, 30.0, 20.0, 10.0]), "trilinear_psnr": iter([0.0] * 4)}
+    monkeypatch.setattr("monai.handlers.PeakSignalToNoiseRatio.compute", lambda self: next(scores[self._name]))
+    run_with_checkpoints(tmp_path, small_network(), epochs=5)
+    assert [path.name for path in find_checkpoints(tmp_path)] == [
+        f"checkpoint_{iteration:08d}.pt" for iteration in (15, 12, 6)
+    ]
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def damage(path, how):
+    whole = bytearray(path.read_bytes())
+    if how == "flipped bit":
+        whole[whole.find(b"encoder") // 2 + len(whole) // 2] ^= 1
+    elif how == "payload":
+        torch.save({"network": RunsCode()}, path)
+        return
+    path.write_bytes({"truncated": whole[:-1000], "empty": b"", "zeros": bytes(len(whole))}.get(how, whole))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "zeros", "flipped bit", "payload"])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, how):
+    run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    newest, before = find_checkpoints(tmp_path)
+    damage(newest, how)
+    caplog.set_level("INFO")
+    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
+    assert trainer.state.epoch == 3
+    assert f"{newest} {'holds code (' if how == 'payload' else 'is damaged'}" in caplog.text
+    assert f"resumed {before} after iteration 3" in caplog.text
+
+
+def test_no_whole_checkpoint_is_an_error_and_loses_nothing(tmp_path):
+    run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    for path in find_checkpoints(tmp_path):
+        damage(path, "truncated")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints .* can be used; .*checkpoint_00000003.pt is damaged"):
+        run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_longer_run_stretches_the_schedule(tmp_path):
+    """The learning rate follows the new length, and not that of the checkpoint, where it would rise again."""
+    from monai.optimizers import WarmupCosineSchedule
+
+    def schedule_of(t_total):
+        return WarmupCosineSchedule(torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), warmup_steps=1, t_total=t_total)
+
+    first, second = schedule_of(6), schedule_of(12)
+    first.last_epoch = 4
+    run_with_checkpoints(tmp_path, small_network(), 2, schedule=first)
+    run_with_checkpoints(tmp_path, small_network(), 4, schedule=second, resume=True)
+    assert (second.t_total, second.last_epoch) == (12, 4)
+
+
+def test_other_number_of_batches_goes_on_at_an_epoch(tmp_path, caplog):
+    run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True, num_images=5)
+    assert "an epoch has 5 batches and had 3: going on after epoch 2" in caplog.text
+    assert (trainer.state.epoch, trainer.state.iteration) == (3, 15)
+
+
+def test_overwriting_removes_the_checkpoints_that_resuming_would_prefer(tmp_path):
+    run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
+    assert not find_checkpoints(tmp_path)
 
 
 def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_path, monkeypatch):

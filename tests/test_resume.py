@@ -1,0 +1,159 @@
+"""A run that is killed and goes on ends with the weights of one that was not, to the last bit; no fault costs more than the
+minutes since the last checkpoint. Every run is that of configs/train.json, in a forked process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+
+from scripts.checkpoints import find_checkpoints
+from tests.conftest import ROOT, save_volume
+
+EPOCH_LENGTH = 3
+KEYS = {
+    "channels": [4, 8, 8],
+    "latent_channels": 4,
+    "patch_size": [16, 16, 16],
+    "device": "cpu",
+    "num_workers": 2,
+    "epochs": 3,
+    "val_interval": 3,
+    "val_fraction": 0.25,
+    "ckpt_minutes": 0,  # at every step
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("volumes")
+    for i, shape in enumerate([(18, 20, 24), (21, 16, 19), (16, 20, 17), (23, 18, 16)]):
+        save_volume(folder / f"sub-{i}" / "T1w.nii.gz", shape, seed=i)
+    return folder
+
+
+def train(data: Path, output_dir: Path, prepare: Callable | None = None, **keys) -> int:
+    """Train in a forked process; returns its exit code. ``prepare`` is called there with the trainer."""
+
+    def child():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        sys.stdout = sys.stderr = output_dir.with_suffix(".log").open("a", buffering=1)
+        flow = ConfigWorkflow(
+            config_file=str(ROOT / "configs/train.json"),
+            meta_file=str(ROOT / "configs/metadata.json"),
+            logging_file=str(ROOT / "configs/logging.conf"),
+            workflow_type="train",
+            bundle_root=str(ROOT),
+            dataset_dir=str(data),
+            output_dir=str(output_dir),
+            run_id="training",
+            **{**KEYS, **keys},
+        )
+        flow.initialize()
+        if prepare is not None:
+            prepare(flow.trainer)
+        flow.run()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
+
+
+def log_of(output_dir: Path) -> str:
+    return output_dir.with_suffix(".log").read_text()
+
+
+def final_state(output_dir: Path) -> dict:
+    return torch.load(find_checkpoints(output_dir / "checkpoints")[0], weights_only=True)
+
+
+def kill_at(iteration: int) -> Callable:
+    """In the middle of a step: the forward pass is done, the weights have not moved."""
+
+    def prepare(trainer):
+        from monai.engines.utils import IterationEvents
+
+        at = IterationEvents.BACKWARD_COMPLETED
+        trainer.add_event_handler(at, lambda: trainer.state.iteration == iteration and os.kill(os.getpid(), signal.SIGKILL))
+
+    return prepare
+
+
+def kill_in_write(number: int, function: str) -> Callable:
+    """While the ``number``-th checkpoint is written: ``os.fsync`` before it is whole on disk, ``os.replace`` before it has
+    its name."""
+
+    def prepare(trainer):
+        original = getattr(os, function)
+        calls = []
+
+        def killing(*args):
+            is_checkpoint = any("checkpoint_" in path.name for path in Path(trainer.ckpt_dir_of_test).glob("*.unfinished"))
+            calls.extend([1] if is_checkpoint else [])
+            if len(calls) == number:
+                half = next(Path(trainer.ckpt_dir_of_test).glob("checkpoint_*.unfinished"))
+                os.truncate(half, half.stat().st_size // 2) if function == "fsync" else None
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        setattr(os, function, killing)
+
+    return prepare
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, at any depth."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> dict:
+    output_dir = tmp_path_factory.mktemp("uninterrupted") / "eval"
+    assert train(data, output_dir) == 0, log_of(output_dir)
+    return final_state(output_dir)
+
+
+def test_the_run_that_is_compared_with_learns_and_augments(uninterrupted, data, tmp_path):
+    """Otherwise equality would say nothing."""
+    assert uninterrupted["trainer"] == {"iteration": 9, "epoch": 3, "epoch_length": EPOCH_LENGTH}
+    assert train(data, tmp_path / "eval", seed=1) == 0
+    assert not same(final_state(tmp_path / "eval")["network"], uninterrupted["network"])
+
+
+KILLS = {
+    "within an epoch": kill_at(5),
+    "half a checkpoint": kill_in_write(4, "fsync"),
+    "checkpoint without its name": kill_in_write(6, "replace"),
+    "last checkpoint": kill_in_write(9, "fsync"),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_and_resumed_is_as_if_nothing_had_happened(moment, data, tmp_path, uninterrupted):
+    output_dir = tmp_path / "eval"
+
+    def prepare(trainer):
+        trainer.ckpt_dir_of_test = output_dir / "checkpoints"
+        KILLS[moment](trainer)
+
+    assert train(data, output_dir, prepare) == -signal.SIGKILL
+    assert train(data, output_dir, resume=True, num_workers=1) == 0, log_of(output_dir)
+    assert "checkpoints: resumed" in log_of(output_dir)
+    resumed = final_state(output_dir)
+    for part in ("network", "optimizer", "lr_scheduler", "evaluator", "trainer"):
+        assert same(resumed[part], uninterrupted[part]), part
