@@ -72,8 +72,8 @@ def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
 class TrainingSaver:
     """
     Handler that writes a checkpoint after every epoch, every few minutes within one, and when a signal ends the run; and
-    ``model.pt`` (with ``model.json``) whenever the evaluator's key metric is better than ever. It must come last in the
-    list, so that what the others do at the same moment is in the checkpoint.
+    ``model.pt`` (with ``model.json``) whenever the evaluator's key metric is better than ever. It must come after
+    all that change the state, so that what they do at the same moment is in the checkpoint.
 
     A checkpoint holds everything that :py:class:`TrainingResumer` needs for going on as if nothing had happened. It is
     written beside its place, flushed to the disk and renamed, and only then are old ones removed: a kill, a full disk or a
@@ -111,13 +111,13 @@ class TrainingSaver:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_if_due)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_checkpoint)
-        engine.add_event_handler(Events.TERMINATE, self.save_checkpoint)
+        engine.add_event_handler(Events.TERMINATE, self._save_unless_saved)
         self.evaluator.add_event_handler(Events.COMPLETED, lambda: self.save_best(engine))
 
-    def _start(self) -> None:
+    def _start(self, trainer: AutoencoderTrainer) -> None:
         self.ckpt_dir.mkdir(parents=True, exist_ok=True)
         self.saved_metric = _best(self.evaluator)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
 
     def save_best(self, trainer: AutoencoderTrainer) -> None:
         if trainer.state.iteration > 0 and _best(self.evaluator) not in (None, self.saved_metric):
@@ -128,6 +128,10 @@ class TrainingSaver:
         # not at an epoch's last iteration: the checkpoint after its validation follows
         due = time.monotonic() - self.saved_at > 60 * self.minutes
         if due and trainer.step_is_complete and trainer.state.iteration % trainer.state.epoch_length:
+            self.save_checkpoint(trainer)
+
+    def _save_unless_saved(self, trainer: AutoencoderTrainer) -> None:
+        if self.saved_iteration != trainer.state.iteration:
             self.save_checkpoint(trainer)
 
     def save_checkpoint(self, trainer: AutoencoderTrainer) -> None:
@@ -144,7 +148,7 @@ class TrainingSaver:
             **{name: item.state_dict() for name, item in self.to_save.items()},
         }
         write_atomically(serialise(content), self.ckpt_dir / f"checkpoint_{trainer.state.iteration:08d}.pt")
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
         self._prune(best=self.evaluator.state.best_metric_epoch * trainer.state.epoch_length)
 
     def _prune(self, best: int) -> None:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
-__all__ = ["kl_divergence"]
+__all__ = ["LossTerm", "kl_divergence"]
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A term of the loss: ``weight * function(reconstruction, image)``, both ``BxCxHxWxD`` in float32."""
+
+    weight: float
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def kl_divergence(z_mu: torch.Tensor, z_sigma: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,11 @@ minutes since the last checkpoint. Every run is that of configs/train.json, in a
 
 from __future__ import annotations
 
+import builtins
+import errno
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
+from monai.engines.utils import IterationEvents
 
 from scripts.checkpoints import find_checkpoints
 from tests.conftest import ROOT, save_volume
@@ -80,8 +84,6 @@ def kill_at(iteration: int) -> Callable:
     """In the middle of a step: the forward pass is done, the weights have not moved."""
 
     def prepare(trainer):
-        from monai.engines.utils import IterationEvents
-
         at = IterationEvents.BACKWARD_COMPLETED
         trainer.add_event_handler(at, lambda: trainer.state.iteration == iteration and os.kill(os.getpid(), signal.SIGKILL))
 
@@ -157,3 +159,55 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(moment, data, tmp_path
     resumed = final_state(output_dir)
     for part in ("network", "optimizer", "lr_scheduler", "evaluator", "trainer"):
         assert same(resumed[part], uninterrupted[part]), part
+
+
+# --- signals and faults ----------------------------------------------------------------------------------------------
+
+
+def at_iteration(iteration: int, action: Callable) -> Callable:
+    """Do something in the middle of a step."""
+
+    def prepare(trainer):
+        trainer.add_event_handler(
+            IterationEvents.FORWARD_COMPLETED, lambda: action() if trainer.state.iteration == iteration else None
+        )
+
+    return prepare
+
+
+@pytest.mark.parametrize("number, iteration", [(signal.SIGTERM, 5), (signal.SIGINT, 6)])
+def test_signal_finishes_the_step_saves_and_gives_its_exit_code(number, iteration, data, tmp_path, uninterrupted):
+    """Iteration 6 ends an epoch, which is finished as well."""
+    output_dir = tmp_path / "eval"
+    prepare = at_iteration(iteration, lambda: os.kill(os.getpid(), number))
+    assert train(data, output_dir, prepare, ckpt_minutes=60) == 128 + number, log_of(output_dir)
+    assert final_state(output_dir)["trainer"]["iteration"] == iteration
+    assert f"{number.name}: stopping after iteration {iteration}" in log_of(output_dir)
+    assert train(data, output_dir, resume=True) == 0
+    assert same(final_state(output_dir)["network"], uninterrupted["network"])
+
+
+def fill_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
+
+def make_read_only():
+    original = open
+
+    def refusing(path, mode="r", *args, **kwargs):
+        if "w" in mode and "checkpoint_" in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return original(path, mode, *args, **kwargs)
+
+    builtins.open = refusing
+
+
+@pytest.mark.parametrize("fault, words", [(fill_disk, "File too large"), (make_read_only, "Read-only file system")])
+def test_checkpoint_that_cannot_be_written_is_an_error_and_costs_no_other(fault, words, data, tmp_path):
+    output_dir = tmp_path / "eval"
+    assert train(data, output_dir, at_iteration(5, fault)) == 1
+    assert "checkpoint_00000005.pt could not be written" in log_of(output_dir)
+    assert words in log_of(output_dir) and "Make room, or choose a folder" in log_of(output_dir)
+    assert final_state(output_dir)["trainer"]["iteration"] == 4
+    assert not list(output_dir.rglob("*.unfinished"))
+    assert train(data, output_dir, resume=True, epochs=2) == 0

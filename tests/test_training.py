@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from torch.utils.data import DataLoader
 
@@ -51,6 +52,7 @@ def images(count: int) -> list[dict[str, torch.Tensor]]:
 def trainer_of(network, items, batch_size=1, handlers=(), optimizer=torch.optim.AdamW, lr=1e-3, **arguments):
     defaults = {
         "device": torch.device("cpu"),
+        "loss_function": torch.nn.L1Loss(),
         "max_epochs": 1,
         "kl_weight": 1e-4,
         "amp": False,
@@ -60,7 +62,6 @@ def trainer_of(network, items, batch_size=1, handlers=(), optimizer=torch.optim.
         train_data_loader=DataLoader(items, batch_size=batch_size),
         network=network,
         optimizer=optimizer(network.parameters(), lr=lr),
-        loss_function=torch.nn.L1Loss(),
         train_handlers=list(handlers),
         **{**defaults, **arguments},
     )
@@ -141,6 +142,51 @@ def test_mixed_precision_trains_on_the_cpu(amp_dtype):
 def test_unknown_amp_dtype_is_named():
     with pytest.raises(ValueError, match="amp_dtype.*int8"):
         trainer_of(small_network(), images(1), amp_dtype="int8")
+
+
+def poisoned(bad: set[int]):
+    """An L1 loss that is NaN at some calls, counted from 1."""
+    calls = iter(range(1, 1000))
+    return lambda pred, target: (pred - target).abs().mean() * (float("nan") if next(calls) in bad else 1.0)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_step_that_is_not_finite_is_left_out(accumulation_steps, caplog):
+    network = small_network()
+    items = [{**item, "file": f"{i}.nii"} for i, item in enumerate(images(4))]
+    weights = []
+
+    def remember(trainer):
+        weights.append(network.post_quant_conv.conv.weight.clone())
+
+    trainer = trainer_of(network, items, loss_function=poisoned({3}), accumulation_steps=accumulation_steps)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, remember)
+    trainer.run()
+    assert torch.equal(weights[1], weights[3 if accumulation_steps == 2 else 2])
+    assert torch.equal(weights[2], weights[3]) == (accumulation_steps == 2)
+    assert torch.isfinite(weights[3]).all() and trainer.nonfinite_steps == accumulation_steps - 1
+    assert "the loss of 2.nii is not finite" in caplog.text
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_name_the_file():
+    network = small_network()
+    items = [{**item, "file": f"{i}.nii"} for i, item in enumerate(images(8))]
+    trainer = trainer_of(network, items, loss_function=poisoned({2, 4, 5, 6}), max_nonfinite_steps=3)
+    with pytest.raises(
+        FloatingPointError, match=r"3 steps.*iteration 6.*5\.nii.*last finite losses were: loss 0\.\d+, recon"
+    ):
+        trainer.run()
+    assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
+def test_gradient_that_is_not_finite_counts_without_a_scaler():
+    """The loss can be finite where its gradient is not, as that of a root at zero."""
+
+    def rooted(pred, target):
+        return torch.sqrt((pred - pred).sum())
+
+    with pytest.raises(FloatingPointError, match="because of the gradient"):
+        trainer_of(small_network(), images(2), loss_function=rooted, max_nonfinite_steps=2).run()
 
 
 # --- weights and checkpoints -----------------------------------------------------------------------------------------
