@@ -3,6 +3,7 @@
 from . import (
     adversary,
     autoencoderkl,
+    averaging,
     checkpoints,
     checks,
     config,
@@ -23,6 +24,7 @@ from . import (
 __all__ = [
     "adversary",
     "autoencoderkl",
+    "averaging",
     "checkpoints",
     "checks",
     "config",

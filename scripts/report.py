@@ -15,10 +15,10 @@ from monai.utils.enums import CommonKeys as Keys
 from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.trainer import AutoencoderTrainer
 
 __all__ = ["BeforeAndAfter", "LogPerVolume", "TrainingProgress", "VolumeProgress", "log_factors"]
 
-LOSSES = (Keys.LOSS.value, "recon_loss", "kl_loss")
 logger = logging.getLogger(__name__)
 
 
@@ -53,8 +53,8 @@ class TrainingProgress:
     every epoch.
     """
 
-    def attach(self, engine: Trainer) -> None:
-        for name in LOSSES:
+    def attach(self, engine: AutoencoderTrainer) -> None:
+        for name in engine.loss_names:
             Average(output_transform=itemgetter(name)).attach(engine, name)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
         engine.add_event_handler(Events.STARTED, self._start)
@@ -62,20 +62,20 @@ class TrainingProgress:
         for event in (Events.COMPLETED, Events.TERMINATE, Events.EXCEPTION_RAISED):
             engine.add_event_handler(event, self._close)
 
-    def _start(self, engine: Trainer) -> None:
+    def _start(self, engine: AutoencoderTrainer) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
         self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", dynamic_ncols=True)
 
-    def _advance(self, engine: Trainer) -> None:
+    def _advance(self, engine: AutoencoderTrainer) -> None:
         if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait
-            losses = {name: f"{engine.state.output[name].item():.3g}" for name in LOSSES}
+            losses = {name: f"{engine.state.output[name].item():.3g}" for name in engine.loss_names}
             self.bar.set_postfix({"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}", **losses})
 
-    def _log(self, engine: Trainer) -> None:
-        losses = ", ".join(f"{name} {engine.state.metrics[name]:.4g}" for name in LOSSES)
+    def _log(self, engine: AutoencoderTrainer) -> None:
+        losses = ", ".join(f"{name} {engine.state.metrics[name]:.4g}" for name in engine.loss_names)
         logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}")
 
-    def _close(self, engine: Trainer, error: BaseException | None = None) -> None:
+    def _close(self, engine: AutoencoderTrainer, error: BaseException | None = None) -> None:
         self.bar.close()
         if error is not None:
             raise error  # ignite swallows an exception that has a handler

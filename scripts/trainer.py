@@ -64,10 +64,10 @@ class AutoencoderTrainer(SupervisedTrainer):
         max_nonfinite_steps: int = 10,
         **kwargs: Any,
     ) -> None:
+        self.loss_terms = loss_terms or {}  # before handlers are attached, which ask for `loss_names`
+        self.adversary = adversary
         super().__init__(decollate=False, **kwargs)  # handlers read scalars, no need to take batches apart
         self.kl_weight = kl_weight
-        self.loss_terms = loss_terms or {}
-        self.adversary = adversary
         self.max_grad_norm = max_grad_norm
         self.max_nonfinite_steps = max_nonfinite_steps
         self.autocast = {"device_type": self.state.device.type, "dtype": autocast_dtype(amp_dtype), "enabled": self.amp}

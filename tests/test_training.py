@@ -8,13 +8,18 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
+from monai.losses import JukeboxLoss
+from monai.networks.nets import PatchDiscriminator
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from scripts.adversary import Adversary
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.averaging import WeightAverage, moving_average
 from scripts.checkpoints import WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
 from scripts.inferer import ReconstructionInferer
-from scripts.losses import kl_divergence
-from scripts.metrics import ForegroundPSNRMetric, trilinear_reconstruction
+from scripts.losses import LossTerm, kl_divergence, perceptual_loss
+from scripts.metrics import ForegroundPSNRMetric, SharpnessMetric, trilinear_reconstruction
 from scripts.report import BeforeAndAfter
 from scripts.trainer import AutoencoderTrainer
 from scripts.weights import load_weights, save_weights, write_atomically
@@ -89,6 +94,121 @@ def test_loss_is_its_parts():
     output = trainer.state.output
     assert torch.isclose(output["loss"], output["recon_loss"] + 0.01 * output["kl_loss"])
     assert torch.isclose(output["recon_loss"], (output["pred"] - output["image"]).abs().mean())
+
+
+# --- the adversary, further terms, and the average ---------------------------------------------------------------------
+
+
+def adversary_of(weight=0.1, warmup_epochs=0):
+    torch.manual_seed(1)
+    discriminator = PatchDiscriminator(3, channels=4, in_channels=1, num_layers_d=1, norm="INSTANCE")
+    return Adversary(discriminator, torch.optim.Adam(discriminator.parameters(), lr=0.003), weight, warmup_epochs)
+
+
+def snapshot(module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def test_adversary_waits_for_its_warmup():
+    adversary = adversary_of(warmup_epochs=2)
+    judged, weights = [], [snapshot(adversary.discriminator)]
+
+    def remember(trainer):
+        judged.append(trainer.state.output["adv_loss"].item() > 0)
+        weights.append(snapshot(adversary.discriminator))
+
+    trainer = trainer_of(small_network(), images(1), adversary=adversary, max_epochs=3)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, remember)
+    trainer.run()
+    assert judged == [False, False, True]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], weights[3])
+    output = trainer.state.output
+    assert torch.isclose(output["loss"], output["recon_loss"] + 1e-4 * output["kl_loss"] + 0.1 * output["adv_loss"])
+
+
+def test_each_step_moves_its_own_network_only():
+    """The autoencoder's step with an adversary of weight 0 is that without one, and the discriminator's the other way."""
+    networks = []
+    for adversary in (None, adversary_of(weight=0.0)):
+        networks.append(small_network())
+        torch.manual_seed(0)
+        trainer_of(networks[-1], images(3), adversary=adversary).run()
+    assert torch.equal(snapshot(networks[0]), snapshot(networks[1]))
+
+    image, reconstruction = torch.rand(2, 2, 1, 8, 8, 8).unbind()
+    reconstruction.requires_grad_()
+    adversary = adversary_of()
+    adversary.generator_loss(reconstruction).backward()
+    assert reconstruction.grad.abs().sum() > 0 and all(p.grad is None for p in adversary.discriminator.parameters())
+    adversary.discriminator_loss(image, reconstruction.detach()).backward()
+    assert all(p.grad is not None for p in adversary.discriminator.parameters())
+
+
+def test_discriminator_learns_to_tell_images_from_noise():
+    adversary = adversary_of()
+    losses = []
+    for _ in range(50):
+        smooth = torch.nn.functional.interpolate(torch.rand(2, 1, 2, 2, 2), size=(8, 8, 8), mode="trilinear")
+        adversary.optimizer.zero_grad()
+        losses.append(adversary.discriminator_loss(smooth, torch.rand(2, 1, 8, 8, 8)))
+        losses[-1].backward()
+        adversary.optimizer.step()
+    assert losses[-1] < losses[0] / 2
+
+
+def test_loss_terms_are_weighted_and_named():
+    terms = {"spectral_loss": LossTerm(0.5, JukeboxLoss(spatial_dims=3))}
+    trainer = trainer_of(small_network(), images(1), loss_terms=terms, kl_weight=0.0)
+    trainer.run()
+    output = trainer.state.output
+    assert trainer.loss_names == ("loss", "recon_loss", "kl_loss", "spectral_loss")
+    assert torch.isclose(output["loss"], output["recon_loss"] + 0.5 * output["spectral_loss"])
+
+
+def test_perceptual_loss_takes_its_weights_from_a_file(tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    path = tmp_path / "resnet50.pt"
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
+    loss = perceptual_loss(3, str(path), "cpu")
+    image, other = torch.rand(2, 1, 1, 33, 33, 33).unbind()
+    assert loss(image, image) < 1e-6 < loss(other, image)
+
+
+def test_perceptual_loss_without_weights_says_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="perceptual_weights_file.*nowhere"):
+        perceptual_loss(3, "nowhere", "cpu")
+    (tmp_path / "other.pt").write_bytes(b"something else")
+    with pytest.raises(RuntimeError, match=r"(?s)other.pt.*perceptual_weights_file.*perceptual_weight` to 0"):
+        perceptual_loss(3, str(tmp_path / "other.pt"), "cpu")
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("scripts.losses.PerceptualLoss", offline)
+    with pytest.raises(RuntimeError, match="internet.*no route to host.*perceptual_weights_file"):
+        perceptual_loss(3, None, "cpu")
+
+
+def test_average_follows_the_weights_and_grows_longer():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = AveragedModel(network, multi_avg_fn=moving_average(0.5))
+    values, expected = [], 0.0
+    for step in range(12):
+        network.weight.data.fill_(step)
+        average.update_parameters(network)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = step if step == 0 else expected * decay + step * (1 - decay)
+        values.append(average.module.weight.item())
+        assert values[-1] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="ema_decay.*1"):
+        moving_average(1)
+
+
+def test_average_is_updated_once_a_step():
+    network = small_network()
+    average = AveragedModel(network, multi_avg_fn=moving_average(0.9))
+    trainer_of(network, images(5), handlers=[WeightAverage(average, network)], accumulation_steps=2).run()
+    assert average.n_averaged == 3
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -448,6 +568,14 @@ def test_foreground_psnr_ignores_air():
     metric.reset()
     metric(torch.cat([pred, image + 0.01]), torch.cat([image, image]))
     assert metric.get_buffer().flatten().tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
+
+
+def test_sharpness_is_one_for_the_image_and_less_for_a_blurred_one():
+    image = torch.rand(2, 1, 16, 16, 16)
+    metric = SharpnessMetric()
+    metric(torch.cat([image, trilinear_reconstruction(image, (4, 4, 4))]), torch.cat([image, image]))
+    same, blurred = metric.get_buffer().flatten().split(2)
+    assert torch.allclose(same, torch.ones(2)) and (blurred < 0.5).all()
 
 
 def test_trilinear_reconstruction_keeps_the_shape_and_blurs():
