@@ -102,7 +102,7 @@ def test_loss_is_its_parts():
 def adversary_of(weight=0.1, warmup_epochs=0):
     torch.manual_seed(1)
     discriminator = PatchDiscriminator(3, channels=4, in_channels=1, num_layers_d=1, norm="INSTANCE")
-    return Adversary(discriminator, torch.optim.Adam(discriminator.parameters(), lr=0.003), weight, warmup_epochs)
+    return Adversary(discriminator, torch.optim.Adam(discriminator.parameters(), lr=0.01), weight, warmup_epochs)
 
 
 def snapshot(module) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_each_step_moves_its_own_network_only():
 def test_discriminator_learns_to_tell_images_from_noise():
     adversary = adversary_of()
     losses = []
-    for _ in range(50):
+    for _ in range(80):
         smooth = torch.nn.functional.interpolate(torch.rand(2, 1, 2, 2, 2), size=(8, 8, 8), mode="trilinear")
         adversary.optimizer.zero_grad()
         losses.append(adversary.discriminator_loss(smooth, torch.rand(2, 1, 8, 8, 8)))
