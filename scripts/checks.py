@@ -52,14 +52,15 @@ def usable_volumes(
     lists = {name: items[:max_volumes] for name, items in lists.items()}
     paths = sorted({item["image"] for items in lists.values() for item in items})
     problems = {path: problem for path, problem in _check_all(paths, image_channels, cache, num_threads).items() if problem}
+    log = logger.warning if idist.get_rank() == 0 else logger.debug
     for path, problem in problems.items():
-        logger.warning(f"{path} {problem}")
+        log(f"{path} {problem}")
     good = {name: [item for item in items if item["image"] not in problems] for name, items in lists.items()}
     empty = [name for name, items in good.items() if not items]
     if problems and (not skip_bad_files or empty):
         raise ValueError(_summary(problems, len(paths), empty if skip_bad_files else []))
     if problems:
-        logger.warning(f"going on without {len(problems)} of {len(paths)} volumes, because `skip_bad_files` is set")
+        log(f"going on without {len(problems)} of {len(paths)} volumes, because `skip_bad_files` is set")
     for name, items in good.items():
         logger.info(f"{name}: {describe(items, image_channels)}")
     return good
@@ -116,7 +117,7 @@ def _problem_of_shape(shape: Sequence[int], image_channels: int) -> str | None:
 
 def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_threads: int) -> dict[str, str | None]:
     file = Path(cache)
-    known = _read_cache(file)
+    known = _of_leader(_read_cache(file))
     keys = {path: _state(path, image_channels) for path in paths}
     unknown = [path for path, key in keys.items() if known.get(path, {}).get("state") != key]
     if unknown:
@@ -148,6 +149,14 @@ def _state(path: str, image_channels: int) -> list[int]:
     """What a result depends on."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns, image_channels]
+
+
+def _of_leader(content: dict[str, Any]) -> dict[str, Any]:
+    """What the first process has; another machine may see another file."""
+    shared = [content]
+    if idist.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(shared)
+    return shared[0]
 
 
 def _gather(results: dict[str, str | None]) -> dict[str, str | None]:

@@ -80,7 +80,8 @@ def training_and_validation(
 
 def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
     """
-    Share of the volumes that fits, as float32, into half of the host's free memory.
+    Share of the volumes that fits, as float32, into half of the host's free memory; of several processes on one host, each
+    gets its part of that.
 
     Args:
         items: ``[{"image": path}, ...]``.
@@ -91,7 +92,7 @@ def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
     needed = sum(4 * math.prod(_header(item["image"]).get_data_shape()) for item in items if is_nifti(item["image"]))
     if not needed or "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return 0.0
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(1.0, CACHE_SHARE * free / needed)
 
 

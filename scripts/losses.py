@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from monai.losses import PerceptualLoss
+from monai.losses import JukeboxLoss, PerceptualLoss
 
-__all__ = ["LossTerm", "kl_divergence", "perceptual_loss"]
+__all__ = ["LossTerm", "SpectralLoss", "kl_divergence", "perceptual_loss"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,20 @@ def kl_divergence(z_mu: torch.Tensor, z_sigma: torch.Tensor) -> torch.Tensor:
     """
     z_mu, variance = z_mu.float(), z_sigma.float().square()
     return 0.5 * (z_mu.square() + variance - variance.log() - 1).flatten(1).sum(1).mean()
+
+
+class SpectralLoss(JukeboxLoss):
+    """
+    MONAI's ``JukeboxLoss`` (Dhariwal et al., https://arxiv.org/abs/2005.00341), the squared difference of the amplitudes of
+    all frequencies, with a gradient that is finite where an amplitude is zero. In MONAI's it is NaN there, and the first
+    reconstructions of a network with ``linear_shortcut`` have such frequencies.
+
+    Args:
+        kwargs: arguments of ``JukeboxLoss``.
+    """
+
+    def _get_fft_amplitude(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.fft.fftn(images, s=self.fft_signal_size, dim=self.fft_dim, norm=self.fft_norm).abs()
 
 
 def perceptual_loss(spatial_dims: int, weights_file: str | None, device: str | torch.device) -> PerceptualLoss:

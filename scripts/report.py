@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from operator import itemgetter
 
+import ignite.distributed as idist
 from ignite.engine import Events
 from ignite.handlers import ProgressBar
 from ignite.metrics import Average
@@ -50,7 +51,7 @@ def _by(sizes: Sequence[int]) -> str:
 class TrainingProgress:
     """
     Trainer handler that shows one progress bar over all iterations (epoch, losses, time left), and logs the mean losses of
-    every epoch.
+    every epoch. All processes of a distributed run need it, because they share the means; the first shows the bar.
     """
 
     def attach(self, engine: AutoencoderTrainer) -> None:
@@ -64,7 +65,14 @@ class TrainingProgress:
 
     def _start(self, engine: AutoencoderTrainer) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total,
+            initial=engine.state.iteration,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=idist.get_rank() > 0,
+        )
 
     def _advance(self, engine: AutoencoderTrainer) -> None:
         if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,6 @@ KEYS = {
     "channels": [4, 8, 8],
     "latent_channels": 4,
     "patch_size": [16, 16, 16],
-    "device": "cpu",
     "num_workers": 2,
     "epochs": 3,
     "val_interval": 3,
@@ -48,14 +48,19 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def train(data: Path, output_dir: Path, prepare: Callable | None = None, **keys) -> int:
-    """Train in a forked process; returns its exit code. ``prepare`` is called there with the trainer."""
+def train(data: Path, output_dir: Path, prepare: Callable | None = None, num_processes: int = 1, **keys) -> int:
+    """Train in forked processes; returns the exit code of the first. ``prepare`` is called there with the trainer."""
+    overlay = ["multi_gpu_train.json"] if num_processes > 1 else []
+    port = free_port()
 
-    def child():
+    def child(rank: int):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if num_processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         sys.stdout = sys.stderr = output_dir.with_suffix(".log").open("a", buffering=1)
         flow = ConfigWorkflow(
-            config_file=str(ROOT / "configs/train.json"),
+            config_file=[str(ROOT / "configs" / name) for name in ["train.json", *overlay]],
             meta_file=str(ROOT / "configs/metadata.json"),
             logging_file=str(ROOT / "configs/logging.conf"),
             workflow_type="train",
@@ -67,14 +72,24 @@ def train(data: Path, output_dir: Path, prepare: Callable | None = None, **keys)
         )
         flow.initialize()
         if prepare is not None:
+            flow.trainer.evaluator_of_test = flow.evaluator
             prepare(flow.trainer)
         flow.run()
+        flow.finalize()
 
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(num_processes)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert all(process.exitcode is not None for process in processes), "the run hangs"
+    return processes[0].exitcode
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def log_of(output_dir: Path) -> str:
@@ -132,11 +147,12 @@ def same(a, b) -> bool:
 def uninterrupted(data, tmp_path_factory) -> dict:
     output_dir = tmp_path_factory.mktemp("uninterrupted") / "eval"
     assert train(data, output_dir) == 0, log_of(output_dir)
-    return final_state(output_dir)
+    return {**final_state(output_dir), "log": log_of(output_dir).splitlines()}
 
 
 def test_the_run_that_is_compared_with_learns_and_augments(uninterrupted, data, tmp_path):
     """Otherwise equality would say nothing."""
+    assert not any("not finite" in line for line in uninterrupted["log"])
     assert uninterrupted["trainer"] == {"iteration": 9, "epoch": 3, "epoch_length": EPOCH_LENGTH}
     assert train(data, tmp_path / "eval", seed=1) == 0
     assert not same(final_state(tmp_path / "eval")["network"], uninterrupted["network"])
@@ -163,7 +179,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(moment, data, tmp_path
     assert "checkpoints: resumed" in log_of(output_dir)
     resumed = final_state(output_dir)
     assert {"average", "discriminator", "discriminator_optimizer", "discriminator_lr_scheduler"} < uninterrupted.keys()
-    for part in uninterrupted.keys() - {"random"}:
+    for part in uninterrupted.keys() - {"random", "log"}:
         assert same(resumed[part], uninterrupted[part]), part
 
 

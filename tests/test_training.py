@@ -18,7 +18,7 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.averaging import WeightAverage, moving_average
 from scripts.checkpoints import WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
 from scripts.inferer import ReconstructionInferer
-from scripts.losses import LossTerm, kl_divergence, perceptual_loss
+from scripts.losses import LossTerm, SpectralLoss, kl_divergence, perceptual_loss
 from scripts.metrics import ForegroundPSNRMetric, SharpnessMetric, trilinear_reconstruction
 from scripts.report import BeforeAndAfter
 from scripts.trainer import AutoencoderTrainer
@@ -157,12 +157,20 @@ def test_discriminator_learns_to_tell_images_from_noise():
 
 
 def test_loss_terms_are_weighted_and_named():
-    terms = {"spectral_loss": LossTerm(0.5, JukeboxLoss(spatial_dims=3))}
+    terms = {"spectral_loss": LossTerm(0.5, SpectralLoss(spatial_dims=3))}
     trainer = trainer_of(small_network(), images(1), loss_terms=terms, kl_weight=0.0)
     trainer.run()
     output = trainer.state.output
     assert trainer.loss_names == ("loss", "recon_loss", "kl_loss", "spectral_loss")
     assert torch.isclose(output["loss"], output["recon_loss"] + 0.5 * output["spectral_loss"])
+
+
+def test_spectral_loss_is_monais_with_a_finite_gradient():
+    image, other = torch.rand(2, 2, 1, 8, 8, 8).unbind()
+    assert torch.isclose(SpectralLoss(spatial_dims=3)(image, other), JukeboxLoss(spatial_dims=3)(image, other))
+    flat = torch.full((1, 1, 8, 8, 8), 0.5, requires_grad=True)  # all its frequencies but one are zero
+    SpectralLoss(spatial_dims=3)(flat, image[:1]).backward()
+    assert torch.isfinite(flat.grad).all() and flat.grad.abs().sum() > 0
 
 
 def test_perceptual_loss_takes_its_weights_from_a_file(tmp_path):
