@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from operator import itemgetter
 
@@ -13,12 +14,13 @@ from ignite.handlers import ProgressBar
 from ignite.metrics import Average
 from monai.engines import Evaluator, Trainer
 from monai.utils.enums import CommonKeys as Keys
+from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.trainer import AutoencoderTrainer
 
-__all__ = ["BeforeAndAfter", "LogPerVolume", "TrainingProgress", "VolumeProgress", "log_factors"]
+__all__ = ["BeforeAndAfter", "LogPerVolume", "Throughput", "TrainingProgress", "VolumeProgress", "log_factors"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,50 @@ class TrainingProgress:
         self.bar.close()
         if error is not None:
             raise error  # ignite swallows an exception that has a handler
+
+
+class Throughput:
+    """
+    Trainer handler that logs after every epoch how many volumes were trained on per second, by all processes, and the share
+    of the time that was spent waiting for data: a large one means that the loader is too slow. It must come before
+    validation in the list.
+
+    Args:
+        summary_writer: where to add both as curves, at the epoch as step.
+    """
+
+    def __init__(self, summary_writer: SummaryWriter | None = None) -> None:
+        self.summary_writer = summary_writer
+
+    def attach(self, engine: Trainer) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._wait)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
+
+    def _start(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.volumes = 0
+
+    def _wait(self) -> None:
+        self.asked = time.perf_counter()
+
+    def _receive(self, engine: Trainer) -> None:
+        self.waited += time.perf_counter() - self.asked
+        self.volumes += len(engine.state.batch[Keys.IMAGE]) * idist.get_world_size()
+
+    def _log(self, engine: Trainer) -> None:
+        seconds = time.perf_counter() - self.started
+        values = {"volumes_per_second": self.volumes / seconds, "data_wait": self.waited / seconds}
+        engine.state.metrics |= values
+        logger.info(
+            f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {values['volumes_per_second']:.3g} volumes/s, "
+            f"{values['data_wait']:.0%} of the time waiting for data"
+        )
+        if self.summary_writer is not None:
+            for name, value in values.items():
+                self.summary_writer.add_scalar(name, value, engine.state.epoch)
 
 
 class VolumeProgress(ProgressBar):

@@ -174,7 +174,8 @@ def test_spectral_loss_is_monais_with_a_finite_gradient():
 
 
 def test_perceptual_loss_takes_its_weights_from_a_file(tmp_path):
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     path = tmp_path / "resnet50.pt"
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
     loss = perceptual_loss(3, str(path), "cpu")
