@@ -6,13 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from operator import itemgetter
 
 import ignite.distributed as idist
 from ignite.engine import Events
 from ignite.handlers import ProgressBar
 from ignite.metrics import Average
 from monai.engines import Evaluator, Trainer
+from monai.handlers import from_engine
 from monai.utils.enums import CommonKeys as Keys
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
@@ -58,7 +58,7 @@ class TrainingProgress:
 
     def attach(self, engine: AutoencoderTrainer) -> None:
         for name in engine.loss_names:
-            Average(output_transform=itemgetter(name)).attach(engine, name)
+            Average(output_transform=from_engine([name], first=True)).attach(engine, name)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
@@ -78,7 +78,7 @@ class TrainingProgress:
 
     def _advance(self, engine: AutoencoderTrainer) -> None:
         if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait
-            losses = {name: f"{engine.state.output[name].item():.3g}" for name in engine.loss_names}
+            losses = {name: f"{engine.state.output[0][name].item():.3g}" for name in engine.loss_names}
             self.bar.set_postfix({"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}", **losses})
 
     def _log(self, engine: AutoencoderTrainer) -> None:

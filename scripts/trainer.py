@@ -33,7 +33,8 @@ class AutoencoderTrainer(SupervisedTrainer):
     - ``adv_loss``: whether the adversary takes the reconstruction for an image, times its weight, after its warm-up. The
       adversary then makes its own step on the same batch (``discriminator_loss``).
 
-    ``engine.state.output`` holds the image, the reconstruction, ``loss``, and its parts without their weights.
+    ``engine.state.output`` is a list of one dict, as MONAI's handlers expect: the image, the reconstruction, ``loss``, and its
+    parts without their weights, all of the whole batch.
 
     Mixed precision works on any device, gradients are clipped, and the gradient scaler lives as long as the trainer, so
     that a resumed one keeps its scale. A step whose loss or gradient is not finite is left out.
@@ -66,7 +67,7 @@ class AutoencoderTrainer(SupervisedTrainer):
     ) -> None:
         self.loss_terms = loss_terms or {}  # before handlers are attached, which ask for `loss_names`
         self.adversary = adversary
-        super().__init__(decollate=False, **kwargs)  # handlers read scalars, no need to take batches apart
+        super().__init__(decollate=False, **kwargs)  # handlers read scalars, no need to take apart
         self.kl_weight = kl_weight
         self.max_grad_norm = max_grad_norm
         self.max_nonfinite_steps = max_nonfinite_steps
@@ -88,7 +89,7 @@ class AutoencoderTrainer(SupervisedTrainer):
         if self.exit_code:
             raise SystemExit(self.exit_code)
 
-    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> list[Losses]:  # type: ignore[override]
         image, _ = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)
         image = image.as_tensor() if isinstance(image, MetaTensor) else image
         first, last = self._accumulation_window()
@@ -116,7 +117,7 @@ class AutoencoderTrainer(SupervisedTrainer):
         self.batches_of_step.append((batchdata.get("file", []), losses[Keys.LOSS]))
         if last:
             self._finish_step(losses, adversary)
-        engine.state.output = {Keys.IMAGE: image, Keys.PRED: reconstruction.detach(), **losses}
+        engine.state.output = [{Keys.IMAGE: image, Keys.PRED: reconstruction.detach(), **losses}]
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 

@@ -49,7 +49,7 @@ def record(folder: Path):
         rows = []
         keep = ("loss", "spectral_loss", "adv_loss", "discriminator_loss")
         trainer.add_event_handler(
-            Events.ITERATION_COMPLETED, lambda: rows.append([trainer.state.output[name].item() for name in keep])
+            Events.ITERATION_COMPLETED, lambda: rows.append([trainer.state.output[0][name].item() for name in keep])
         )
         file = folder / f"{os.environ.get('RANK', 0)}.pt"
         trainer.add_event_handler(

@@ -91,7 +91,7 @@ def test_kl_divergence_of_tiny_float16_deviations_is_finite():
 def test_loss_is_its_parts():
     trainer = trainer_of(small_network(), images(1), kl_weight=0.01)
     trainer.run()
-    output = trainer.state.output
+    output = trainer.state.output[0]
     assert torch.isclose(output["loss"], output["recon_loss"] + 0.01 * output["kl_loss"])
     assert torch.isclose(output["recon_loss"], (output["pred"] - output["image"]).abs().mean())
 
@@ -114,7 +114,7 @@ def test_adversary_waits_for_its_warmup():
     judged, weights = [], [snapshot(adversary.discriminator)]
 
     def remember(trainer):
-        judged.append(trainer.state.output["adv_loss"].item() > 0)
+        judged.append(trainer.state.output[0]["adv_loss"].item() > 0)
         weights.append(snapshot(adversary.discriminator))
 
     trainer = trainer_of(small_network(), images(1), adversary=adversary, max_epochs=3)
@@ -122,7 +122,7 @@ def test_adversary_waits_for_its_warmup():
     trainer.run()
     assert judged == [False, False, True]
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], weights[3])
-    output = trainer.state.output
+    output = trainer.state.output[0]
     assert torch.isclose(output["loss"], output["recon_loss"] + 1e-4 * output["kl_loss"] + 0.1 * output["adv_loss"])
 
 
@@ -160,7 +160,7 @@ def test_loss_terms_are_weighted_and_named():
     terms = {"spectral_loss": LossTerm(0.5, SpectralLoss(spatial_dims=3))}
     trainer = trainer_of(small_network(), images(1), loss_terms=terms, kl_weight=0.0)
     trainer.run()
-    output = trainer.state.output
+    output = trainer.state.output[0]
     assert trainer.loss_names == ("loss", "recon_loss", "kl_loss", "spectral_loss")
     assert torch.isclose(output["loss"], output["recon_loss"] + 0.5 * output["spectral_loss"])
 
