@@ -18,6 +18,7 @@ test: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE)
+	$(BIN)/python -m benchmarks.loop --device $(DEVICE)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -33,8 +33,8 @@ class AutoencoderTrainer(SupervisedTrainer):
     - ``adv_loss``: whether the adversary takes the reconstruction for an image, times its weight, after its warm-up. The
       adversary then makes its own step on the same batch (``discriminator_loss``).
 
-    ``engine.state.output`` is a list of one dict, as MONAI's handlers expect: the image, the reconstruction, ``loss``, and its
-    parts without their weights, all of the whole batch.
+    ``engine.state.output`` is a list of one dict, as MONAI's handlers expect: the image, the reconstruction, ``loss``, and
+    its parts without their weights, all of the whole batch.
 
     Mixed precision works on any device, gradients are clipped, and the gradient scaler lives as long as the trainer, so
     that a resumed one keeps its scale. A step whose loss or gradient is not finite is left out.

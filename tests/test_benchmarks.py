@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.cost import saved_activations
+from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
 
 
@@ -26,3 +27,9 @@ def test_benchmarked_networks_have_the_factors_of_their_names():
         levels = [int(f) for f in name[name.index("[") + 1 : -1].split(",")]
         initial = int(name.split()[1].rstrip(",")) if name.startswith("initial") else 1
         assert build(name).total_downsample_factor == (initial * levels[0] * levels[1],) * 3
+
+
+def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):
+    """A bound that holds on a busy machine; `make bench` has the number."""
+    assert -0.5 < overhead(epochs=2, patch_size=32) < 0.5
+    assert "7 steps each" in capsys.readouterr().out

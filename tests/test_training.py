@@ -268,6 +268,36 @@ def test_mixed_precision_trains_on_the_cpu(amp_dtype):
         assert trainer.scaler.state_dict()["_growth_tracker"] > 0
 
 
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_fifty_steps_of_mixed_precision_stay_finite_and_learn(amp_dtype):
+    """With the adversary and the spectral loss, whose gradients are the largest."""
+    torch.manual_seed(0)
+    network, losses = small_network(), []
+    terms = {"spectral_loss": LossTerm(0.1, SpectralLoss(spatial_dims=3))}
+    trainer = trainer_of(
+        network, images(5), amp=True, amp_dtype=amp_dtype, max_epochs=10, loss_terms=terms, adversary=adversary_of()
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: losses.append(trainer.state.output[0]))
+    trainer.run()
+    assert len(losses) == 50
+    assert all(torch.isfinite(step[name]) for step in losses for name in trainer.loss_names)
+    assert all(torch.isfinite(p).all() for p in [*network.parameters(), *trainer.adversary.discriminator.parameters()])
+    first, last = (sum(step["recon_loss"].item() for step in part) for part in (losses[:5], losses[-5:]))
+    assert last < first
+
+
+def test_resumed_run_has_the_scale_of_the_gradients(tmp_path):
+    first, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, amp=True, amp_dtype="float16")
+    assert first.scaler.state_dict()["_growth_tracker"] > 0 or first.scaler.get_scale() < 65536
+    found = []
+
+    def look(trainer):
+        found.append(trainer.scaler.state_dict())
+
+    run_with_checkpoints(tmp_path, small_network(), 3, resume=True, at_start=look, amp=True, amp_dtype="float16")
+    assert found == [first.scaler.state_dict()]
+
+
 def test_unknown_amp_dtype_is_named():
     with pytest.raises(ValueError, match="amp_dtype.*int8"):
         trainer_of(small_network(), images(1), amp_dtype="int8")
@@ -413,7 +443,9 @@ def test_folder_of_another_run_is_refused(tmp_path):
     claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
 
 
-def run_with_checkpoints(folder, network, epochs: int, resume: bool = False, num_images: int = 3, schedule=None):
+def run_with_checkpoints(
+    folder, network, epochs: int, resume: bool = False, num_images: int = 3, schedule=None, at_start=None, **arguments
+):
     """Train ``epochs`` epochs with validation, a saver and a resumer, as train.json wires them."""
     from monai.handlers import PeakSignalToNoiseRatio, ValidationHandler, from_engine
 
@@ -437,8 +469,10 @@ def run_with_checkpoints(folder, network, epochs: int, resume: bool = False, num
         report,
         TrainingSaver(str(folder), network, state, evaluator),
     ]
-    trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs)
+    trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs, **arguments)
     trainer.optimizer = optimizer
+    if at_start is not None:
+        trainer.add_event_handler(Events.STARTED, at_start)
     trainer.run()
     return trainer, evaluator, report
 
