@@ -32,4 +32,4 @@ def test_benchmarked_networks_have_the_factors_of_their_names():
 def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):
     """A bound that holds on a busy machine; `make bench` has the number."""
     assert -0.5 < overhead(epochs=2, patch_size=32) < 0.5
-    assert "7 steps each" in capsys.readouterr().out
+    assert "(7 pairs)" in capsys.readouterr().out
