@@ -46,7 +46,7 @@ def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
     Args:
         ckpt_dir: folder for the checkpoints, made if necessary.
         resume: the run goes on from what lies there.
-        overwrite: the run may replace what lies there; its checkpoints are removed, unless it is also to be resumed.
+        overwrite: the run may replace what lies there.
 
     Raises:
         FileExistsError: when the folder holds checkpoints and neither is set.
@@ -65,7 +65,7 @@ def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"`ckpt_dir` {ckpt_dir!r} cannot be written to; choose another one, or another `output_dir`.")
-    for path in [*folder.glob(f"*{UNFINISHED}"), *([] if resume else present)]:
+    for path in folder.glob(f"*{UNFINISHED}"):  # of a run that was killed while it wrote
         path.unlink()
 
 
@@ -116,6 +116,9 @@ class TrainingSaver:
 
     def _start(self, trainer: AutoencoderTrainer) -> None:
         self.ckpt_dir.mkdir(parents=True, exist_ok=True)
+        if trainer.state.iteration == 0:  # those of a run that is overwritten would pass for newer ones
+            for path in find_checkpoints(self.ckpt_dir):
+                path.unlink()
         self.saved_metric = _best(self.evaluator)
         self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -36,6 +37,8 @@ class StopOnSignal:
             engine.add_event_handler(event, self._stop_listening)
 
     def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets nobody else listen
         for number in (signal.SIGTERM, signal.SIGINT):
             # workers of the loader inherit it, so a signal to all processes does not end them under the trainer's hands
             self.previous[number] = signal.signal(number, self._receive)

@@ -573,7 +573,9 @@ def test_other_number_of_batches_goes_on_at_an_epoch(tmp_path, caplog):
 def test_overwriting_removes_the_checkpoints_that_resuming_would_prefer(tmp_path):
     run_with_checkpoints(tmp_path, small_network(), epochs=2)
     claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
-    assert not find_checkpoints(tmp_path)
+    assert len(find_checkpoints(tmp_path)) == 2  # until the new run trains
+    run_with_checkpoints(tmp_path, small_network(), epochs=1)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint_00000003.pt"]
 
 
 def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_path, monkeypatch):
