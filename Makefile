@@ -20,6 +20,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE)
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.planning_requests
+	$(BIN)/python -m benchmarks.loop --device $(DEVICE)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -66,13 +66,16 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
             "channels_last": device == "cpu",
             "epochs": 10**6,
             "num_workers": 0,
-            "train#handlers": [],
         }
     )
+    needed = ("scripts.shortcut.ShortcutFitter", "scripts.sampling.RepeatableOrder")
+    parser["train#handlers"] = [
+        handler
+        for handler in parser["train#handlers"]
+        if handler["_target_"] in needed and (network != MONAI or "Fitter" not in handler["_target_"])
+    ]
     if network == MONAI:
         parser["network_def"] = MONAI_NETWORK
-    elif parser["linear_shortcut"]:
-        parser["train#handlers"] = [{"_target_": "scripts.shortcut.ShortcutFitter", "network": "@network"}]
     parser.parse()
     set_determinism(seed=parser.get_parsed_content("seed"))
     trainer = parser.get_parsed_content("train#trainer")

@@ -10,10 +10,13 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 __all__ = ["check_config", "check_parser"]
 
-NOT_CONFIGS = ("metadata.json",)
+NOT_CONFIGS = ("metadata.json", "mlflow.json")
+MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
+ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
 FLAGS = {"true": True, "false": False}
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ def _calling_parser() -> ConfigParser:
 def _refuse_unknown_keys(parser: ConfigParser, defaults: dict[str, Any]) -> None:
     config: dict[str, Any] = parser.get()
     referred = {id.split(ReferenceResolver.sep)[0] for id in _references(config)}
-    known = defaults.keys() | referred | {ConfigParser.meta_key}
+    known = defaults.keys() | referred | ADDED_BY_MONAI
     for key in config.keys() - known:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
         raise ValueError(f"there is no config key {key!r}; the nearest one is {nearest!r}.")

@@ -15,7 +15,7 @@ import nibabel as nib
 from monai.data import load_decathlon_datalist, partition_dataset
 from nibabel.filebasedimages import ImageFileError
 
-__all__ = ["affordable_cache_rate", "find_images", "training_and_validation"]
+__all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "training_and_validation"]
 
 LABEL_WORDS = re.compile(
     r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|probseg|rois?|annotations?)(?:[^a-z]|$)"
@@ -43,12 +43,12 @@ def find_images(dataset_dir: str, image_glob: str, image_channels: int = 1) -> l
         ValueError: when a file is no volume, or has another number of channels.
     """
     items = _search(dataset_dir, image_glob)
-    logger.info(f"{dataset_dir}: {_describe(items, image_channels)}")
+    logger.info(f"{dataset_dir}: {describe(items, image_channels)}")
     return items
 
 
 def training_and_validation(
-    dataset_dir: str, image_glob: str, val_fraction: float, seed: int, image_channels: int = 1
+    dataset_dir: str, image_glob: str, val_fraction: float, seed: int
 ) -> dict[str, list[dict[str, str]]]:
     """
     List the volumes for training and for validation: those of ``dataset_dir/dataset.json`` (Medical Segmentation
@@ -62,28 +62,26 @@ def training_and_validation(
         image_glob: pattern relative to it, used when there is no ``dataset.json``.
         val_fraction: share of the subjects for validation, between 0 and 1.
         seed: of the split.
-        image_channels: number of channels that every volume must have.
 
     Returns:
         ``{"training": [{"image": path}, ...], "validation": [...]}``.
 
     Raises:
         FileNotFoundError: when there is nothing to train on.
-        ValueError: when a file is no volume or has another number of channels, or when there is nothing to split.
+        ValueError: when there is nothing to split.
     """
     lists = _decathlon_lists(Path(dataset_dir) / "dataset.json")
     if not lists:
         lists = {"training": _search(dataset_dir, image_glob)}
     if not lists.get("validation"):
         lists = _split_by_subject(lists["training"], dataset_dir, val_fraction, seed)
-    for name, items in lists.items():
-        logger.info(f"{dataset_dir}, {name}: {_describe(items, image_channels)}")
     return lists
 
 
 def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
     """
-    Share of the volumes that fits, as float32, into half of the host's free memory.
+    Share of the volumes that fits, as float32, into half of the host's free memory; of several processes on one host, each
+    gets its part of that.
 
     Args:
         items: ``[{"image": path}, ...]``.
@@ -91,10 +89,10 @@ def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
     Returns:
         a ``cache_rate`` for MONAI's ``CacheDataset``, between 0 and 1.
     """
-    needed = sum(4 * math.prod(_header(item["image"]).get_data_shape()) for item in items if _is_nifti(item["image"]))
+    needed = sum(4 * math.prod(_header(item["image"]).get_data_shape()) for item in items if is_nifti(item["image"]))
     if not needed or "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return 0.0
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(1.0, CACHE_SHARE * free / needed)
 
 
@@ -119,7 +117,8 @@ def _is_label(relative: Path) -> bool:
     return any(LABEL_WORDS.search(part.lower()) for part in relative.parts)
 
 
-def _is_nifti(path: str) -> bool:
+def is_nifti(path: str) -> bool:
+    """Whether a file is NIfTI by its name."""
     return path.lower().endswith(NIFTI_SUFFIXES)
 
 
@@ -177,9 +176,18 @@ def _subject(relative: Path, one_folder: bool) -> str:
     return str(folder)
 
 
-def _describe(items: Sequence[dict[str, str]], image_channels: int) -> str:
-    """Check every header and say in a line what there is."""
-    headers = [_size_and_spacing(item["image"], image_channels) for item in items if _is_nifti(item["image"])]
+def describe(items: Sequence[dict[str, str]], image_channels: int) -> str:
+    """
+    Say in a line how many volumes there are, of which sizes and spacings.
+
+    Args:
+        items: ``[{"image": path}, ...]``.
+        image_channels: number of channels that every volume must have.
+
+    Raises:
+        ValueError: when a file is no volume, or has another number of channels.
+    """
+    headers = [_size_and_spacing(item["image"], image_channels) for item in items if is_nifti(item["image"])]
     text = f"{len(items)} volume{'s' if len(items) != 1 else ''}"
     if not headers:
         return text

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["kl_divergence"]
+import torch
+from monai.losses import JukeboxLoss, PerceptualLoss
+
+__all__ = ["LossTerm", "SpectralLoss", "kl_divergence", "perceptual_loss"]
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A term of the loss: ``weight * function(reconstruction, image)``, both ``BxCxHxWxD`` in float32."""
+
+    weight: float
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def kl_divergence(z_mu: torch.Tensor, z_sigma: torch.Tensor) -> torch.Tensor:
@@ -22,3 +35,46 @@ def kl_divergence(z_mu: torch.Tensor, z_sigma: torch.Tensor) -> torch.Tensor:
     """
     z_mu, variance = z_mu.float(), z_sigma.float().square()
     return 0.5 * (z_mu.square() + variance - variance.log() - 1).flatten(1).sum(1).mean()
+
+
+class SpectralLoss(JukeboxLoss):
+    """
+    MONAI's ``JukeboxLoss`` (Dhariwal et al., https://arxiv.org/abs/2005.00341), the squared difference of the amplitudes of
+    all frequencies, with a gradient that is finite where an amplitude is zero. In MONAI's it is NaN there, and the first
+    reconstructions of a network with ``linear_shortcut`` have such frequencies.
+
+    Args:
+        kwargs: arguments of ``JukeboxLoss``.
+    """
+
+    def _get_fft_amplitude(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.fft.fftn(images, s=self.fft_signal_size, dim=self.fft_dim, norm=self.fft_norm).abs()
+
+
+def perceptual_loss(spatial_dims: int, weights_file: str | None, device: str | torch.device) -> PerceptualLoss:
+    """
+    MONAI's ``PerceptualLoss`` with a ResNet-50, on half the slices along each axis.
+
+    Args:
+        spatial_dims: 2 or 3.
+        weights_file: state dict of torchvision's ``resnet50``; None downloads the one for ImageNet.
+        device: where to put the network.
+
+    Returns:
+        a function of reconstruction and image, ``BxCxHxWxD`` with one channel or three.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        RuntimeError: when the weights cannot be loaded or downloaded, or torchvision is missing.
+    """
+    if weights_file is not None and not Path(weights_file).is_file():
+        raise FileNotFoundError(f"`perceptual_weights_file` is {weights_file!r}, which is not a file.")
+    try:
+        loss = PerceptualLoss(spatial_dims, network_type="resnet50", pretrained_path=weights_file)
+    except Exception as error:  # no torchvision, no connection, another file
+        raise RuntimeError(
+            f"the perceptual loss cannot have its ResNet-50 from {weights_file or 'the internet'} ({error}). Install "
+            "torchvision, and set `perceptual_weights_file` to a state dict of its resnet50, as "
+            "`torchvision.models.resnet50(weights='DEFAULT').state_dict()`; or set `perceptual_weight` to 0."
+        ) from error
+    return loss.to(device)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.metrics import PSNRMetric
+from monai.metrics.regression import RegressionMetric
 from monai.utils.enums import CommonKeys as Keys
 
-__all__ = ["ForegroundPSNRMetric", "grid_energy", "shrunk_and_image", "trilinear_reconstruction"]
+__all__ = ["ForegroundPSNRMetric", "SharpnessMetric", "grid_energy", "shrunk_and_image", "trilinear_reconstruction"]
 
 
 class ForegroundPSNRMetric(PSNRMetric):
@@ -57,6 +58,24 @@ def grid_energy(image: torch.Tensor, factors: Sequence[int]) -> float:
         at_position = energy[: blocks * factor].reshape(blocks, factor).mean(0)
         energies.append(float(at_position.std(correction=0) / at_position.mean()))
     return max(energies)
+
+
+class SharpnessMetric(RegressionMetric):
+    """
+    How sharp a reconstruction is: the mean magnitude of the differences between neighbouring voxels, relative to that of
+    the image. 1 is as sharp as the image, less is blurred.
+
+    Args:
+        kwargs: arguments of MONAI's ``RegressionMetric``.
+    """
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return _mean_difference(y_pred) / _mean_difference(y)
+
+
+def _mean_difference(image: torch.Tensor) -> torch.Tensor:
+    differences = [image.diff(dim=axis).abs().flatten(1).mean(1, keepdim=True) for axis in range(2, image.ndim)]
+    return torch.stack(differences).mean(0)
 
 
 def trilinear_reconstruction(image: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:

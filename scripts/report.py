@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Sequence
-from operator import itemgetter
 
+import ignite.distributed as idist
 from ignite.engine import Events
 from ignite.handlers import ProgressBar
 from ignite.metrics import Average
 from monai.engines import Evaluator, Trainer
+from monai.handlers import from_engine
 from monai.utils.enums import CommonKeys as Keys
+from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.trainer import AutoencoderTrainer
 
-__all__ = ["BeforeAndAfter", "LogPerVolume", "TrainingProgress", "VolumeProgress", "log_factors"]
+__all__ = ["BeforeAndAfter", "LogPerVolume", "Throughput", "TrainingProgress", "VolumeProgress", "log_factors"]
 
-LOSSES = (Keys.LOSS.value, "recon_loss", "kl_loss")
 logger = logging.getLogger(__name__)
 
 
@@ -50,35 +53,86 @@ def _by(sizes: Sequence[int]) -> str:
 class TrainingProgress:
     """
     Trainer handler that shows one progress bar over all iterations (epoch, losses, time left), and logs the mean losses of
-    every epoch.
+    every epoch. All processes of a distributed run need it, because they share the means; the first shows the bar.
     """
 
-    def attach(self, engine: Trainer) -> None:
-        for name in LOSSES:
-            Average(output_transform=itemgetter(name)).attach(engine, name)
+    def attach(self, engine: AutoencoderTrainer) -> None:
+        for name in engine.loss_names:
+            Average(output_transform=from_engine([name], first=True)).attach(engine, name)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         for event in (Events.COMPLETED, Events.TERMINATE, Events.EXCEPTION_RAISED):
             engine.add_event_handler(event, self._close)
 
-    def _start(self, engine: Trainer) -> None:
+    def _start(self, engine: AutoencoderTrainer) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total,
+            initial=engine.state.iteration,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=idist.get_rank() > 0,
+        )
 
-    def _advance(self, engine: Trainer) -> None:
+    def _advance(self, engine: AutoencoderTrainer) -> None:
         if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait
-            losses = {name: f"{engine.state.output[name].item():.3g}" for name in LOSSES}
+            losses = {name: f"{engine.state.output[0][name].item():.3g}" for name in engine.loss_names}
             self.bar.set_postfix({"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}", **losses})
 
-    def _log(self, engine: Trainer) -> None:
-        losses = ", ".join(f"{name} {engine.state.metrics[name]:.4g}" for name in LOSSES)
+    def _log(self, engine: AutoencoderTrainer) -> None:
+        losses = ", ".join(f"{name} {engine.state.metrics[name]:.4g}" for name in engine.loss_names)
         logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}")
 
-    def _close(self, engine: Trainer, error: BaseException | None = None) -> None:
+    def _close(self, engine: AutoencoderTrainer, error: BaseException | None = None) -> None:
         self.bar.close()
         if error is not None:
             raise error  # ignite swallows an exception that has a handler
+
+
+class Throughput:
+    """
+    Trainer handler that logs after every epoch how many volumes were trained on per second, by all processes, and the share
+    of the time that was spent waiting for data: a large one means that the loader is too slow. It must come before
+    validation in the list.
+
+    Args:
+        summary_writer: where to add both as curves, at the epoch as step.
+    """
+
+    def __init__(self, summary_writer: SummaryWriter | None = None) -> None:
+        self.summary_writer = summary_writer
+
+    def attach(self, engine: Trainer) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._wait)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
+
+    def _start(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.volumes = 0
+
+    def _wait(self) -> None:
+        self.asked = time.perf_counter()
+
+    def _receive(self, engine: Trainer) -> None:
+        self.waited += time.perf_counter() - self.asked
+        self.volumes += len(engine.state.batch[Keys.IMAGE]) * idist.get_world_size()
+
+    def _log(self, engine: Trainer) -> None:
+        seconds = time.perf_counter() - self.started
+        values = {"volumes_per_second": self.volumes / seconds, "data_wait": self.waited / seconds}
+        engine.state.metrics |= values
+        logger.info(
+            f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {values['volumes_per_second']:.3g} volumes/s, "
+            f"{values['data_wait']:.0%} of the time waiting for data"
+        )
+        if self.summary_writer is not None:
+            for name, value in values.items():
+                self.summary_writer.add_scalar(name, value, engine.state.epoch)
 
 
 class VolumeProgress(ProgressBar):
@@ -111,7 +165,7 @@ class BeforeAndAfter:
         engine.add_event_handler(Events.COMPLETED, self._report)
 
     def _validate_before(self, engine: Trainer) -> None:
-        if engine.state.epoch > 0:  # resumed
+        if engine.state.iteration > 0:  # resumed
             return
         self.validator.run()
         self.before = dict(self.validator.state.metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys as Keys
+from torch.optim.swa_utils import AveragedModel
 
 from scripts.resampling import depth_to_space, space_to_depth
+from scripts.sampling import RepeatableBatchSampler
 
 __all__ = ["LinearShortcut", "ShortcutFitter"]
 
@@ -213,15 +215,19 @@ def _waves_per_channel(
 
 class ShortcutFitter:
     """
-    Handler that fits a network's linear shortcut to the training data before the first step of a new run, see
+    Trainer handler that fits a network's linear shortcut to the training data before the first step of a new run, see
     :py:meth:`LinearShortcut.fit`. Without a shortcut, and in a run that is resumed, it does nothing.
 
     Args:
-        network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`.
+        network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`, not wrapped.
+        average: of its weights, which starts the same.
+        sampler: batch sampler of the trainer's loader.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, average: AveragedModel, sampler: RepeatableBatchSampler) -> None:
         self.network = network
+        self.average = average
+        self.sampler = sampler
 
     def attach(self, engine: Engine) -> None:
         """Register with a trainer, behind the handler that resumes."""
@@ -231,15 +237,16 @@ class ShortcutFitter:
         shortcut = self.network.shortcut
         if shortcut is None or engine.state.iteration > 0:
             return
-        loader: Any = engine.state.dataloader
-        batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), MAX_BATCHES)
-        number = shortcut.fit(self._image(batch) for batch in batches)
-        for tensor in shortcut.state_dict().values():
-            if idist.get_world_size() > 1:
+        number = shortcut.fit(itertools.islice(self._images(engine), MAX_BATCHES))
+        if idist.get_world_size() > 1:
+            for tensor in shortcut.state_dict().values():
                 idist.broadcast(tensor, src=0)
+        self.average.module.load_state_dict(self.network.state_dict())
         logger.info(f"linear shortcut: {len(shortcut.outer.analysis)} principal components of {number} blocks")
 
-    @staticmethod
-    def _image(batch: Any) -> torch.Tensor:
-        image = batch[Keys.IMAGE]
-        return image.as_tensor() if isinstance(image, MetaTensor) else image
+    def _images(self, engine: Engine) -> Iterator[torch.Tensor]:
+        loader: Any = engine.state.dataloader
+        for self.sampler.epoch in itertools.count(1):
+            for batch in loader:
+                image = batch[Keys.IMAGE]
+                yield image.as_tensor() if isinstance(image, MetaTensor) else image

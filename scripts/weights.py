@@ -7,6 +7,7 @@ SHA-256, and loading checks both.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -22,17 +23,42 @@ from scripts.autoencoderkl import AutoencoderKL
 
 __all__ = ["WeightsLoader", "check_arguments", "load_weights", "save_weights", "write_atomically"]
 
+UNFINISHED = ".unfinished"  # suffix of a file that is being written
 logger = logging.getLogger(__name__)
 
 
 def write_atomically(content: bytes, path: Path) -> None:
-    """Replace ``path`` by ``content`` in one step: after a crash at any moment it holds the old content or the new."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """
+    Replace ``path`` by ``content`` in one step: after a crash at any moment it holds the old content or the new.
+
+    Raises:
+        OSError: when it cannot be written (full disk, read-only folder); the old content stays.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror or error}); what was there before is untouched. "
+            "Make room, or choose a folder that can be written to (`output_dir`, `ckpt_dir`)",
+        ) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def serialise(content: Any) -> bytes:

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import saved_activations
+from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
 from scripts.metrics import grid_energy
 
@@ -47,3 +48,9 @@ def test_grid_energy_sees_blocks_and_checkerboards_and_nothing_in_noise():
     assert grid_energy(noise, [8, 8, 8]) < 0.05
     assert grid_energy(blocks + 0.1 * torch.rand_like(blocks), [8, 8, 8]) > 1
     assert grid_energy(checkerboard, [8, 8, 8]) > 0.15
+
+
+def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):
+    """A bound that holds on a busy machine; `make bench` has the number."""
+    assert -0.5 < overhead(epochs=2, patch_size=32) < 0.5
+    assert "(7 pairs)" in capsys.readouterr().out

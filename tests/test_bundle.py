@@ -61,8 +61,9 @@ def test_training_says_what_it_does_and_leaves_its_files(trained):
         assert words in log, words
     output = folder / "eval"
     assert nib.load(data / "sub-00" / "T1w.nii.gz")
-    for name in ("reconstruction.png", "checkpoints/model.pt", "checkpoints/model.json", "checkpoints/checkpoint.pt"):
-        assert (output / name).stat().st_size > 0, name
+    assert (output / "reconstruction.png").stat().st_size > 0
+    for name in ("model.pt", "model.json", "checkpoint_00000002.pt", "checkpoint_00000004.pt"):
+        assert (output / "checkpoints" / name).stat().st_size > 0, name
     state = torch.load(output / "checkpoints" / "model.pt", weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
 
@@ -80,14 +81,14 @@ def test_training_curves_and_picture_are_in_tensorboard(trained):
 def test_second_run_into_the_folder_is_refused_and_resume_goes_on(trained):
     folder, data, _ = trained
     arguments = {"dataset_dir": str(data), "output_dir": str(folder / "eval"), "val_fraction": "0.5", **SMALL}
-    weights = (folder / "eval/checkpoints/checkpoint.pt").read_bytes()
+    weights = (folder / "eval/checkpoints/checkpoint_00000004.pt").read_bytes()
     refused = bundle_run("training", "train.json", check=False, **arguments)
     assert refused.returncode != 0
-    assert "holds checkpoint.pt and model.pt of another run" in refused.stdout
-    assert (folder / "eval/checkpoints/checkpoint.pt").read_bytes() == weights
+    assert "checkpoint_00000004.pt and checkpoint_00000002.pt and model.pt of another run" in refused.stdout
+    assert (folder / "eval/checkpoints/checkpoint_00000004.pt").read_bytes() == weights
 
     resumed = bundle_run("run", "train.json", resume="true", epochs="3", val_interval="2", **arguments)
-    assert "after epoch 2" in resumed.stdout and "epoch 3/3" in resumed.stdout
+    assert "epoch 2 complete" in resumed.stdout and "epoch 3/3" in resumed.stdout
     assert "epoch 1/3" not in resumed.stdout
 
 

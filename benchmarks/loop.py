@@ -1,0 +1,132 @@
+"""What the training loop costs: a step of the trainer with all its handlers, against the same step in plain PyTorch.
+
+    python -m benchmarks.loop [--epochs 4] [--patch_size 96] [--device cpu]
+
+Both take turns in one run, so that a busy machine slows both down. The configuration is configs/train.json; loading data is
+left out on both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import fire
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+
+from scripts.losses import kl_divergence
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_VOLUMES = 6  # of them one is for validation
+WARM_UP = 3
+
+
+def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu") -> float:
+    """
+    Print and return by how much a step of the trainer is longer than one of the plain loop: the median over pairs of steps,
+    one right after the other.
+
+    Args:
+        epochs: of five steps each.
+        patch_size: edge of a patch, voxels.
+        device: where to run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flow = training(Path(folder), epochs, patch_size, device)
+        bare, whole = PlainLoop(flow, patch_size), Stopwatch(device)
+        trainer = flow.trainer
+        trainer.add_event_handler(Events.GET_BATCH_STARTED, bare.step)
+        trainer.add_event_handler(Events.GET_BATCH_COMPLETED, whole.start)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, whole.stop)  # attached last, so it is called last
+        flow.run()
+    ours, plain = whole.seconds[WARM_UP:], bare.watch.seconds[WARM_UP:]
+    share = median(a / b for a, b in zip(ours, plain)) - 1
+    print(
+        f"step of {patch_size}³ on {device}: {1000 * median(ours):.0f} ms with the trainer and its handlers, "
+        f"{1000 * median(plain):.0f} ms in a plain loop, {share:+.1%} ({len(ours)} pairs)"
+    )
+    return share
+
+
+def training(folder: Path, epochs: int, patch_size: int, device: str) -> ConfigWorkflow:
+    """The training workflow of the bundle on random volumes."""
+    (folder / "volumes").mkdir()
+    for i in range(NUM_VOLUMES):
+        values = np.random.default_rng(i).integers(0, 1000, (patch_size,) * 3, dtype=np.int16)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), folder / "volumes" / f"sub-{i}.nii")
+    flow = ConfigWorkflow(
+        config_file=str(ROOT / "configs/train.json"),
+        meta_file=str(ROOT / "configs/metadata.json"),
+        logging_file=str(ROOT / "configs/logging.conf"),
+        workflow_type="train",
+        run_id="training",
+        bundle_root=str(ROOT),
+        dataset_dir=str(folder / "volumes"),
+        output_dir=str(folder / "eval"),
+        epochs=epochs,
+        val_interval=epochs,
+        patch_size=[patch_size] * 3,
+        num_workers=0,
+        device=device,
+    )
+    flow.initialize()
+    return flow
+
+
+class Stopwatch:
+    """Collects how long something took."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    def start(self) -> None:
+        self._synchronise()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._synchronise()
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def _synchronise(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+class PlainLoop:
+    """The same step on a copy of the network, as one would write it down without any library."""
+
+    def __init__(self, flow: ConfigWorkflow, patch_size: int) -> None:
+        get = flow.parser.get_parsed_content
+        self.network = copy.deepcopy(get("network_def")).train()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=get("lr"))
+        self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+        self.loss = get("loss")
+        self.kl_weight = get("kl_weight")
+        self.autocast = {"device_type": get("device"), "dtype": getattr(torch, get("amp_dtype")), "enabled": get("amp")}
+        self.batch = torch.rand(get("batch_size"), 1, *[patch_size] * 3)
+        self.watch = Stopwatch(get("device"))
+
+    def step(self) -> None:
+        self.watch.start()
+        image = self.batch.to(self.autocast["device_type"])
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(**self.autocast):
+            reconstruction, z_mu, z_sigma = self.network(image)
+        loss = self.loss(reconstruction.float(), image) + self.kl_weight * kl_divergence(z_mu, z_sigma)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.watch.stop()
+
+
+if __name__ == "__main__":
+    fire.Fire(overhead, serialize=lambda share: None)

@@ -1,0 +1,71 @@
+"""The discriminator that the autoencoder learns to deceive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.losses import PatchAdversarialLoss
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Adversary"]
+
+
+class Adversary:
+    """
+    A patch discriminator with its optimizer, as in VQGAN (Esser et al., https://arxiv.org/abs/2012.09841), with least
+    squares for a loss.
+
+    Args:
+        discriminator: MONAI's ``PatchDiscriminator``, wrapped for distributed training or not. Its last output is the map
+            that judges.
+        optimizer: of the discriminator.
+        weight: of the adversarial loss in the autoencoder's.
+        warmup_epochs: epochs that the autoencoder trains alone first.
+    """
+
+    def __init__(
+        self,
+        discriminator: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weight: float,
+        warmup_epochs: int,
+    ) -> None:
+        self.discriminator = discriminator
+        self.optimizer = optimizer
+        self.weight = weight
+        self.warmup_epochs = warmup_epochs
+        self.loss = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
+
+    def has_started(self, epoch: int) -> bool:
+        """Whether the warm-up is over in ``epoch``, which counts from 1."""
+        return epoch > self.warmup_epochs
+
+    def generator_loss(self, reconstruction: torch.Tensor) -> torch.Tensor:
+        """
+        How far ``reconstruction`` (``BxCxHxWxD``) is from passing for an image. The gradient goes to the reconstruction
+        alone.
+        """
+        # Not through the wrapper for distributed training, which would wait for gradients of the frozen weights.
+        wrapped = isinstance(self.discriminator, DistributedDataParallel)
+        judge: Any = self.discriminator.module if wrapped else self.discriminator
+        judge.requires_grad_(False)
+        try:
+            return self.loss(judge(reconstruction)[-1], target_is_real=True, for_discriminator=False)
+        finally:
+            judge.requires_grad_(True)
+
+    def discriminator_loss(self, image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+        """
+        How badly the discriminator tells images from reconstructions.
+
+        Args:
+            image: ``BxCxHxWxD``.
+            reconstruction: the same shape, detached from the autoencoder.
+        """
+        # one forward pass for both: the wrapper for distributed training counts them
+        real, fake = self.discriminator(torch.cat([image, reconstruction.to(image.dtype)]))[-1].chunk(2)
+        return 0.5 * (
+            self.loss(real, target_is_real=True, for_discriminator=True)
+            + self.loss(fake, target_is_real=False, for_discriminator=True)
+        )

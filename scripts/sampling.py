@@ -1,0 +1,122 @@
+"""Which volume a batch holds and how it is augmented, as a function of the seed, the epoch and the position in it alone: so
+that a run can go on in the middle of an epoch, with any number of workers or processes, and see the same data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.utils import ensure_tuple
+from torch.utils.data import Dataset, Sampler
+
+__all__ = ["Draw", "RepeatableBatchSampler", "RepeatableDataset", "RepeatableOrder"]
+
+
+class Draw(NamedTuple):
+    """One item of a batch: which volume, and the seed of its random transforms."""
+
+    item: int
+    seed: int
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed below 2^32 from several numbers; neighbouring numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class RepeatableBatchSampler(Sampler[list[Draw]]):
+    """
+    Shuffled batches that depend on the seed, the epoch and the position alone. With several processes
+    (``torch.distributed``), each global batch is shared out: two processes with batch 1 see what one sees with batch 2.
+    The last batch of an epoch is filled up from its beginning, so that all are of one size.
+
+    Args:
+        num_items: number of items in the dataset.
+        batch_size: items in a batch of one process.
+        seed: of the whole run.
+
+    Attributes:
+        epoch: from 1, as ignite counts.
+        start: batches of the epoch to leave out, when a run goes on in its middle. ``len()`` stays that of the whole epoch.
+    """
+
+    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size!r}; it must be at least 1.")
+        self.num_items = num_items
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank, self.num_processes = idist.get_rank(), idist.get_world_size()
+        self.epoch = 1
+        self.start = 0
+
+    def __len__(self) -> int:
+        return -(-self.num_items // (self.batch_size * self.num_processes))
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_items)
+        for batch in range(self.start, len(self)):
+            first = (batch * self.num_processes + self.rank) * self.batch_size
+            yield [
+                Draw(int(order[position % self.num_items]), derive_seed(self.seed, self.epoch, position))
+                for position in range(first, first + self.batch_size)
+            ]
+
+
+class RepeatableDataset(Dataset):
+    """
+    A MONAI dataset whose random transforms are seeded for every item by its :py:class:`Draw`, and whose items also say
+    their ``file``.
+
+    Args:
+        dataset: with ``data`` (``[{"image": path}, ...]``) and a ``transform`` that is a ``Compose``: ``CacheDataset``,
+            ``PersistentDataset``, ``Dataset``.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> list[dict[str, Any]]:
+        self.dataset.transform.set_random_state(seed=draw.seed)
+        samples = self.dataset[draw.item]
+        file = str(self.dataset.data[draw.item]["image"])
+        # transforms that crop return a list, which MONAI's collate function takes apart
+        return [{**sample, "file": file} for sample in ensure_tuple(samples)]
+
+
+class RepeatableOrder:
+    """
+    Trainer handler that tells the sampler where the run is, and reseeds PyTorch, NumPy and Python before every iteration by
+    its number, so that the noise of an iteration does not depend on what came before.
+
+    Args:
+        sampler: batch sampler of the trainer's loader.
+        seed: of the whole run.
+    """
+
+    def __init__(self, sampler: RepeatableBatchSampler, seed: int) -> None:
+        self.sampler = sampler
+        self.seed = seed
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._set_position)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._reseed)
+
+    def _set_position(self, engine: Engine) -> None:
+        # ignite makes the loader's iterator after this event
+        self.sampler.epoch = engine.state.epoch
+        self.sampler.start = engine.state.iteration - (engine.state.epoch - 1) * len(self.sampler)
+
+    def _reseed(self, engine: Engine) -> None:
+        seed = derive_seed(self.seed, engine.state.iteration, idist.get_rank())
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
