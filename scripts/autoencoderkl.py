@@ -44,6 +44,12 @@ def _run(blocks: nn.ModuleList, recompute: bool, x: torch.Tensor) -> torch.Tenso
     return x
 
 
+def _cast_once(image: torch.Tensor) -> torch.Tensor:
+    """Cast to the autocast type at once, where autocast would cast every full-resolution tensor that is made of it."""
+    device_type = image.device.type
+    return image.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else image
+
+
 class Encoder(monai_autoencoderkl.Encoder):
     """
     MONAI's AutoencoderKL ``Encoder`` with a free factor for each transition and for the first convolution.
@@ -437,6 +443,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             ValueError: when a spatial size is not divisible by the total factor.
         """
         self._check_divisible(x.shape[2:])
+        x = _cast_once(x)
         h = self.encoder(x)
         z_mu = self.quant_conv_mu(h)
         z_log_var = torch.clamp(self.quant_conv_log_sigma(h), -30.0, 20.0)
@@ -470,24 +477,37 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         Returns:
             reconstruction of the same shape.
         """
-        # Written for TorchScript and torch.export, which can follow neither `encode` and `decode` (activation
-        # checkpointing) nor slices of an unknown length.
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what follows, in this form alone
+            if self._is_divisible(x):
+                return self._decoded_mean(x)
+        # For TorchScript and torch.export: slices of an unknown length would fix the size
         padding: list[int] = []
         for axis, factor in enumerate(self.total_downsample_factor):
             size = x.shape[axis + 2]
             padding = [0, (size + factor - 1) // factor * factor - size] + padding  # the last axis comes first
-        padded = F.pad(x, padding, mode="replicate")
-        z_mu = self.quant_conv_mu(self.encoder(padded))
-        if self.shortcut is not None:
-            z_mu = z_mu + self.shortcut.encode(padded)
-        if self.shortcut is not None:
-            linear = self.shortcut.decode(z_mu)
-            image = linear + self.decoder(self.post_quant_conv(z_mu), linear)
-        else:
-            image = self.decoder(self.post_quant_conv(z_mu))
+        image = self._decoded_mean(F.pad(x, padding, mode="replicate"))
         for axis in range(x.dim() - 2):
             image = image.index_select(axis + 2, torch.arange(x.shape[axis + 2], device=x.device))
         return image
+
+    @torch.jit.unused
+    def _is_divisible(self, x: torch.Tensor) -> bool:
+        """Whether no padding is needed, where sizes are known: a program for all sizes has to ask each time."""
+        any_size = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        return not any_size and all(n % f == 0 for n, f in zip(x.shape[2:], self.total_downsample_factor))
+
+    def _decoded_mean(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            x = _cast_once(x)
+        z_mu = self.quant_conv_mu(self.encoder(x))
+        if self.shortcut is None:
+            return self.decoder(self.post_quant_conv(z_mu))
+        if self.shortcut is not None:  # TorchScript knows this type of `if` alone
+            z_mu = z_mu + self.shortcut.encode(x)
+            linear = self.shortcut.decode(z_mu)
+            image = self.decoder(self.post_quant_conv(z_mu), linear)
+            z_mu = image + linear if torch.is_grad_enabled() else image.add_(linear)
+        return z_mu
 
 
 class Reconstructor(AutoencoderKL):
