@@ -39,7 +39,7 @@ def requests(count: int = 30, trained: int = 3) -> None:
         through_plane = rng.choice(SPACINGS)
         spacing = None if through_plane is None else [0.8, 0.8, through_plane]
         memory_gb = rng.choice(BUDGETS)
-        found = recommend_downsample_factors([edge, edge, depth], memory_gb=memory_gb, spacing=spacing)
+        found = recommend_downsample_factors([edge, edge, depth], memory_gb=memory_gb, spacing=spacing, count=3)
         print(f"{edge}x{edge}x{depth}, spacing {spacing}, {memory_gb} GiB: {len(found)} recommendations", flush=True)
         unanswered += not found
         for recommendation in found:

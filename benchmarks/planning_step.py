@@ -35,7 +35,7 @@ def saved_in_a_step(network: torch.nn.Module, size: tuple[int, ...], batch_size:
         amp=amp,
         device=torch.device("cpu"),
         max_epochs=1,
-        train_data_loader=[{"image": torch.rand(batch_size, 1, *size)} for _ in range(2)],
+        train_data_loader=[{"image": torch.rand(batch_size, 1, *size)}] * 2,
         network=network,
         optimizer=torch.optim.AdamW(network.parameters()),
         loss_function=torch.nn.functional.l1_loss,

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from scripts.losses import kl_divergence
 from scripts.workspace import workspace
@@ -135,9 +135,8 @@ def training_cost(
         step = _TrainingStep(network, judge, loss, optimizer, device, amp_dtype)
         step.prepare(accumulates, averaged)
         image = _image(network, batch_size, spatial_size)
-        levels, saved = _Levels(network, spatial_size), SavedTensors(step.parameters)
-        flops = FlopCounterMode(display=False)
-        with flops, _AllocationTracker(device) as tracker, _casting_rules(device), levels.listening(saved):
+        levels, saved = _Levels(network), SavedTensors(step.parameters)
+        with _AllocationTracker(device) as tracker, _casting_rules(device), levels.listening(saved):
             tracker.track(step.tensors(), image)
             step.run(image, tracker, saved)
             gradients = sum(p.grad.nbytes for p in step.parameters if p.grad is not None)
@@ -150,7 +149,7 @@ def training_cost(
         peak=tracker.peak,
         peak_phase=tracker.peak_phase,
         convolution=tracker.convolution,
-        flops=flops.get_total_flops(),
+        flops=tracker.flops,
     )
 
 
@@ -170,13 +169,12 @@ def inference_cost(
     with _fake_tensors(), torch.no_grad():
         network = _fake_copy(network).eval()
         image = _image(network, batch_size, spatial_size)
-        flops = FlopCounterMode(display=False)
-        with flops, _AllocationTracker(device) as tracker, _casting_rules(device):
+        with _AllocationTracker(device) as tracker, _casting_rules(device):
             tracker.track(network.state_dict(), image)
             with _autocast(amp_dtype):
                 reconstruction = network.reconstruct(image).float()  # type: ignore[operator]
             del reconstruction
-    return InferenceCost(_nbytes(network.state_dict()), tracker.peak, tracker.convolution, flops.get_total_flops())
+    return InferenceCost(_nbytes(network.state_dict()), tracker.peak, tracker.convolution, tracker.flops)
 
 
 class _TrainingStep:
@@ -210,8 +208,6 @@ class _TrainingStep:
                 optimizer.zero_grad(set_to_none=True)
 
     def run(self, image: torch.Tensor, tracker: _AllocationTracker, saved: SavedTensors) -> None:
-        # the trainer's output, image and reconstruction, stays until the next step has made its own
-        output = [torch.empty_like(image), torch.empty_like(image, dtype=self.amp_dtype)]
         with saved:
             tracker.phase = "forward"
             with _autocast(self.amp_dtype):
@@ -228,7 +224,6 @@ class _TrainingStep:
             self.discriminator.requires_grad_(True)
             (self._opinion(image) + self._opinion(reconstruction.detach())).backward()
         tracker.phase = "optimizer"
-        del output
         for module, optimizer in zip(self.modules, self.optimizers):
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
@@ -287,9 +282,8 @@ class _Levels:
     grid, that of their input or of their result.
     """
 
-    def __init__(self, network: nn.Module, spatial_size: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.image_size = tuple(spatial_size)
         self.grids: dict[Any, tuple[int, ...]] = {}
 
     @contextmanager
@@ -328,7 +322,7 @@ class _AllocationTracker(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.alive: dict[int, weakref.ref] = {}
-        self.nbytes = self.peak = self.convolution = 0
+        self.nbytes = self.peak = self.convolution = self.flops = 0
         self.phase = self.peak_phase = "forward"
 
     def track(self, *tensors: Any) -> None:
@@ -339,7 +333,11 @@ class _AllocationTracker(TorchDispatchMode):
         self._note(0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # FlopCounterMode would count the same, but its hooks keep gradients alive for longer than they are
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())

@@ -221,8 +221,8 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, **overrides: Any) -> Pla
         if "patch_size" not in parser:
             return Plan(build, network, amp_dtype=amp_dtype)
         return Plan(build, network, amp_dtype=amp_dtype, **_training_settings(parser, network))
-    except RuntimeError as error:  # MONAI wraps what a component raises
-        raise ValueError(str(_root_cause(error))) from error
+    except (RuntimeError, TypeError) as error:  # MONAI wraps what a component raises; `--channels 8` has no length
+        raise ValueError(f"{_names(config_file)} cannot be used: {_root_cause(error)}") from error
 
 
 def _read_configs(config_file: str | Sequence[str]) -> dict[str, Any]:
@@ -262,10 +262,10 @@ def _training_settings(parser: ConfigParser, network: AutoencoderKL) -> dict[str
     with torch.device("meta"):
         discriminator = parser.get_parsed_content("discriminator_def") if adversarial else None
     terms = parser.get_parsed_content("loss_terms") if "loss_terms" in parser else None
-    steps = positive("gradient_accumulation_steps", parser.get_parsed_content("gradient_accumulation_steps"))
+    steps = _whole("gradient_accumulation_steps", parser.get_parsed_content("gradient_accumulation_steps"))
     return {
         "patch_size": _size("patch_size", parser.get_parsed_content("patch_size"), network),
-        "batch_size": positive("batch_size", parser.get_parsed_content("batch_size")),
+        "batch_size": _whole("batch_size", parser.get_parsed_content("batch_size")),
         "accumulates": steps > 1,
         "loss": total_loss(parser.get_parsed_content("loss"), terms),
         "optimizer": parser.get_parsed_content("optimizer"),
@@ -347,6 +347,12 @@ def positive(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"`{name}` is {value!r}; it must be a number above 0.")
     return value
+
+
+def _whole(name: str, value: Any) -> int:
+    if positive(name, value) != int(value):
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number.")
+    return int(value)
 
 
 def _with_margin(cost: TrainingCost | InferenceCost, device: str) -> int:
@@ -441,9 +447,10 @@ def recommend_downsample_factors(
     plan = read_plan(**overrides)
     size = _size("spatial_size", spatial_size, plan.network)
     wanted = {"target_latent_size": target_latent_size, "memory_gb": memory_gb, "voxels_per_latent": voxels_per_latent}
-    for name, value in {**wanted, "count": count}.items():
+    for name, value in wanted.items():
         if value is not None:
             positive(name, value)
+    count = _whole("count", count)
     mm = _spacing(spacing, len(size))
     ranked = candidates(size, mm, len(plan.network.downsample_factors), target_latent_size)
     usual = [candidate for candidate in ranked if max(candidate.initial) <= MAX_INITIAL]

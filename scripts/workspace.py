@@ -12,7 +12,7 @@ __all__ = ["workspace"]
 
 aten = torch.ops.aten
 BLOCK = 16  # channels of oneDNN's memory formats
-STRIDED_COPIES = 1.3  # what it adds in bfloat16 for the weights' gradient with a stride
+STRIDED_PLANES = 125  # of the larger side, which it holds in bfloat16 for the weights' gradient with a stride
 
 
 def workspace(func: Any, args: Any, result: Any, device: str) -> int:
@@ -56,7 +56,8 @@ def _convolution_backward(args: Any, result: Any, device: str) -> int:
     strided = math.prod(stride) > 1
     for_weight = blocked_x + blocked_y
     if strided and _half(x):
-        for_weight += int(STRIDED_COPIES * max(blocked_x, blocked_y))
+        larger = grad if transposed else x
+        for_weight += STRIDED_PLANES * _whole_blocks(larger.shape[1]) * larger[0, 0, 0].numel() * larger.itemsize
     if result[0] is None:
         return for_weight
     copies = 2 if _half(x) or (strided and not transposed) else 1
@@ -70,7 +71,11 @@ def _half(tensor: torch.Tensor) -> bool:
 def _blocked(tensor: torch.Tensor) -> int:
     """Bytes of a copy whose channels fill whole blocks; a single channel is left as it is."""
     channels = tensor.shape[1]
-    return tensor.nbytes if channels == 1 else tensor.nbytes // channels * (-(-channels // BLOCK) * BLOCK)
+    return tensor.nbytes if channels == 1 else tensor.nbytes // channels * _whole_blocks(channels)
+
+
+def _whole_blocks(channels: int) -> int:
+    return -(-channels // BLOCK) * BLOCK
 
 
 WORKSPACES: dict[Any, Callable[[Any, Any, str], int]] = {
