@@ -32,6 +32,7 @@ KEYS = {
     "val_interval": 3,
     "val_fraction": 0.25,
     "ckpt_minutes": 0,  # at every step
+    "validate#handlers": [],  # no pictures, for speed
     "adv_weight": 0.1,
     "adv_warmup_epochs": 1,
     "discriminator_def#channels": 4,
