@@ -82,7 +82,7 @@ def train(data: Path, output_dir: Path, prepare: Callable | None = None, num_pro
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(240)
     assert all(process.exitcode is not None for process in processes), "the run hangs"
     return processes[0].exitcode
 
