@@ -73,7 +73,8 @@ def test_training_curves_and_picture_are_in_tensorboard(trained):
 
     events = EventAccumulator(str(trained[0] / "eval" / "tensorboard"))
     events.Reload()
-    assert {"loss", "recon_loss", "kl_loss", "lr", "psnr", "ssim", "foreground_psnr"} <= set(events.Tags()["scalars"])
+    curves = {"loss", "recon_loss", "kl_loss", "lr", "psnr", "ssim", "foreground_psnr", "volumes_per_second", "data_wait"}
+    assert curves <= set(events.Tags()["scalars"])
     assert len(events.Scalars("recon_loss")) == 4
     assert "reconstruction" in events.Tags()["images"]
 

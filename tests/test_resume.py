@@ -32,6 +32,7 @@ KEYS = {
     "val_interval": 3,
     "val_fraction": 0.25,
     "ckpt_minutes": 0,  # at every step
+    "validate#handlers": [],  # no pictures, for speed
     "adv_weight": 0.1,
     "adv_warmup_epochs": 1,
     "discriminator_def#channels": 4,
@@ -81,7 +82,7 @@ def train(data: Path, output_dir: Path, prepare: Callable | None = None, num_pro
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(240)
     assert all(process.exitcode is not None for process in processes), "the run hangs"
     return processes[0].exitcode
 
