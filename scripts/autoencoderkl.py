@@ -191,7 +191,7 @@ class Decoder(monai_autoencoderkl.Decoder):
         if torch.jit.is_scripting():
             for i, block in enumerate(self.blocks):
                 if i == self.last_level and image is not None and self.refine is not None:
-                    x = x + self.refine(image)
+                    x = x.add_(self.refine(image))
                 x = block(x)
             return x
         return self._by_levels(x, image)
@@ -206,10 +206,12 @@ class Decoder(monai_autoencoderkl.Decoder):
         return self._finest_level(x, image)
 
     def _finest_level(self, x: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
-        x = _run(self.blocks[self.level_starts[-1] : self.last_level], False, x)
-        if image is not None and self.refine is not None:
-            x = x + self.refine(image)
-        return _run(self.blocks[self.last_level :], False, x)
+        # one loop, so that no caller holds a map of this level while later blocks run
+        for i in range(self.level_starts[-1], len(self.blocks)):
+            if i == self.last_level and image is not None and self.refine is not None:
+                x = x.add_(self.refine(image))
+            x = self.blocks[i](x)
+        return x
 
 
 class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):

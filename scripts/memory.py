@@ -410,7 +410,7 @@ def _fake_copy(module: nn.Module) -> nn.Module:
 
 def _image(network: nn.Module, batch_size: int, spatial_size: Sequence[int]) -> torch.Tensor:
     encoder: Any = network.encoder
-    return torch.empty(batch_size, encoder.in_channels, *spatial_size)
+    return torch.empty(batch_size, encoder.in_channels, *spatial_size, dtype=next(network.parameters()).dtype)
 
 
 def _nbytes(tensors: Any) -> int:
