@@ -43,6 +43,7 @@ class Row:
 
 ATTENTION = {"attention_levels": (False, False, True), "use_flash_attention": True}
 SHORTCUT = {"linear_shortcut": True}
+LEAN_PRESET = {"channels": (64, 128, 256), "norm_num_groups": 1, "latent_channels": 64, "linear_shortcut": True}
 THICK = {"initial_downsample_factor": [2, 2, 1], "downsample_factors": [[2, 2, 1], [2, 2, 2]]}
 ROWS = {
     "MONAI's network": Row(MONAI, (80, 80, 80)),
@@ -61,6 +62,7 @@ ROWS = {
         arguments={"attention_levels": (False, False, True), "use_flash_attention": True},
     ),
     "16x lean": Row("initial 4, [2,2]", (256, 256, 256)),
+    "16x_lean, the preset": Row("initial 4, [2,2]", (256, 256, 256), arguments=LEAN_PRESET),
     "32x (conv)": Row("initial 4 (conv), [4,2]", (256, 256, 256)),
     "32x, without AMP": Row("initial 4, [4,2]", (256, 256, 256), amp=False),
     "64x": Row("initial 4, [4,2]", (320, 320, 320), arguments={"initial_downsample_factor": 8}),

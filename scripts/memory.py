@@ -172,7 +172,7 @@ def inference_cost(
         with _AllocationTracker(device) as tracker, _casting_rules(device):
             tracker.track(network.state_dict(), image)
             with _autocast(amp_dtype):
-                reconstruction = network.reconstruct(image).float()  # type: ignore[operator]
+                reconstruction = network.reconstruct(image).to(image.dtype)  # type: ignore[operator]
             del reconstruction
     return InferenceCost(_nbytes(network.state_dict()), tracker.peak, tracker.convolution, tracker.flops)
 
