@@ -12,14 +12,24 @@ import sys
 import time
 from collections.abc import Iterable
 from statistics import median
+from typing import Any
 
 import fire
 import torch
 
-from benchmarks.networks import FACTORS, MONAI, build, total_factor
+from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factor
 
 MIB = 2**20
 REPEATS = 3
+SWITCHED = "initial 2, [4,2]"
+SWITCHES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "channels_last": {"channels_last": True},
+    "use_checkpoint, first level": {"use_checkpoint": [True, False, False]},
+    "use_checkpoint, all levels": {"use_checkpoint": True},
+    "compile": {"compiled": True},
+    "compile, channels_last": {"compiled": True, "channels_last": True},
+}
 RECONSTRUCTED = ("initial 2, [2,2]", "initial 2, [4,2]", "initial 4, [2,2]")
 
 
@@ -48,6 +58,18 @@ def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> No
             for name, (m, s) in rows.items()
         ),
     )
+    print(f"\nThe same with the switches of the config, {SWITCHED}, against MONAI without any:\n")
+    switched = {
+        name: (saved_activations(SWITCHED, size, device, **switch), training_step(SWITCHED, size, device, **switch))
+        for name, switch in SWITCHES.items()
+    }
+    print_table(
+        ["switches", "saved activations", "less than MONAI", "training step"],
+        (
+            [name, f"{m / MIB:.0f} MiB", f"{1 - m / memory:.1%}", f"{seconds / s:.1f}x faster"]
+            for name, (m, s) in switched.items()
+        ),
+    )
     print(f"\nReconstruction of {inference_size}³ without gradients, float32, process peak above idle, {device}:\n")
     peaks = {name: inference_peak(name, inference_size, device) for name in [MONAI, *RECONSTRUCTED]}
     print_table(
@@ -59,9 +81,21 @@ def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> No
     )
 
 
-def saved_activations(name: str, size: int, device: str) -> int:
+def switched_network(
+    name: str, device: str, compiled: bool = False, channels_last: bool = False, **arguments: Any
+) -> torch.nn.Module:
+    """A network of the tables with switches of the config."""
+    network = build_with(name, **arguments).to(device)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last_3d)
+    if compiled:
+        network.compile()
+    return network
+
+
+def saved_activations(name: str, size: int, device: str, **switches: Any) -> int:
     """Bytes that the backward pass of one step keeps, parameters apart."""
-    network = build(name).to(device)
+    network = switched_network(name, device, **switches)
     parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
     storages: dict[int, int] = {}
 
@@ -77,9 +111,9 @@ def saved_activations(name: str, size: int, device: str) -> int:
     return sum(storages.values())
 
 
-def training_step(name: str, size: int, device: str) -> float:
+def training_step(name: str, size: int, device: str, **switches: Any) -> float:
     """Seconds of a step with AdamW: the median of three after one to warm up."""
-    network = build(name).to(device)
+    network = switched_network(name, device, **switches)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     image = torch.rand(1, 1, size, size, size, device=device)
     times = []

@@ -128,6 +128,22 @@ def kept_bytes(network: torch.nn.Module, image: torch.Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's, about its own parts
+def test_network_compiles_and_gives_the_same():
+    network = build(initial_downsample_factor=2, linear_shortcut=True).train()
+    image = image_for(network, 2)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            network.compile(backend="aot_eager")  # traces as the default does, and leaves out its minutes of building
+        torch.manual_seed(3)
+        reconstruction = network(image)[0]
+        network.zero_grad()
+        reconstruction.square().mean().backward()
+        results.append(torch.cat([reconstruction.flatten(), *[p.grad.flatten() for p in network.parameters()]]).detach())
+    assert torch.allclose(*results, atol=1e-6)
+
+
 def test_norms_stay_in_the_autocast_type_on_cuda():
     """CUDA's autocast casts `group_norm` to float32 and has no rule for the kernel below it, which the network calls."""
     has_rule = torch._C._dispatch_has_kernel_for_dispatch_key
