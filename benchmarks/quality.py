@@ -2,11 +2,13 @@
 
     python -m benchmarks.quality train --network 8x --data sample --minutes 20
     python -m benchmarks.quality tables
+    python -m benchmarks.quality plot
 
 `train` takes a preset's name or `MONAI` and leaves a row, the weights and a picture per volume in eval/quality; `tables`
 prints the rows that are there in Markdown, beside what needs no training: the block-wise cosine transform with as many
-numbers, and trilinear shrinking. Training time is the processor time of the training process over the number of its threads,
-so that whatever else runs on the machine takes nothing away; on a GPU it is the time on the clock.
+numbers, and trilinear shrinking; `plot` draws them against the memory of training. Training time is the processor time of the
+training process over the number of its threads, so that whatever else runs on the machine takes nothing away; on a GPU it is
+the time on the clock.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ from typing import Any
 import fire
 import torch
 from ignite.engine import Engine, Events
+from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from monai.metrics import PSNRMetric, SSIMMetric
+from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
 
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import print_table
+from benchmarks.large_volumes import preset
 from scripts.inferer import autocast_dtype
+from scripts.memory import training_cost
 from scripts.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
 from scripts.picture import draw_reconstruction
 
@@ -166,13 +172,54 @@ def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int
 
 def tables() -> None:
     """Print the rows that are there."""
-    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    rows = read_rows()
     volumes = sorted({(row["data"], name) for row in rows for name in row["volumes"]}, reverse=True)
     for data, name in volumes:
         print(f"\n`{name}`, trained on `data/{data}`:\n")
         header = ["network", "minutes", "steps", "voxels per number", "PSNR", "foreground", "SSIM", "block DCT", "trilinear"]
         cells = [table_row(row, row["volumes"][name]) for row in rows if name in row["volumes"] and row["data"] == data]
         print_table([*header, "grid: image, ours, DCT"], cells)
+
+
+def plot(path: str = "docs/quality.png") -> None:
+    """
+    Draw the rows' quality against the memory that training on 256³ needs, see :py:mod:`benchmarks.large_volumes`.
+
+    Args:
+        path: PNG file.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    markers = {"psnr": "o", "dct_psnr": "_", "trilinear_psnr": "x"}
+    names = {"psnr": "network", "dct_psnr": "block DCT of equal size", "trilinear_psnr": "trilinear shrinking"}
+    rows = read_rows()
+    volumes = sorted({name for row in rows for name in row["volumes"]})
+    for row in rows:
+        network = preset(row["network"]) if row["network"] != MONAI else MonaiAutoencoderKL(**monai_arguments())
+        memory = training_cost(network, (256, 256, 256)).peak / 2**30
+        for name, volume in row["volumes"].items():
+            for key, marker in markers.items():
+                axes.scatter(memory, volume[key], marker=marker, color=f"C{volumes.index(name)}", s=60)
+            axes.annotate(row["network"], (memory, volume["psnr"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for index, name in enumerate(volumes):
+        axes.scatter([], [], marker="s", color=f"C{index}", label=name)
+    for key, marker in markers.items():
+        axes.scatter([], [], marker=marker, color="gray", label=names[key])
+    axes.set_xscale("log")
+    axes.set_xlabel("peak of training on 256³, GiB")
+    axes.set_ylabel("PSNR, dB")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def monai_arguments() -> dict[str, Any]:
+    """Arguments of MONAI's network."""
+    return {key: value for key, value in MONAI_NETWORK.items() if key != "_target_"}
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """The rows that `train` left."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def table_row(row: dict[str, Any], volume: dict[str, float]) -> list[str]:
@@ -192,4 +239,4 @@ def table_row(row: dict[str, Any], volume: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    fire.Fire({"train": train, "tables": tables})
+    fire.Fire({"train": train, "tables": tables, "plot": plot})
