@@ -6,9 +6,9 @@
 
 `train` takes a preset's name or `MONAI` and leaves a row, the weights and a picture per volume in eval/quality; `tables`
 prints the rows that are there in Markdown, beside what needs no training: the block-wise cosine transform with as many
-numbers, and trilinear shrinking; `plot` draws them against the memory of training. Training time is the processor time of the
-training process over the number of its threads, so that whatever else runs on the machine takes nothing away; on a GPU it is
-the time on the clock.
+numbers, and trilinear shrinking; `plot` draws them against the memory of training. Training time is the processor time of
+the training process over the number of its threads, so that whatever else runs on the machine takes nothing away; on a GPU
+it is the time on the clock.
 """
 
 from __future__ import annotations
