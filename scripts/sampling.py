@@ -58,14 +58,17 @@ class RepeatableBatchSampler(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return -(-self.num_items // (self.batch_size * self.num_processes))
 
+    def draws(self, epoch: int) -> list[Draw]:
+        """The draws of a whole epoch, of all processes."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
+        count = len(self) * self.batch_size * self.num_processes
+        return [Draw(int(order[i % self.num_items]), derive_seed(self.seed, epoch, i)) for i in range(count)]
+
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_items)
+        draws = self.draws(self.epoch)
         for batch in range(self.start, len(self)):
             first = (batch * self.num_processes + self.rank) * self.batch_size
-            yield [
-                Draw(int(order[position % self.num_items]), derive_seed(self.seed, self.epoch, position))
-                for position in range(first, first + self.batch_size)
-            ]
+            yield draws[first : first + self.batch_size]
 
 
 class RepeatableDataset(Dataset):

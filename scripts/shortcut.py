@@ -24,8 +24,8 @@ __all__ = ["LinearShortcut", "ShortcutFitter"]
 
 MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
 INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 voxels an edge, with 32 coefficients
-BLOCKS_PER_BATCH = 512
-MAX_BATCHES = 64  # that a code is fitted to
+BLOCKS_PER_PATCH = 512
+MAX_PATCHES = 64  # that a code is fitted to
 logger = logging.getLogger(__name__)
 
 
@@ -175,7 +175,7 @@ class LinearShortcut(nn.Module):
             x = image.to(self.scale.device, torch.float32)
             x = space_to_depth(x if self.inner is None else self.inner.encode(x), self.outer.factors)
             blocks = x.flatten(2).transpose(1, 2).flatten(0, 1)
-            found.append(blocks[torch.randperm(len(blocks), device=blocks.device)[:BLOCKS_PER_BATCH]])
+            found.append(blocks[torch.randperm(len(blocks), device=blocks.device)[:BLOCKS_PER_PATCH]])
         blocks = torch.cat(found)
         count = min(len(self.outer.analysis), *blocks.shape)
         _, singular, components = torch.svd_lowrank(blocks, q=min(count + 16, *blocks.shape), niter=4)
@@ -237,7 +237,9 @@ class ShortcutFitter:
         shortcut = self.network.shortcut
         if shortcut is None or engine.state.iteration > 0:
             return
-        number = shortcut.fit(itertools.islice(self._images(engine), MAX_BATCHES))
+        with torch.random.fork_rng():  # the same code in one process and in many
+            torch.manual_seed(self.sampler.seed)
+            number = shortcut.fit(itertools.islice(self._images(engine), MAX_PATCHES))
         if idist.get_world_size() > 1:
             for tensor in shortcut.state_dict().values():
                 idist.broadcast(tensor, src=0)
@@ -246,7 +248,8 @@ class ShortcutFitter:
 
     def _images(self, engine: Engine) -> Iterator[torch.Tensor]:
         loader: Any = engine.state.dataloader
-        for self.sampler.epoch in itertools.count(1):
-            for batch in loader:
-                image = batch[Keys.IMAGE]
-                yield image.as_tensor() if isinstance(image, MetaTensor) else image
+        for epoch in itertools.count(1):
+            for draw in self.sampler.draws(epoch):
+                for sample in loader.dataset[draw]:
+                    image = sample[Keys.IMAGE]
+                    yield (image.as_tensor() if isinstance(image, MetaTensor) else image)[None]

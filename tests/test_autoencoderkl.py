@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
@@ -343,6 +345,33 @@ def test_fitted_code_is_the_best_linear_one(factors):
     assert code.fit([image]) == 512
     assert (code(image) - image).square().mean() < 1e-6 < before
     assert torch.allclose(code.encode(image).square().mean(dim=(0, 2, 3, 4)), torch.ones(6), atol=1e-3)
+
+
+def test_fitter_fits_a_new_run_alike_in_every_process_and_leaves_a_resumed_one(monkeypatch):
+    from torch.optim.swa_utils import AveragedModel
+
+    from scripts.sampling import RepeatableBatchSampler
+    from scripts.shortcut import ShortcutFitter
+
+    class Patches:
+        def __getitem__(self, draw):
+            generator = torch.Generator().manual_seed(draw.seed)
+            return [{"image": torch.rand(1, 16, 16, 16, generator=generator)}]
+
+    weights = []
+    for rank, iteration in ((0, 0), (1, 0), (0, 7)):
+        monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
+        network = shortcut_network()
+        sampler = RepeatableBatchSampler(num_items=3, batch_size=1, seed=5)
+        average = AveragedModel(network)
+        state = SimpleNamespace(iteration=iteration, dataloader=SimpleNamespace(dataset=Patches()))
+        torch.manual_seed(rank)
+        ShortcutFitter(network, average, sampler)(SimpleNamespace(state=state))
+        assert torch.equal(average.module.shortcut.outer.analysis, network.shortcut.outer.analysis)
+        weights.append(network.shortcut.outer.analysis.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[2], shortcut_network().shortcut.outer.analysis)
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_network_starts_as_a_small_correction_of_the_shortcut():

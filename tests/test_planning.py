@@ -256,7 +256,8 @@ def test_check_counts_what_was_estimated():
 
 
 def test_broken_preset_fails_the_check(tmp_path, monkeypatch, capsys):
-    shutil.copytree(ROOT / "configs", tmp_path / "configs", ignore=shutil.ignore_patterns("*x.json"))
+    shutil.copytree(ROOT / "configs", tmp_path / "configs", ignore=shutil.ignore_patterns("presets"))
+    (tmp_path / "configs/presets").mkdir()
     (tmp_path / "README.md").write_text("no commands\n")
     (tmp_path / "configs/presets/broken.json").write_text('{"downsample_factors": [2, 2, 2]}')
     monkeypatch.setattr("scripts.__main__.check_all", lambda: check_all(tmp_path))
