@@ -11,7 +11,7 @@ DEVICE ?= cpu
 
 train: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
-		--epochs 150 --val_interval 75 --patch_size "[64,64,64]" --channels_last true --resume true $(ARGS)
+		--epochs 80 --val_interval 40 --patch_size "[64,64,64]" --channels_last true --resume true $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
