@@ -108,10 +108,10 @@ class VolumeDataset(Dataset):
         try:
             return {**super()._transform(index), "path": path}
         except Exception as error:  # readers raise whatever they stumble over
-            reason = _first_cause(error)
-            if not isinstance(reason, ValueError):
-                reason = f"cannot be read to its end ({type(reason).__name__}: {reason}); copy it again, or remove it."
-            return {"path": path, PROBLEM: str(reason)}
+            cause = _first_cause(error)
+            if not isinstance(cause, ValueError):
+                problem = f"cannot be read to its end ({type(cause).__name__}: {cause}); copy it again, or remove it."
+            return {"path": path, PROBLEM: problem or str(cause)}
 
 
 class VolumeEvaluator(SupervisedEvaluator):
@@ -143,7 +143,7 @@ class VolumeEvaluator(SupervisedEvaluator):
         except Exception as error:
             reason = _first_cause(error)
             kind = "" if isinstance(reason, (ValueError, OSError)) else f"{type(reason).__name__}: "
-            self.problems[path] = f"{kind}{reason}".removeprefix(path).lstrip()
+            self.problems[path] = " ".join(f"{kind}{reason}".removeprefix(path).split())
             logger.error(f"{path}: {self.problems[path]}")
             return {}
 
@@ -161,7 +161,7 @@ class VolumeEvaluator(SupervisedEvaluator):
             problems = {path: problem for part in found for path, problem in part.items()}
         if problems:
             lines = [f"{path}: {problem}" for path, problem in sorted(problems.items())]
-            raise SystemExit("\n  ".join([f"{len(lines)} volumes could not be done:", *lines]))
+            raise SystemExit("\n  ".join([f"could not be done ({len(lines)}):", *lines]))
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -192,7 +192,7 @@ def test_latents_of_other_weights_are_refused(encoded, weights, tmp_path, capsys
     save_weights(network, tmp_path / "other" / "model.pt")
     with pytest.raises(SystemExit) as stopped:
         run("decoding", encoded, tmp_path / "out", tmp_path / "other")
-    assert "6 volumes could not be done" in str(stopped.value)
+    assert "could not be done (6)" in str(stopped.value)
     assert "was made with other weights than" in str(stopped.value)
     assert not list((tmp_path / "out").iterdir())
 
@@ -219,7 +219,7 @@ def test_bad_files_are_named_and_the_good_ones_done(weights, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             run(run_id, data, out / run_id, weights)
         lines = str(stopped.value).splitlines()
-        assert lines[0] == "6 volumes could not be done:"
+        assert lines[0] == "could not be done (6):"
         words = {
             "nan.nii.gz": "NaN or infinite",
             "series.nii.gz": "3 channels where 1",
@@ -269,7 +269,7 @@ def test_two_processes_share_the_volumes_and_fail_together(kinds, encoded, weigh
         timeout=300,
     )
     assert process.returncode == 1
-    assert "1 volumes could not be done" in process.stdout
+    assert "could not be done (1)" in process.stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in encoded.iterdir())
     for path in encoded.glob("*.nii.gz"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -283,7 +283,7 @@ def test_latents_and_their_scale_suit_monais_latent_diffusion(encoded, weights):
     network = Reconstructor(**json.loads((weights / "model.json").read_text())["network"])
     scale = json.loads((encoded / "latent_scale.json").read_text())["latent_scale"]
     latent = torch.from_numpy(nib.load(encoded / "slope_latent.nii.gz").get_fdata(dtype=np.float32)).movedim(-1, 0)[None]
-    unet = DiffusionModelUNet(3, 8, 8, channels=(4, 4), num_res_blocks=1, attention_levels=(False, False), norm_num_groups=2)
+    unet = DiffusionModelUNet(3, 8, 8, channels=(8, 8), num_res_blocks=1, attention_levels=(False, False), norm_num_groups=2)
     scheduler = DDIMScheduler(num_train_timesteps=10)
     scheduler.set_timesteps(2)
     inferer = LatentDiffusionInferer(scheduler, scale_factor=scale)
