@@ -35,9 +35,10 @@ __all__ = ["StreamingInferer", "available_memory_gb", "stream"]
 GIB = 2**30
 OPERATIONS = ("reconstruct", "encode", "decode")
 SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; others use it too
-SHARE_FOR_MAPS = 0.5  # of the budget on the CPU, or of the host's free memory; larger maps go to files
+SHARE_FOR_MAPS = 0.25  # of the budget on the CPU, or of the host's free memory; larger maps go to files
 # What a slab takes beside itself: its normed and its float32 form, and the library's reordered copies in blocks of channels
-INPUT_COPIES, RESULT_COPIES = 4, 3
+INPUT_COPIES, RESULT_COPIES = 3, 2
+LEAST_ROWS = 6  # of a convolution's input: on the CPU, fewer take another way, four times slower and with more memory
 Slabwise = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -262,12 +263,14 @@ class _Run:
         """
         units = sources[0][0].rows // sources[0][1]
         unit_bytes = INPUT_COPIES * sum(source.row_bytes * rows for source, rows in sources)
+        least = 1 if halo == 0 else -(-LEAST_ROWS // sources[0][1])
         result = into
         moments: torch.Tensor | None = None
-        start, thickness = 0, 1  # the first slab shows what the result is
+        start, thickness = 0, max(1, least - 2 * halo)  # the first slab shows what the result is
         while start < units:
             stop = units if halo >= units else min(start + thickness, units)
-            first, last = max(start - halo, 0), min(stop + halo, units)
+            last = min(max(stop + halo, least), units)
+            first = max(min(start - halo, last - least), 0)
             slab = operation(*(x.read(first * rows, last * rows).to(self.device) for x, rows in sources))
             slab = slab.narrow(self.dim, (start - first) * rows_out, (stop - start) * rows_out)
             if result is None:
@@ -276,7 +279,7 @@ class _Run:
             moments = _moments(slab) if moments is None else moments + _moments(slab)
             if start == 0:
                 unit_bytes += RESULT_COPIES * rows_out * result.row_bytes
-                thickness = max(1, self.for_slabs // unit_bytes - 2 * halo)
+                thickness = max(thickness, self.for_slabs // unit_bytes - 2 * halo)
             start = stop
             del slab  # before the next one is made
         assert result is not None  # a map has at least one row
