@@ -35,9 +35,10 @@ __all__ = ["StreamingInferer", "available_memory_gb", "stream"]
 GIB = 2**30
 OPERATIONS = ("reconstruct", "encode", "decode")
 SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; others use it too
-SHARE_FOR_MAPS = 0.25  # of the budget on the CPU, or of the host's free memory; larger maps go to files
-# What a slab takes beside itself: its normed and its float32 form, and the library's reordered copies in blocks of channels
-INPUT_COPIES, RESULT_COPIES = 3, 2
+SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; larger maps go to files
+# What a slab takes beside itself: its normed form, the library's reordered copies in blocks of channels, and what the
+# allocator keeps of slabs that are gone
+INPUT_COPIES, RESULT_COPIES = 7, 5
 # Values of a convolution's slab, where the budget has room for them: PyTorch's CPU takes another way for fewer in float32,
 # four times slower and with more memory (between 1.3 and 1.6 million, PyTorch 2.14.1)
 LEAST_VALUES = 1_600_000
