@@ -8,6 +8,8 @@ to rounding: no tiles, no overlap, no seams.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import math
 import os
@@ -32,7 +34,8 @@ from scripts.resampling import Downsample, SubpixelDownsample, SubpixelUpsample,
 
 __all__ = ["StreamingInferer", "available_memory_gb", "stream"]
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 OPERATIONS = ("reconstruct", "encode", "decode")
 SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; others use it too
 SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; larger maps go to files
@@ -178,7 +181,9 @@ class _Run:
         self.image_shape = [len(x), network.arguments["out_channels"], *(n * f for n, f in zip(latent, factors))]
         self._names = itertools.count()
         self._held = 0  # bytes of maps in memory
-        if self.device.type == "cpu":  # slabs, maps and the result share one memory
+        if self.device.type == "cpu":
+            _return_freed_memory()
+            # slabs, maps and the result share one memory
             budget -= 4 * math.prod(self.image_shape)  # to encode as well, so that slabs are cut as they are to reconstruct
             self.for_maps = int(SHARE_FOR_MAPS * budget)
             self.for_slabs = budget - self.for_maps
@@ -306,6 +311,12 @@ class _Run:
 
     def _release(self, nbytes: int) -> None:
         self._held -= nbytes
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give blocks of more than a MiB back at once, where it would keep those of up to 32 MiB for later."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
