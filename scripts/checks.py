@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from scripts.data import describe, is_nifti
 from scripts.weights import write_atomically
 
-__all__ = ["find_problem", "usable_volumes"]
+__all__ = ["find_problem", "problem_of_header", "usable_volumes"]
 
 SHOWN = 20  # problems in an error message; the log has all
 Lists = dict[str, list[dict[str, str]]]
@@ -95,6 +95,23 @@ def find_problem(path: str, image_channels: int) -> str | None:
     if low == high:
         return f"is constant ({low:g}); remove it."
     return None
+
+
+def problem_of_header(path: str, image_channels: int) -> str | None:
+    """
+    What is wrong with a NIfTI file, as far as its header tells; see :py:func:`find_problem`. Other formats pass.
+
+    Args:
+        path: of the volume.
+        image_channels: number of channels that it must have.
+    """
+    if not is_nifti(path):
+        return None
+    try:
+        image: Any = nib.load(path)
+    except Exception as error:
+        return f"cannot be read as NIfTI ({error}); copy it again, or remove it."
+    return _problem_of_shape(image.shape, image_channels)
 
 
 def _problem_of_shape(shape: Sequence[int], image_channels: int) -> str | None:

@@ -15,7 +15,7 @@ import nibabel as nib
 from monai.data import load_decathlon_datalist, partition_dataset
 from nibabel.filebasedimages import ImageFileError
 
-__all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "training_and_validation"]
+__all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "search_images", "training_and_validation"]
 
 LABEL_WORDS = re.compile(
     r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|probseg|rois?|annotations?)(?:[^a-z]|$)"
@@ -42,7 +42,7 @@ def find_images(dataset_dir: str, image_glob: str, image_channels: int = 1) -> l
         FileNotFoundError: when the folder does not exist or nothing in it matches.
         ValueError: when a file is no volume, or has another number of channels.
     """
-    items = _search(dataset_dir, image_glob)
+    items = search_images(dataset_dir, image_glob)
     logger.info(f"{dataset_dir}: {describe(items, image_channels)}")
     return items
 
@@ -72,7 +72,7 @@ def training_and_validation(
     """
     lists = _decathlon_lists(Path(dataset_dir) / "dataset.json")
     if not lists:
-        lists = {"training": _search(dataset_dir, image_glob)}
+        lists = {"training": search_images(dataset_dir, image_glob)}
     if not lists.get("validation"):
         lists = _split_by_subject(lists["training"], dataset_dir, val_fraction, seed)
     return lists
@@ -96,7 +96,8 @@ def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
     return min(1.0, CACHE_SHARE * free / needed)
 
 
-def _search(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
+def search_images(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
+    """What :py:func:`find_images` finds, without opening a file."""
     folder = Path(dataset_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")

@@ -19,7 +19,8 @@ __all__ = ["ScaleIntensityWindowd"]
 class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
     """
     Scale a window of intensities to [0, 1] and clip what lies outside, as MONAI's ``ScaleIntensityRangePercentilesd`` and
-    ``ScaleIntensityRanged`` do, but invertible: ``Invertd`` maps [0, 1] back to the window.
+    ``ScaleIntensityRanged`` do, but invertible: ``Invertd`` maps [0, 1] back to the window. The share of voxels that were
+    clipped is noted with it.
 
     Args:
         keys: keys of the images, each ``CxHxWxD``.
@@ -51,8 +52,10 @@ class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d):
             image = d[key].to(torch.float32)
             low, high = self._window(image)
+            clipped = ((image < low) | (image > high)).float().mean().item()
             scaled = ((image - low) / (high - low)).clamp_(0, 1)
-            d[key] = self.push_transform(scaled, extra_info={"low": low.flatten().tolist(), "high": high.flatten().tolist()})
+            window = {"low": low.flatten().tolist(), "high": high.flatten().tolist(), "clipped": clipped}
+            d[key] = self.push_transform(scaled, extra_info=window)
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
