@@ -19,6 +19,7 @@ from monai.transforms import LoadImage
 from tqdm.auto import tqdm
 
 from scripts.data import describe, is_nifti
+from scripts.processes import merged, share_of
 from scripts.weights import write_atomically
 
 __all__ = ["find_problem", "problem_of_header", "usable_volumes"]
@@ -138,7 +139,7 @@ def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_thread
     keys = {path: _state(path, image_channels) for path in paths}
     unknown = [path for path, key in keys.items() if known.get(path, {}).get("state") != key]
     if unknown:
-        share = unknown[idist.get_rank() :: idist.get_world_size()]
+        share = share_of(unknown)
         bar = tqdm(total=len(share), desc="checking volumes", unit="file", disable=idist.get_rank() > 0)
         with bar, ThreadPoolExecutor(num_threads) as pool:
 
@@ -147,7 +148,7 @@ def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_thread
                 bar.update()
                 return problem
 
-            results = _gather(dict(zip(share, pool.map(check, share))))
+            results = merged(dict(zip(share, pool.map(check, share))))
         known |= {path: {"state": keys[path], "problem": problem} for path, problem in results.items()}
         if idist.get_rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -174,15 +175,6 @@ def _of_leader(content: dict[str, Any]) -> dict[str, Any]:
     if idist.get_world_size() > 1:
         torch.distributed.broadcast_object_list(shared)
     return shared[0]
-
-
-def _gather(results: dict[str, str | None]) -> dict[str, str | None]:
-    """The results of all processes."""
-    if idist.get_world_size() == 1:
-        return results
-    shares: list[Any] = [None] * idist.get_world_size()
-    torch.distributed.all_gather_object(shares, results)
-    return {path: problem for share in shares for path, problem in share.items()}
 
 
 def _summary(problems: dict[str, str], total: int, empty: Sequence[str]) -> str:

@@ -21,8 +21,8 @@ import torch
 from monai.transforms import Transform
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.processes import share_of
 from scripts.restoring import RECORD, nifti_bytes, output_path
-from scripts.volumes import share_of
 from scripts.weights import check_arguments, write_atomically
 
 __all__ = ["LoadLatentd", "SaveLatentd", "find_latents", "without_whole_latents", "save_latent_scale"]

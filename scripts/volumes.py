@@ -17,9 +17,10 @@ from monai.engines import SupervisedEvaluator
 
 from scripts.checks import problem_of_header
 from scripts.data import search_images
+from scripts.processes import merged, share_of
 from scripts.restoring import output_path
 
-__all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes", "share_of"]
+__all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes"]
 
 PROBLEM = "problem"  # key of an item that could not be loaded
 PATIENCE = datetime.timedelta(days=7)  # of a process that waits for the others to finish their volumes
@@ -50,11 +51,6 @@ def join_processes(output_dir: str) -> None:
             f"`output_dir` {output_dir!r} cannot be written to ({error.strerror}); choose a folder that can, or change its "
             "permissions",
         ) from error
-
-
-def share_of(items: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """What this process has to do, of the items that all processes of the run share."""
-    return list(items[idist.get_rank() :: idist.get_world_size()])
 
 
 def find_share(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
@@ -154,11 +150,7 @@ class VolumeEvaluator(SupervisedEvaluator):
         Raises:
             SystemExit: with exit code 1, if there are any.
         """
-        problems = dict(self.problems)
-        if idist.get_world_size() > 1:
-            found: list[Any] = [None] * idist.get_world_size()
-            torch.distributed.all_gather_object(found, problems)
-            problems = {path: problem for part in found for path, problem in part.items()}
+        problems = merged(self.problems)
         if problems:
             lines = [f"{path}: {problem}" for path, problem in sorted(problems.items())]
             raise SystemExit("\n  ".join([f"could not be done ({len(lines)}):", *lines]))
