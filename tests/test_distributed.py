@@ -64,7 +64,7 @@ def run(data: Path, output_dir: Path, num_processes: int, **keys) -> tuple[torch
     output_dir.parent.mkdir(exist_ok=True)
     code = train(data, output_dir, record(output_dir.parent), num_processes=num_processes, **{**SGD, **keys})
     assert code == 0, log_of(output_dir)
-    parts = [torch.load(output_dir.parent / f"{rank}.pt") for rank in range(num_processes)]
+    parts = [torch.load(output_dir.parent / f"{rank}.pt", weights_only=True) for rank in range(num_processes)]
     assert all(metrics == parts[0][1] for _, metrics in parts)
     return torch.tensor([rows for rows, _ in parts]).mean(0), final_state(output_dir), parts[0][1]
 
