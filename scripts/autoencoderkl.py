@@ -502,14 +502,12 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         if not torch.jit.is_scripting():
             x = _cast_once(x)
         z_mu = self.quant_conv_mu(self.encoder(x))
-        if self.shortcut is None:
-            return self.decoder(self.post_quant_conv(z_mu))
-        if self.shortcut is not None:  # TorchScript knows this type of `if` alone
+        if self.shortcut is not None:
             z_mu = z_mu + self.shortcut.encode(x)
             linear = self.shortcut.decode(z_mu)
             image = self.decoder(self.post_quant_conv(z_mu), linear)
-            z_mu = image + linear if torch.is_grad_enabled() else image.add_(linear)
-        return z_mu
+            return image + linear if torch.is_grad_enabled() else image.add_(linear)
+        return self.decoder(self.post_quant_conv(z_mu))
 
 
 class Reconstructor(AutoencoderKL):
