@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from scipy.fft import dctn, idctn
+
+from scripts.resampling import pad_to_multiple
 
 
 def block_dct_reconstruction(image: torch.Tensor, factors: Sequence[int], count: int) -> torch.Tensor:
@@ -22,8 +23,7 @@ def block_dct_reconstruction(image: torch.Tensor, factors: Sequence[int], count:
         the same shape, clipped to [0, 1].
     """
     shape = image.shape[2:]
-    pad = [side for n, f in zip(reversed(shape), reversed(factors)) for side in (0, -n % f)]
-    padded = F.pad(image, pad, mode="replicate")[0, 0].numpy()
+    padded = pad_to_multiple(image, factors)[0, 0].numpy()
     grid = [n // f for n, f in zip(padded.shape, factors)]
     blocks = padded.reshape(grid[0], factors[0], grid[1], factors[1], grid[2], factors[2]).transpose(0, 2, 4, 1, 3, 5)
     spectrum = dctn(blocks, axes=(3, 4, 5), norm="ortho")

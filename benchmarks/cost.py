@@ -17,7 +17,8 @@ from typing import Any
 import fire
 import torch
 
-from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factor
+from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factors
+from scripts.memory import SavedTensors
 
 MIB = 2**20
 REPEATS = 3
@@ -50,7 +51,7 @@ def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> No
         (
             [
                 name,
-                f"{total_factor(build(name))}x",
+                f"{total_factors(build(name))[0]}x",
                 f"{m / MIB:.0f} MiB",
                 f"{1 - m / memory:.1%}",
                 f"{seconds / s:.1f}x faster",
@@ -75,7 +76,7 @@ def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> No
     print_table(
         ["network", "total", "peak", "of MONAI's"],
         (
-            [name, f"{total_factor(build(name))}x", f"{p / MIB:.0f} MiB", f"1/{peaks[MONAI] / p:.1f}"]
+            [name, f"{total_factors(build(name))[0]}x", f"{p / MIB:.0f} MiB", f"1/{peaks[MONAI] / p:.1f}"]
             for name, p in peaks.items()
         ),
     )
@@ -96,19 +97,11 @@ def switched_network(
 def saved_activations(name: str, size: int, device: str, **switches: Any) -> int:
     """Bytes that the backward pass of one step keeps, parameters apart."""
     network = switched_network(name, device, **switches)
-    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    storages: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     image = torch.rand(1, 1, size, size, size, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(device, torch.bfloat16):
+    saved = SavedTensors(list(network.parameters()))
+    with saved, torch.autocast(device, torch.bfloat16):
         kept = network(image)  # noqa: F841  a storage that is freed could be counted twice
-    return sum(storages.values())
+    return saved.nbytes
 
 
 def training_step(name: str, size: int, device: str, **switches: Any) -> float:

@@ -10,7 +10,7 @@ import resource
 import fire
 import torch
 
-from benchmarks.networks import build, total_factor
+from benchmarks.networks import build, total_factors
 
 
 def inference_peak(name: str, size: int, device: str = "cpu") -> int:
@@ -27,7 +27,9 @@ def inference_peak(name: str, size: int, device: str = "cpu") -> int:
     """
     network = build(name).eval().to(device)
     with torch.no_grad():
-        network.reconstruct(torch.rand(1, 1, *[4 * total_factor(network)] * 3, device=device))  # loads the libraries
+        network.reconstruct(
+            torch.rand(1, 1, *[4 * factor for factor in total_factors(network)], device=device)
+        )  # loads the libraries
         before = peak_bytes(device)
         network.reconstruct(torch.rand(1, 1, size, size, size, device=device))
     return peak_bytes(device) - before

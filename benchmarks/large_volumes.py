@@ -8,14 +8,12 @@ allocated.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from monai.bundle import ConfigParser
 
 from benchmarks.cost import print_table
-from benchmarks.networks import FACTORS, MONAI, build_with
+from benchmarks.networks import FACTORS, MONAI, build_with, total_factors
 from scripts.memory import inference_cost, training_cost
+from scripts.planning import read_plan
 
 SIZES = ((256, 256, 64), (256, 256, 256), (512, 512, 512))
 FIELD = {"channels": (64, 128, 256), "num_res_blocks": 2}  # the width that the field uses
@@ -42,7 +40,7 @@ def peaks(network: torch.nn.Module) -> list[str]:
     """Peak of a training step and of a reconstruction for each size, in GiB."""
     cells = []
     for spatial_size in SIZES:
-        if any(n % f for n, f in zip(spatial_size, getattr(network, "total_downsample_factor", (4, 4, 4)))):
+        if any(n % f for n, f in zip(spatial_size, total_factors(network))):
             cells.append("-")
         else:
             cells.append(f"{training_cost(network, spatial_size).peak / GIB:.2f}")
@@ -59,10 +57,8 @@ def rules(name: str) -> list[str]:
 
 
 def preset(name: str) -> torch.nn.Module:
-    """The network of a preset."""
-    parser = ConfigParser()
-    parser.read_config(["configs/train.json", str(Path("configs/presets") / f"{name}.json")])
-    return parser.get_parsed_content("network_def")
+    """The network of a preset, on the ``meta`` device."""
+    return read_plan(["configs/train.json", f"configs/presets/{name}.json"]).network
 
 
 def size(spatial_size: tuple[int, ...]) -> str:

@@ -46,6 +46,6 @@ def build_with(name: str, **arguments: Any) -> torch.nn.Module:
     return MonaiAutoencoderKL(**WIDTH | arguments) if name == MONAI else AutoencoderKL(**WIDTH | FACTORS[name] | arguments)
 
 
-def total_factor(network: torch.nn.Module) -> int:
-    """The total downsample factor along the first axis."""
-    return network.total_downsample_factor[0] if isinstance(network, AutoencoderKL) else 4
+def total_factors(network: torch.nn.Module) -> tuple[int, ...]:
+    """The total downsample factor along each axis; MONAI's network does not tell it."""
+    return network.total_downsample_factor if isinstance(network, AutoencoderKL) else (4, 4, 4)

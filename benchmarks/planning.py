@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.networks import MONAI, build_with
+from benchmarks.cost import MIB, print_table
+from benchmarks.networks import MONAI, build_with, total_factors
 from scripts.memory import training_cost
 
-MIB = 2**20
 # glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def factors(self) -> tuple[int, ...]:
-        return getattr(self.build(), "total_downsample_factor", (4, 4, 4))
+        return total_factors(self.build())
 
 
 ATTENTION = {"attention_levels": (False, False, True), "use_flash_attention": True}
@@ -52,14 +52,12 @@ ROWS = {
     "4x, checkpointing": Row("[2,2]", (80, 80, 80), arguments={"use_checkpoint": True}),
     "8x": Row("initial 2, [2,2]", (160, 160, 160)),
     "8x, batch 3, without AMP": Row("initial 2, [2,2]", (96, 96, 96), amp=False, batch_size=3),
-    "8x, linear shortcut, batch 3": Row(
-        "initial 2, [2,2]", (112, 112, 112), batch_size=3, arguments={"linear_shortcut": True}
-    ),
+    "8x, linear shortcut, batch 3": Row("initial 2, [2,2]", (112, 112, 112), batch_size=3, arguments=SHORTCUT),
     "16x (conv)": Row("initial 2 (conv), [4,2]", (160, 160, 160)),
     "16x, attention at the last level": Row(
         "initial 2, [4,2]",
         (160, 160, 160),
-        arguments={"attention_levels": (False, False, True), "use_flash_attention": True},
+        arguments=ATTENTION,
     ),
     "16x lean": Row("initial 4, [2,2]", (256, 256, 256)),
     "16x_lean, the preset": Row("initial 4, [2,2]", (256, 256, 256), arguments=LEAN_PRESET),
@@ -76,16 +74,20 @@ ROWS = {
 def main() -> None:
     """Print the table."""
     header = ["", "size", "batch", "saved: estimated", "counted", "off by", "peak: estimated", "measured", "off by"]
-    print(f"| {' | '.join(header)} |\n| {' | '.join(['---'] * len(header))} |", flush=True)
-    for name, row in ROWS.items():
-        estimate = training_cost(
-            row.build(), row.size, batch_size=row.batch_size, amp_dtype=torch.bfloat16 if row.amp else None, device="cpu"
-        )
-        saved, peak = measure(name)
-        pairs = [(estimate.saved_activations, saved), (estimate.peak, peak)]
-        cells = [f"{a / MIB:.0f} MiB | {b / MIB:.0f} MiB | {a / b - 1:+.1%}" for a, b in pairs]
-        size = "x".join(str(n) for n in row.size)
-        print(f"| {name} | {size} | {row.batch_size} | {' | '.join(cells)} |", flush=True)
+    print_table(header, ([name, *compare(name)] for name in ROWS))
+
+
+def compare(name: str) -> list[str]:
+    """The cells of a row: estimate, measurement, and by how much the one is off the other."""
+    row = ROWS[name]
+    estimate = training_cost(
+        row.build(), row.size, batch_size=row.batch_size, amp_dtype=torch.bfloat16 if row.amp else None, device="cpu"
+    )
+    saved, peak = measure(name)
+    cells = ["x".join(str(n) for n in row.size), str(row.batch_size)]
+    for guess, found in ((estimate.saved_activations, saved), (estimate.peak, peak)):
+        cells += [f"{guess / MIB:.0f} MiB", f"{found / MIB:.0f} MiB", f"{guess / found - 1:+.1%}"]
+    return cells
 
 
 def measure(name: str) -> tuple[int, int]:

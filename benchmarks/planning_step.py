@@ -13,6 +13,7 @@ import fire
 import torch
 from monai.inferers import SimpleInferer
 
+from benchmarks.inference_peak import peak_bytes
 from scripts.memory import SavedTensors
 from scripts.trainer import AutoencoderTrainer
 
@@ -61,7 +62,7 @@ def step(name: str) -> None:
     gc.collect()  # a trainer and its handlers hold each other, and with them the network
     before = resident()
     saved = saved_in_a_step(row.build(), row.size, row.batch_size, row.amp)
-    print(saved, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    print(saved, peak_bytes("cpu") - before)
 
 
 def resident() -> int:

@@ -31,10 +31,12 @@ from monai.utils import set_determinism
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import print_table
 from benchmarks.large_volumes import preset
+from benchmarks.networks import total_factors
 from scripts.inferer import autocast_dtype
 from scripts.memory import training_cost
 from scripts.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
 from scripts.picture import draw_reconstruction
+from scripts.resampling import pad_to_multiple
 
 RESULTS = Path("eval/quality")
 MONAI = "MONAI"
@@ -95,7 +97,7 @@ def train(
     RESULTS.mkdir(parents=True, exist_ok=True)
     trained = parser.get_parsed_content("network").eval()
     torch.save(trained.state_dict(), RESULTS / f"{data}-{network}.pt")
-    factors = list(getattr(trained, "total_downsample_factor", (4, 4, 4)))
+    factors = list(total_factors(trained))
     latent_channels = parser.get_parsed_content("network_def#latent_channels")
     row = {
         "network": network,
@@ -153,9 +155,7 @@ class Budget:
 def reconstruct(network: Any, image: torch.Tensor, factors: list[int]) -> torch.Tensor:
     """Reconstruct a volume of any size, with MONAI's network too, which takes multiples of its factor."""
     shape = image.shape[2:]
-    pad = [side for n, f in zip(reversed(shape), reversed(factors)) for side in (0, -n % f)]
-    padded = torch.nn.functional.pad(image, pad, mode="replicate")
-    return network.reconstruct(padded)[..., : shape[0], : shape[1], : shape[2]]
+    return network.reconstruct(pad_to_multiple(image, factors))[..., : shape[0], : shape[1], : shape[2]]
 
 
 def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int], latent_channels: int) -> dict[str, float]:

@@ -14,7 +14,15 @@ from monai.networks.layers.factories import Conv
 
 from scripts.factors import per_axis
 
-__all__ = ["Downsample", "SubpixelDownsample", "SubpixelUpsample", "Upsample", "depth_to_space", "space_to_depth"]
+__all__ = [
+    "Downsample",
+    "SubpixelDownsample",
+    "SubpixelUpsample",
+    "Upsample",
+    "depth_to_space",
+    "pad_to_multiple",
+    "space_to_depth",
+]
 
 
 class Downsample(nn.Module):
@@ -191,6 +199,18 @@ def depth_to_space(x: torch.Tensor, factors: list[int]) -> torch.Tensor:
     for axis in range(dims):
         split.append(x.shape[axis + 2])
     return x.reshape(split).permute(order).reshape(merged)
+
+
+def pad_to_multiple(x: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:
+    """
+    Repeat the last voxel of each spatial axis until the factors divide it.
+
+    Args:
+        x: tensor of shape ``BxCxHxWxD`` (or 1D, 2D).
+        factors: one for each spatial axis.
+    """
+    missing = [-size % factor for size, factor in zip(x.shape[2:], factors)]
+    return F.pad(x, [side for size in reversed(missing) for side in (0, size)], mode="replicate")
 
 
 class SubpixelDownsample(nn.Module):

@@ -26,11 +26,12 @@ from monai.networks.blocks import Convolution
 from monai.networks.blocks import Upsample as MonaiUpsample
 from monai.networks.nets.autoencoderkl import AEKLDownsample
 
+from scripts.candidates import padded_size
 from scripts.feature_map import FeatureMap, PaddedImage
 from scripts.inferer import ReconstructionInferer
 from scripts.lean import ResidualBlock, SpatialAttention
 from scripts.memory import inference_cost
-from scripts.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
+from scripts.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample, pad_to_multiple
 
 __all__ = ["StreamingInferer", "available_memory_gb", "stream"]
 
@@ -116,15 +117,14 @@ class StreamingInferer(ReconstructionInferer):
             return network.reconstruct(x)
         if self.operation == "decode":
             return network.decode(x)
-        missing = [-size % factor for size, factor in zip(x.shape[2:], network.total_downsample_factor)]
-        return network.encode(F.pad(x, [n for size in reversed(missing) for n in (0, size)], mode="replicate"))[0]
+        return network.encode(pad_to_multiple(x, network.total_downsample_factor))[0]
 
     def _whole_volume_peak(self, inputs: torch.Tensor, network: Any, device: torch.device) -> int:
         """Bytes of a reconstruction in one pass, for each operation: a latent is decoded as it would be in that."""
         sizes, factors = inputs.shape[2:], network.total_downsample_factor
         if self.operation == "decode":
             sizes = torch.Size(n * f for n, f in zip(sizes, factors))
-        key = (inputs.shape[0], *(-(-n // f) * f for n, f in zip(sizes, factors)))
+        key = (inputs.shape[0], *padded_size(sizes, factors))
         if key not in self._peaks:
             with torch.autocast(device.type, enabled=False):
                 dtype = self.dtype if self.amp else None

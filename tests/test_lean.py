@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from scripts.autoencoderkl import Upsample
 from scripts.lean import GroupNorm, ResidualBlock
+from scripts.memory import SavedTensors
 from tests.test_autoencoderkl import build, image_for
 
 
@@ -117,15 +118,10 @@ def test_checkpointing_one_level_saves_its_maps_and_changes_no_gradient(level):
 
 
 def kept_bytes(network: torch.nn.Module, image: torch.Tensor) -> int:
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    saved = SavedTensors()
+    with saved:
         result = network(image)  # noqa: F841  what is freed could be counted twice
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    return saved.nbytes
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's, about its own parts
