@@ -14,7 +14,7 @@ train: .venv/installed
 		--epochs 80 --val_interval 40 --patch_size "[64,64,64]" --channels_last true --resume true $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE)

@@ -1,4 +1,4 @@
-"""Several processes train as one does. They are forked, with gloo; torchrun starts them where its own part is the point."""
+"""Several processes train as one does. With gloo; torchrun starts them where its own part is the point."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.checkpoints import find_checkpoints
 from scripts.sampling import RepeatableBatchSampler
 from tests.conftest import ROOT, save_volume
-from tests.test_resume import KEYS, final_state, free_port, log_of, train
+from tests.training_run import KEYS, final_state, free_port, log_of, train
 
 SGD = {
     **KEYS,
@@ -41,28 +43,29 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def record(folder: Path):
+def record(folder: Path, flow: ConfigWorkflow):
     """Sample the mean, and write the losses of every step and the metrics of validation to a file of the process."""
+    AutoencoderKL.sampling = lambda self, z_mu, z_sigma: z_mu
+    trainer, evaluator = flow.trainer, flow.evaluator
+    rows = []
+    keep = ("loss", "spectral_loss", "adv_loss", "discriminator_loss")
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: rows.append([trainer.state.output[0][name].item() for name in keep])
+    )
+    file = folder / f"{os.environ.get('RANK', 0)}.pt"
+    trainer.add_event_handler(Events.COMPLETED, lambda: torch.save((rows, evaluator.state.metrics), file))
 
-    def prepare(trainer):
-        AutoencoderKL.sampling = lambda self, z_mu, z_sigma: z_mu
-        rows = []
-        keep = ("loss", "spectral_loss", "adv_loss", "discriminator_loss")
-        trainer.add_event_handler(
-            Events.ITERATION_COMPLETED, lambda: rows.append([trainer.state.output[0][name].item() for name in keep])
-        )
-        file = folder / f"{os.environ.get('RANK', 0)}.pt"
-        trainer.add_event_handler(
-            Events.COMPLETED, lambda: torch.save((rows, trainer.evaluator_of_test.state.metrics), file)
-        )
 
-    return prepare
+def terminate_second_process(flow: ConfigWorkflow):
+    trainer = flow.trainer  # made in all processes: making it, they wait for each other
+    if os.environ["RANK"] == "1":
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def run(data: Path, output_dir: Path, num_processes: int, **keys) -> tuple[torch.Tensor, dict, dict]:
     """Losses of every step, averaged over the processes; the last checkpoint; the metrics, which all processes share."""
     output_dir.parent.mkdir(exist_ok=True)
-    code = train(data, output_dir, record(output_dir.parent), num_processes=num_processes, **{**SGD, **keys})
+    code = train(data, output_dir, partial(record, output_dir.parent), num_processes=num_processes, **{**SGD, **keys})
     assert code == 0, log_of(output_dir)
     parts = [torch.load(output_dir.parent / f"{rank}.pt", weights_only=True) for rank in range(num_processes)]
     assert all(metrics == parts[0][1] for _, metrics in parts)
@@ -89,11 +92,7 @@ def test_two_processes_with_batch_1_equal_one_with_batch_2(val_fraction, data, t
 
 
 def test_signal_to_one_process_stops_all_at_the_same_step_and_they_resume(data, tmp_path):
-    def prepare(trainer):
-        if os.environ["RANK"] == "1":
-            trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-    assert train(data, tmp_path / "eval", prepare, num_processes=2, **SGD) == 128 + signal.SIGTERM
+    assert train(data, tmp_path / "eval", terminate_second_process, num_processes=2, **SGD) == 128 + signal.SIGTERM
     assert final_state(tmp_path / "eval")["trainer"]["iteration"] == 2
     assert train(data, tmp_path / "eval", num_processes=2, **{**SGD, "resume": True}) == 0
     assert final_state(tmp_path / "eval")["trainer"]["iteration"] == 3

@@ -1,0 +1,98 @@
+"""Training runs of configs/train.json for tests, each in a fresh process of its own.
+
+The processes come from a fork server that has imported everything and computed nothing: forking a process in which autograd
+or OpenMP threads have run leaves the child with their locks and without their threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.utils.tensorboard  # imported once, in the server
+from monai.bundle import ConfigWorkflow
+
+from scripts.checkpoints import find_checkpoints
+from tests.conftest import ROOT
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])
+
+KEYS = {
+    "channels": [4, 8, 8],
+    "latent_channels": 4,
+    "patch_size": [16, 16, 16],
+    "num_workers": 2,
+    "epochs": 3,
+    "val_interval": 3,
+    "val_fraction": 0.25,
+    "ckpt_minutes": 0,  # at every step
+    "validate#handlers": [],  # no pictures, for speed
+    "adv_weight": 0.1,
+    "adv_warmup_epochs": 1,
+    "discriminator_def#channels": 4,
+    "discriminator_def#num_layers_d": 2,
+    "spectral_weight": 0.1,
+}
+
+
+def train(data: Path, output_dir: Path, prepare: Callable | None = None, num_processes: int = 1, **keys) -> int:
+    """Train, and return the exit code of the first process. ``prepare``, which must pickle, gets the workflow."""
+    port = free_port()
+    arguments = [(data, output_dir, prepare, rank, num_processes, port, keys) for rank in range(num_processes)]
+    processes = [SERVER.Process(target=_train_here, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    hanging = [process for process in processes if process.exitcode is None]
+    for process in hanging:
+        process.kill()
+    assert not hanging, f"the run hangs\n{log_of(output_dir)}"
+    return processes[0].exitcode
+
+
+def _train_here(
+    data: Path, output_dir: Path, prepare: Callable | None, rank: int, num_processes: int, port: int, keys: dict
+):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if num_processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stdout = sys.stderr = output_dir.with_suffix(".log").open("a", buffering=1)
+    overlay = ["multi_gpu_train.json"] if num_processes > 1 else []
+    flow = ConfigWorkflow(
+        config_file=[str(ROOT / "configs" / name) for name in ["train.json", *overlay]],
+        meta_file=str(ROOT / "configs/metadata.json"),
+        logging_file=str(ROOT / "configs/logging.conf"),
+        workflow_type="train",
+        bundle_root=str(ROOT),
+        dataset_dir=str(data),
+        output_dir=str(output_dir),
+        run_id="training",
+        **{**KEYS, **keys},
+    )
+    flow.initialize()
+    if prepare is not None:
+        prepare(flow)
+    flow.run()
+    flow.finalize()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def log_of(output_dir: Path) -> str:
+    return output_dir.with_suffix(".log").read_text()
+
+
+def final_state(output_dir: Path) -> dict:
+    return torch.load(find_checkpoints(output_dir / "checkpoints")[0], weights_only=True)
