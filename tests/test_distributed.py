@@ -139,7 +139,7 @@ def test_process_that_dies_takes_the_job_down_with_an_error(data, tmp_path):
     assert "SIGKILL" in output
 
 
-def until(condition, timeout: float = 120) -> None:
+def until(condition, timeout: float = 400) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
