@@ -14,6 +14,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 __all__ = ["check_config", "check_parser"]
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # wherever the run was started, and whatever `bundle_root` says
 NOT_CONFIGS = ("metadata.json", "mlflow.json")
 MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
 ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
@@ -21,17 +22,12 @@ FLAGS = {"true": True, "false": False}
 logger = logging.getLogger(__name__)
 
 
-def check_config(bundle_root: str) -> None:
-    """
-    Check the config that is being run, see :py:func:`check_parser`. To be called from its ``initialize``.
-
-    Args:
-        bundle_root: root of the bundle.
-    """
-    check_parser(_calling_parser(), bundle_root)
+def check_config() -> None:
+    """Check the config that is being run, see :py:func:`check_parser`. To be called from its ``initialize``."""
+    check_parser(_calling_parser())
 
 
-def check_parser(parser: ConfigParser, bundle_root: str | Path) -> None:
+def check_parser(parser: ConfigParser) -> None:
     """
     Check a config.
 
@@ -40,23 +36,20 @@ def check_parser(parser: ConfigParser, bundle_root: str | Path) -> None:
     which is true) becomes the boolean that it says.
 
     Args:
-        parser: of the config, with its overrides.
-        bundle_root: root of the bundle; the keys and the flags are those of its ``configs/*.json``.
+        parser: of the config, with its overrides. The keys and the flags are those of the bundle's ``configs/*.json``.
 
     Raises:
         ValueError: for an unknown key, with the nearest one that exists, and for a flag that is neither true nor false.
     """
-    defaults = _bundle_defaults(Path(bundle_root) / "configs")
+    defaults = _bundle_defaults()
     _refuse_unknown_keys(parser, defaults)
     for key, default in defaults.items():
         if isinstance(default, bool) and key in parser:
             _read_flag(parser, key)
 
 
-def _bundle_defaults(folder: Path) -> dict[str, Any]:
-    files = [path for path in sorted(folder.glob("*.json")) if path.name not in NOT_CONFIGS]
-    if not files:
-        raise FileNotFoundError(f"there are no configs in {folder}; set `bundle_root` to the bundle's folder.")
+def _bundle_defaults() -> dict[str, Any]:
+    files = [path for path in sorted(CONFIGS.glob("*.json")) if path.name not in NOT_CONFIGS]
     defaults: dict[str, Any] = {}
     for path in files:
         for key, value in ConfigParser.load_config_file(path).items():

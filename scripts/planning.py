@@ -212,7 +212,7 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, **overrides: Any) -> Pla
             parser[key] = {**{k: v for k, v in parser[key].items() if k != "params"}, "_mode_": "callable"}
     parser.parse()
     try:
-        check_parser(parser, ROOT)
+        check_parser(parser)
         build = _network_builder(parser, _names(config_file))
         with torch.device("meta"):
             network = build()
