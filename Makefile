@@ -1,4 +1,5 @@
 # make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
+# make release: the bundle as one file to share, in dist/.
 # Further config keys go through ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ CONFIGS := --meta_file configs/metadata.json --logging_file configs/logging.conf
 ARGS ?=
 DEVICE ?= cpu
 
-.PHONY: train test bench lint clinical-data
+.PHONY: train test bench lint clinical-data release
 
 train: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
@@ -29,6 +30,9 @@ lint: .venv/installed
 
 clinical-data: .venv/installed
 	$(BIN)/python -m scripts.clinical_data $(ARGS)
+
+release: .venv/installed
+	$(BIN)/python -m scripts.release $(ARGS)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
