@@ -10,7 +10,6 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from tests.conftest import ROOT, SMALL
 
 CONFIGS = ROOT / "configs"
-SHARED = ROOT.parent / "shared"
 
 
 def workflow(*files: str, workflow_type: str, **overrides) -> ConfigWorkflow:
@@ -34,20 +33,6 @@ def test_inference_builds_the_network_that_training_builds():
     keys |= {"spacing", "intensity_percentiles", "intensity_range", "amp", "amp_dtype", "device", "image_glob"}
     assert {key: inference[key] for key in keys} == {key: train[key] for key in keys}
     assert inference["preprocessing"]["transforms"][:-1] == train["load"]  # the last one notes where a volume comes from
-
-
-@pytest.mark.parametrize(
-    "files, workflow_type",
-    [
-        (("train.json",), "train"),
-        (("train.json", "evaluate.json"), "train"),
-        (("inference.json",), "infer"),
-    ],
-)
-def test_no_property_of_monai_is_missing(files, workflow_type, volumes, tmp_path):
-    flow = workflow(*files, workflow_type=workflow_type, dataset_dir=str(volumes), output_dir=str(tmp_path), num_workers=0)
-    flow.initialize()
-    assert flow.check_properties() == []
 
 
 def test_8x_is_the_default():
@@ -130,30 +115,3 @@ def test_fast_dev_run_takes_few_volumes_and_one_epoch(volumes):
     flow.initialize()
     assert flow.max_epochs == 1
     assert len(flow.train_dataset_data) == 2
-
-
-def test_metadata_follows_the_schema():
-    import jsonschema
-
-    schema = SHARED / "meta_schema_20240725.json"
-    if not schema.is_file():
-        pytest.skip("MONAI's schema is not at hand")
-    metadata = json.loads((CONFIGS / "metadata.json").read_text())
-    jsonschema.validate(metadata, json.loads(schema.read_text()))
-    assert schema.name in metadata["schema"]
-    assert metadata["version"] in metadata["changelog"]
-
-
-def test_network_of_inference_passes_verify_net_in_out():
-    from monai.bundle import verify_net_in_out
-
-    small = {key: json.loads(value) for key, value in SMALL.items() if key in ("channels", "latent_channels")}
-    for any_size in (1, 8, 21):
-        verify_net_in_out(
-            "network_def",
-            meta_file=str(CONFIGS / "metadata.json"),
-            config_file=str(CONFIGS / "inference.json"),
-            device="cpu",
-            any=any_size,
-            **small,
-        )
