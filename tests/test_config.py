@@ -7,7 +7,7 @@ import json
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT
 
 CONFIGS = ROOT / "configs"
 

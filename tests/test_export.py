@@ -1,4 +1,4 @@
-"""The commands of docs/export.md, on the shipped weights: what they write runs at any size and gives what the network gives."""
+"""The commands of docs/export.md on the shipped weights: what they write gives what the network gives, at any size."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def run_documented(command: str, folder: Path) -> None:
     fire.Fire({"ckpt_export": ckpt_export, "onnx_export": onnx_export}, command=words)
 
 
+def documented_python(words: str) -> str:
+    """The Python in the document that has these words."""
+    return next(code for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if words in code)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     """A folder with the shipped weights in all formats."""
@@ -38,8 +43,7 @@ def exported(tmp_path_factory) -> Path:
         patch.chdir(ROOT)
         run_documented("ckpt_export", folder)
         run_documented("onnx_export", folder)
-        python = next(code for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if "torch.export.save" in code)
-        exec(python.replace("models/model.pt2", f"{folder}/model.pt2"), {})
+        exec(documented_python("torch.export.save").replace("models/model.pt2", f"{folder}/model.pt2"), {})
     return folder
 
 

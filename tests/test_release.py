@@ -16,12 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
-from scripts.autoencoderkl import AutoencoderKL
 from scripts.release import NAME, build_release
 from tests.conftest import ROOT, save_volume
+from tests.test_export import documented_python
 
 # what a user does in the downloaded bundle, and from Python in the folder above it
 WORK = """
@@ -110,13 +108,12 @@ def test_file_holds_what_a_user_needs_and_no_more(archive):
     assert not [name for name in inside if "__pycache__" in name or "test" in name]
 
 
-def test_safetensors_are_the_weights_and_know_their_network(downloaded):
-    path = downloaded / "models" / "model.safetensors"
-    with safe_open(path, "pt") as file:
-        network = AutoencoderKL(**json.loads(file.metadata()["network"]))
-    network.load_state_dict(load_file(path))
+def test_safetensors_are_the_weights_and_know_their_network(downloaded, monkeypatch):
+    monkeypatch.chdir(downloaded)
+    found: dict = {}
+    exec(documented_python("load_file"), found)
     weights = torch.load(ROOT / "models" / "model.pt", weights_only=True)
-    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in found["network"].state_dict().items())
 
 
 def test_hashes_are_those_of_the_weights(downloaded):
