@@ -5,7 +5,6 @@ The JSON file beside a latent is written last and has the latent's hash: where b
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -23,23 +22,13 @@ from monai.transforms import Transform
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.processes import share_of
 from scripts.restoring import RECORD, nifti_bytes, output_path
-from scripts.weights import check_arguments, write_atomically
+from scripts.weights import check_arguments, file_hash, write_atomically
 
 __all__ = ["LoadLatentd", "SaveLatentd", "find_latents", "without_whole_latents", "save_latent_scale"]
 
 POSTFIX = "latent"
 SCALE_FILE = "latent_scale.json"
 logger = logging.getLogger(__name__)
-
-
-@functools.lru_cache
-def file_hash(path: str) -> str:
-    """SHA-256 of a file that does not change during the run, such as the weights."""
-    return _digest(Path(path).read_bytes())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 class SaveLatentd(Transform):
@@ -201,6 +190,10 @@ def _latent_header(record: Mapping[str, Any], factors: Sequence[int]) -> dict[st
         "qform_code": 0,
         "sform_code": record["sform_code"] or 1,
     }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _description_path(path: Path) -> Path:
