@@ -54,7 +54,7 @@ COLUMNS = {
         "how much the detail varies with the position in the latent's blocks; what exceeds that of the image is a block "
         "pattern or a checkerboard",
     ),
-    "image_grid_energy": Column("grid energy of the image", ".3f", "grid energy of the image itself"),
+    "image_grid_energy": Column("image grid energy", ".3f", "that of the image"),
     "trilinear_psnr": Column("trilinear PSNR", ".2f", "of shrinking by the same factor and enlarging again", "dB"),
 }
 

@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Transform
+from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.processes import share_of
@@ -67,6 +68,7 @@ class SaveLatentd(Transform):
         }
         write_atomically(content, path)
         write_atomically(json.dumps(description, indent=2).encode(), _description_path(path))
+        logger.info(f"{path}: {record['clipped']:.2%} of the voxels were outside the intensity window")
         return dict(data)
 
 
@@ -131,7 +133,7 @@ def without_whole_latents(
         settings: of the run, ditto.
     """
     missing = []
-    for item in items:
+    for item in tqdm(items, desc="looking for latents", unit="volume", leave=False, disable=idist.get_rank() > 0):
         source = Path(item["image"])
         path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX)
         found = _read_description(path)

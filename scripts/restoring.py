@@ -76,10 +76,14 @@ class SaveVolumed(Transform):
 
 
 def output_path(output_dir: str, source: str, postfix: str) -> Path:
-    """``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``."""
+    """
+    ``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``. What is no NIfTI loses its suffix too, unless
+    that is a number, which belongs to the name: the folders of DICOM series are called ``1.2.840.10008``.
+    """
     relative = Path(source)
     name = relative.name
-    for suffix in (".gz", ".nii") if is_nifti(source) else (relative.suffix,):
+    suffixes = () if relative.suffix[1:].isdigit() else (relative.suffix,)
+    for suffix in (".gz", ".nii") if is_nifti(source) else suffixes:
         name = name.removesuffix(suffix)
     return Path(output_dir) / relative.parent / f"{name}_{postfix}.nii.gz"
 
