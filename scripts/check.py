@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.losses import kl_divergence
@@ -105,7 +106,8 @@ def _frozen(value: Any) -> Any:
 def check_all(root: Path = ROOT) -> list[CheckResult]:
     """Check all :py:func:`configurations`, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [check_configuration(configuration, root, device) for configuration in configurations(root)]
+    found = tqdm(configurations(root), desc="checking", unit="configuration")
+    return [check_configuration(configuration, root, device) for configuration in found]
 
 
 def check_configuration(configuration: Configuration, root: Path = ROOT, device: str = "cpu") -> CheckResult:

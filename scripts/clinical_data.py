@@ -60,7 +60,7 @@ def prepare_clinical_volumes(output_dir: str = "data/clinical") -> None:
 
 def _download(folder: Path) -> None:
     # pip runs the package's set-up script to read its name; it needs numpy, so no isolated build environment
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder)]
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder)]
     try:
         subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
     except subprocess.CalledProcessError as error:

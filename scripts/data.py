@@ -32,7 +32,8 @@ def find_images(dataset_dir: str, image_glob: str, image_channels: int = 1) -> l
 
     Args:
         dataset_dir: folder to search.
-        image_glob: pattern relative to it, ``**`` for any depth.
+        image_glob: pattern relative to it, ``**`` for any depth. With a slash at its end it names folders that are a volume
+            each, as DICOM series are: ``**/`` is every folder below ``dataset_dir`` that holds files.
         image_channels: number of channels that every volume must have.
 
     Returns:
@@ -101,16 +102,21 @@ def search_images(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
     folder = Path(dataset_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
-    found = sorted(path for path in folder.glob(image_glob) if path.is_file())
+    is_volume = _holds_files if image_glob.endswith("/") else Path.is_file
+    found = sorted(path for path in folder.glob(image_glob) if path != folder and is_volume(path))
     images = [path for path in found if not _is_label(path.relative_to(folder))]
     if len(images) < len(found):
         logger.info(f"{dataset_dir}: left out {len(found) - len(images)} labels and segmentations, by their names")
     if not images:
         raise FileNotFoundError(
             f"no volume below `dataset_dir` {dataset_dir!r} matches `image_glob` {image_glob!r} "
-            f"({len(found)} files match and look like labels); set one of the two."
+            f"({len(found)} match and look like labels); set one of the two."
         )
     return [{"image": str(path)} for path in images]
+
+
+def _holds_files(path: Path) -> bool:
+    return path.is_dir() and any(child.is_file() for child in path.iterdir())
 
 
 def _is_label(relative: Path) -> bool:

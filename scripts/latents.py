@@ -5,7 +5,6 @@ The JSON file beside a latent is written last and has the latent's hash: where b
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -19,27 +18,18 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Transform
+from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.processes import share_of
 from scripts.restoring import RECORD, nifti_bytes, output_path
-from scripts.weights import check_arguments, write_atomically
+from scripts.weights import check_arguments, file_hash, write_atomically
 
 __all__ = ["LoadLatentd", "SaveLatentd", "find_latents", "without_whole_latents", "save_latent_scale"]
 
 POSTFIX = "latent"
 SCALE_FILE = "latent_scale.json"
 logger = logging.getLogger(__name__)
-
-
-@functools.lru_cache
-def file_hash(path: str) -> str:
-    """SHA-256 of a file that does not change during the run, such as the weights."""
-    return _digest(Path(path).read_bytes())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 class SaveLatentd(Transform):
@@ -78,6 +68,7 @@ class SaveLatentd(Transform):
         }
         write_atomically(content, path)
         write_atomically(json.dumps(description, indent=2).encode(), _description_path(path))
+        logger.info(f"{path}: {record['clipped']:.2%} of the voxels were outside the intensity window")
         return dict(data)
 
 
@@ -142,7 +133,7 @@ def without_whole_latents(
         settings: of the run, ditto.
     """
     missing = []
-    for item in items:
+    for item in tqdm(items, desc="looking for latents", unit="volume", leave=False, disable=idist.get_rank() > 0):
         source = Path(item["image"])
         path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX)
         found = _read_description(path)
@@ -201,6 +192,10 @@ def _latent_header(record: Mapping[str, Any], factors: Sequence[int]) -> dict[st
         "qform_code": 0,
         "sform_code": record["sform_code"] or 1,
     }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _description_path(path: Path) -> Path:

@@ -7,11 +7,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.metrics import PSNRMetric
+from monai.data import MetaTensor
+from monai.metrics import MultiScaleSSIMMetric, PSNRMetric, SSIMMetric
 from monai.metrics.regression import RegressionMetric
 from monai.utils.enums import CommonKeys as Keys
 
-__all__ = ["ForegroundPSNRMetric", "SharpnessMetric", "grid_energy", "shrunk_and_image", "trilinear_reconstruction"]
+from scripts.transforms import intensity_window, unscaled
+
+__all__ = [
+    "ForegroundPSNRMetric",
+    "GridEnergyMetric",
+    "LargeVolumeMSSSIMMetric",
+    "LargeVolumeSSIMMetric",
+    "SharpnessMetric",
+    "grid_energy",
+    "in_file_units",
+    "shrunk_and_image",
+    "trilinear_reconstruction",
+]
 
 
 class ForegroundPSNRMetric(PSNRMetric):
@@ -32,6 +45,67 @@ class ForegroundPSNRMetric(PSNRMetric):
         foregrounds = [target > self.threshold for target in y]
         pairs = [(p[f], t[f]) for p, t, f in zip(y_pred, y, foregrounds)]
         return torch.cat([super(ForegroundPSNRMetric, self)._compute_metric(p[None], t[None]) for p, t in pairs])
+
+
+class _DefinedForLargeVolumes(RegressionMetric):
+    """A metric that is not a number for a volume of less than ``least_size`` along an axis, where MONAI's would raise."""
+
+    least_size: tuple[int, ...]
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if any(size < least for size, least in zip(y.shape[2:], self.least_size)):
+            return torch.full((len(y), 1), torch.nan, device=y.device)
+        return super()._compute_metric(y_pred, y)  # type: ignore[safe-super]
+
+    def aggregate(self, reduction: Any = None) -> torch.Tensor:
+        """The mean of the volumes that are large enough; MONAI's would be 0 where none is."""
+        return torch.as_tensor(self.get_buffer()).nanmean()
+
+
+class LargeVolumeSSIMMetric(_DefinedForLargeVolumes, SSIMMetric):
+    """
+    MONAI's structural similarity, which is not a number for a volume smaller than its kernel (11 voxels along each axis),
+    instead of an error.
+
+    Args:
+        kwargs: arguments of MONAI's ``SSIMMetric``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.least_size = tuple(self.kernel_size)
+
+
+class LargeVolumeMSSSIMMetric(_DefinedForLargeVolumes, MultiScaleSSIMMetric):
+    """
+    Ditto for MONAI's multi-scale structural similarity. With the defaults a volume needs 176 voxels along each axis: it is
+    halved four times, and the kernel of 11 voxels must still fit in.
+
+    Args:
+        kwargs: arguments of MONAI's ``MultiScaleSSIMMetric``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        shrunk = max(1, len(self.weights) - 1) ** 2  # as MONAI counts, also where it is not 2 ** halvings
+        self.least_size = tuple(kernel * shrunk for kernel in self.kernel_size)
+
+
+class GridEnergyMetric(RegressionMetric):
+    """
+    :py:func:`grid_energy` of the prediction.
+
+    Args:
+        factors: size of a block along each axis.
+        kwargs: arguments of MONAI's ``RegressionMetric``.
+    """
+
+    def __init__(self, factors: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.factors = factors
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[grid_energy(image[None], self.factors)] for image in y_pred], device=y_pred.device)
 
 
 def grid_energy(image: torch.Tensor, factors: Sequence[int]) -> float:
@@ -92,6 +166,16 @@ def trilinear_reconstruction(image: torch.Tensor, factors: Sequence[int]) -> tor
     shape = image.shape[2:]
     small = F.interpolate(image, size=[-(-n // f) for n, f in zip(shape, factors)], mode="trilinear")
     return F.interpolate(small, size=shape, mode="trilinear")
+
+
+def in_file_units(output: Sequence[dict[str, MetaTensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """An ``output_transform`` that gives a metric predictions and images in the units of their files, HU for CT."""
+    windows = [intensity_window(item[Keys.IMAGE]) for item in output]
+    preds, images = (
+        [unscaled(item[key], window["low"], window["high"]) for item, window in zip(output, windows)]
+        for key in (Keys.PRED, Keys.IMAGE)
+    )
+    return preds, images
 
 
 def shrunk_and_image(factors: Sequence[int]) -> Callable[[Any], tuple[list[torch.Tensor], list[torch.Tensor]]]:

@@ -1,22 +1,26 @@
-"""A picture of a reconstruction: image, reconstruction and error in three planes."""
+"""Pictures of a reconstruction: image, reconstruction and error in three planes, as one figure or as nine panels."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from ignite.engine import Events
 from matplotlib.figure import Figure
 from monai.engines import Evaluator
 from monai.utils.enums import CommonKeys as Keys
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["ReconstructionPicture", "draw_reconstruction"]
+__all__ = ["ERROR_GAIN", "PLANES", "ReconstructionPicture", "draw_panels", "draw_reconstruction"]
 
 PLANES = ("sagittal", "coronal", "axial")
 POSITION = 0.45  # of each plane along its axis: the very middle of a head is the gap between its halves
 ERROR_GAIN = 5  # the error is shown this many times larger
+MAX_PIXELS = 320  # along an edge of a panel; a screen has no more for each of three in a row
 
 
 def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spacing: tuple[float, ...]) -> Figure:
@@ -31,21 +35,15 @@ def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spaci
     Returns:
         a figure with a row per plane; the columns are image, reconstruction, and the error times 5.
     """
-    columns = {
-        "image": image,
-        "reconstruction": reconstruction,
-        f"error x {ERROR_GAIN}": (reconstruction - image).abs() * ERROR_GAIN,
-    }
+    columns = _columns(image, reconstruction)
     figure = Figure(figsize=(9, 9), layout="constrained")
     axes = figure.subplots(len(PLANES), len(columns))
     for row, plane in enumerate(PLANES):
         across = [axis for axis in range(3) if axis != row]
         for column, (title, volume) in enumerate(columns.items()):
-            values = np.asarray(volume.select(row, int(volume.shape[row] * POSITION)).cpu(), dtype=np.float32)
             panel = axes[row, column]
-            panel.imshow(
-                values.T, origin="lower", cmap="gray", vmin=0, vmax=1, aspect=spacing[across[1]] / spacing[across[0]]
-            )
+            aspect = spacing[across[1]] / spacing[across[0]]
+            panel.imshow(_slice(volume, row), origin="lower", cmap="gray", vmin=0, vmax=1, aspect=aspect)
             panel.set_xticks([])
             panel.set_yticks([])
             if row == 0:
@@ -53,6 +51,43 @@ def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spaci
             if column == 0:
                 panel.set_ylabel(plane)
     return figure
+
+
+def draw_panels(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, dict[str, bytes]]:
+    """
+    What :py:func:`draw_reconstruction` draws, as single pictures without text.
+
+    Args:
+        image: ``HxWxD`` in RAS orientation, values in [0, 1].
+        reconstruction: the same shape.
+
+    Returns:
+        for each plane, and for each column in it, a grayscale PNG file. A pixel is a voxel, unless there are more than 320
+        along an edge; where voxels are not cubes, whoever shows it stretches it.
+    """
+    columns = _columns(image, reconstruction)
+    return {
+        plane: {title: _png(_slice(volume, axis)) for title, volume in columns.items()} for axis, plane in enumerate(PLANES)
+    }
+
+
+def _columns(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
+    error = (reconstruction - image).abs() * ERROR_GAIN
+    return {"image": image, "reconstruction": reconstruction, f"error x {ERROR_GAIN}": error}
+
+
+def _slice(volume: torch.Tensor, axis: int) -> np.ndarray:
+    """Across ``axis``; rows are the later one of the two axes that are left, upwards."""
+    return np.asarray(volume.select(axis, int(volume.shape[axis] * POSITION)).cpu(), dtype=np.float32).T
+
+
+def _png(values: np.ndarray) -> bytes:
+    pixels = torch.from_numpy(values[::-1].copy())[None, None]
+    size = [min(n, MAX_PIXELS) for n in values.shape]
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+    file = io.BytesIO()
+    Image.fromarray((255 * pixels).round().byte().numpy()).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 class ReconstructionPicture:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.candidates import Candidate, candidates, padded_size
@@ -456,7 +457,7 @@ def recommend_downsample_factors(
     usual = [candidate for candidate in ranked if max(candidate.initial) <= MAX_INITIAL]
     last_resort = [candidate for candidate in ranked if max(candidate.initial) > MAX_INITIAL]
     found: list[Recommendation] = []
-    for candidate in usual + last_resort:
+    for candidate in tqdm(usual + last_resort, desc="candidates", leave=False):
         if len(found) == count or (found and candidate in last_resort):
             break
         recommendation = _recommendation(candidate, plan, voxels_per_latent, device, overrides)
@@ -476,7 +477,9 @@ def leanest(
     """
     plan = read_plan(**overrides)
     ranked = candidates(_size("spatial_size", spatial_size, plan.network), None, len(plan.network.downsample_factors), 1)
-    lean = [_recommendation(c, plan, None, device, overrides) for c in ranked if max(c.initial) >= MAX_INITIAL]
+    ranked = [candidate for candidate in ranked if max(candidate.initial) >= MAX_INITIAL]
+    bar = tqdm(ranked, desc="looking for the leanest", leave=False)
+    lean = [_recommendation(candidate, plan, None, device, overrides) for candidate in bar]
     least = min(lean, key=lambda item: max(item.estimate.training_bytes, item.estimate.inference_bytes))
     factors = {key: least.overlay[key] for key in FACTOR_KEYS}
     size = least.padded_size

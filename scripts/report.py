@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import ignite.distributed as idist
 from ignite.engine import Events
-from ignite.handlers import ProgressBar
 from ignite.metrics import Average
 from monai.engines import Evaluator, Trainer
 from monai.handlers import from_engine
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.trainer import AutoencoderTrainer
 
-__all__ = ["BeforeAndAfter", "LogPerVolume", "Throughput", "TrainingProgress", "VolumeProgress", "log_factors"]
+__all__ = ["BeforeAndAfter", "Throughput", "TrainingProgress", "VolumeProgress", "log_factors"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +134,33 @@ class Throughput:
                 self.summary_writer.add_scalar(name, value, engine.state.epoch)
 
 
-class VolumeProgress(ProgressBar):
-    """Ignite's progress bar over the volumes of an evaluator, as a handler that a config can declare."""
+class VolumeProgress:
+    """
+    Evaluator handler that shows a progress bar over the volumes (time left), from the first one on, where Ignite's waits for
+    the second. The first process of a distributed run shows its own share.
 
-    def __init__(self) -> None:
-        super().__init__(desc="volumes", persist=True)
+    Args:
+        desc: what stands before the bar.
+        leave: whether the bar stays when it is full.
+    """
+
+    def __init__(self, desc: str = "volumes", leave: bool = True) -> None:
+        self.desc, self.leave = desc, leave
+
+    def attach(self, engine: Evaluator) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.bar.update())
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.bar.close())
+
+    def _start(self, engine: Evaluator) -> None:
+        self.bar = tqdm(
+            total=engine.state.epoch_length,
+            desc=self.desc,
+            unit="volume",
+            leave=self.leave,
+            dynamic_ncols=True,
+            disable=idist.get_rank() > 0,
+        )
 
 
 class BeforeAndAfter:
@@ -193,23 +214,3 @@ class BeforeAndAfter:
             f"weights: {self.weights}",
         ]
         logger.info("\n  ".join(lines))
-
-
-class LogPerVolume:
-    """Evaluator handler that logs every metric of every volume, in the order of the files."""
-
-    def attach(self, engine: Evaluator) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._remember)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
-
-    def _start(self) -> None:
-        self.names: list[str] = []
-
-    def _remember(self, engine: Evaluator) -> None:
-        self.names += [item[Keys.IMAGE].meta["filename_or_obj"] for item in engine.state.batch]
-
-    def _log(self, engine: Evaluator) -> None:
-        for i, name in enumerate(self.names):
-            values = (f"{metric} {scores[i].item():.4g}" for metric, scores in engine.state.metric_details.items())
-            logger.info(f"{name}: {', '.join(values)}")

@@ -22,7 +22,7 @@ from monai.transforms import MapTransform, Orientation, SpatialResample, Transfo
 from monai.utils import ImageMetaKey
 
 from scripts.data import is_nifti
-from scripts.transforms import ScaleIntensityWindowd
+from scripts.transforms import intensity_window, unscaled
 from scripts.weights import write_atomically
 
 __all__ = ["DescribeSourced", "SaveVolumed", "nifti_bytes", "output_path", "restore"]
@@ -76,10 +76,14 @@ class SaveVolumed(Transform):
 
 
 def output_path(output_dir: str, source: str, postfix: str) -> Path:
-    """``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``."""
+    """
+    ``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``. What is no NIfTI loses its suffix too, unless
+    that is a number, which belongs to the name: the folders of DICOM series are called ``1.2.840.10008``.
+    """
     relative = Path(source)
     name = relative.name
-    for suffix in (".gz", ".nii") if is_nifti(source) else (relative.suffix,):
+    suffixes = () if relative.suffix[1:].isdigit() else (relative.suffix,)
+    for suffix in (".gz", ".nii") if is_nifti(source) else suffixes:
         name = name.removesuffix(suffix)
     return Path(output_dir) / relative.parent / f"{name}_{postfix}.nii.gz"
 
@@ -98,8 +102,7 @@ def restore(image: torch.Tensor, record: Mapping[str, Any]) -> np.ndarray:
     image = image.detach().as_subclass(torch.Tensor).cpu()
     for dim, size in enumerate(record["preprocessed_shape"], start=1):
         image = image.narrow(dim, 0, size)
-    low, high = (torch.tensor(record[f"intensity_{side}"]).reshape(-1, 1, 1, 1) for side in ("low", "high"))
-    image = image.clamp(0, 1) * (high - low) + low
+    image = unscaled(image.clamp(0, 1), record["intensity_low"], record["intensity_high"])
     values = _to_source_grid(image, record).double().numpy()
     values = (values - record["scl_inter"]) / record["scl_slope"]
     data_type = np.dtype(record["data_type"])
@@ -133,15 +136,15 @@ def nifti_bytes(stored: np.ndarray, record: Mapping[str, Any]) -> bytes:
 
 def _record(image: MetaTensor, dataset_dir: Path) -> dict[str, Any]:
     path = str(image.meta[ImageMetaKey.FILENAME_OR_OBJ])
-    window = next(op for op in reversed(image.applied_operations) if op["class"] == ScaleIntensityWindowd.__name__)
+    window = intensity_window(image)
     return {
         "source": str(Path(path).relative_to(dataset_dir)),
         **(_nifti_header(path) if is_nifti(path) else _plain_header(image)),
         "preprocessed_shape": list(image.shape[1:]),
         "preprocessed_affine": torch.as_tensor(image.affine).tolist(),
-        "intensity_low": window["extra_info"]["low"],
-        "intensity_high": window["extra_info"]["high"],
-        "clipped": window["extra_info"]["clipped"],
+        "intensity_low": window["low"],
+        "intensity_high": window["high"],
+        "clipped": window["clipped"],
     }
 
 

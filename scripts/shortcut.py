@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys as Keys
 from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
 
 from scripts.resampling import depth_to_space, space_to_depth
 from scripts.sampling import RepeatableBatchSampler
@@ -237,9 +238,11 @@ class ShortcutFitter:
         shortcut = self.network.shortcut
         if shortcut is None or engine.state.iteration > 0:
             return
+        images = itertools.islice(self._images(engine), MAX_PATCHES)
+        bar = tqdm(images, "fitting the shortcut", MAX_PATCHES, leave=False, unit="patch", disable=idist.get_rank() > 0)
         with torch.random.fork_rng():  # the same code in one process and in many
             torch.manual_seed(self.sampler.seed)
-            number = shortcut.fit(itertools.islice(self._images(engine), MAX_PATCHES))
+            number = shortcut.fit(bar)
         if idist.get_world_size() > 1:
             for tensor in shortcut.state_dict().values():
                 idist.broadcast(tensor, src=0)

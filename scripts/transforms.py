@@ -13,7 +13,38 @@ from monai.transforms import InvertibleTransform, MapTransform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import ImageMetaKey
 
-__all__ = ["ScaleIntensityWindowd"]
+__all__ = ["ScaleIntensityWindowd", "intensity_window", "unscaled"]
+
+
+def intensity_window(image: MetaTensor) -> dict[str, Any]:
+    """
+    The window that :py:class:`ScaleIntensityWindowd` scaled to [0, 1].
+
+    Args:
+        image: ``CxHxWxD``, as the transform left it or with further transforms behind it.
+
+    Returns:
+        ``low`` and ``high``, lists with an intensity for each channel, and ``clipped``, the share of voxels outside.
+    """
+    name = ScaleIntensityWindowd.__name__
+    return next(op for op in reversed(image.applied_operations) if op["class"] == name)["extra_info"]
+
+
+def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) -> torch.Tensor:
+    """
+    Map [0, 1] back to a window of intensities.
+
+    Args:
+        values: ``CxHxWxD``.
+        low: intensity of each channel that had become 0.
+        high: ditto, 1.
+
+    Returns:
+        the same shape, in the units of the file.
+    """
+    per_channel = (-1, *[1] * (values.ndim - 1))
+    bottom, top = (values.new_tensor(side).reshape(per_channel) for side in (low, high))
+    return values * (top - bottom) + bottom
 
 
 class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
@@ -62,9 +93,7 @@ class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             info = self.pop_transform(d[key])["extra_info"]
-            per_channel = (-1, *[1] * (d[key].ndim - 1))
-            low, high = (d[key].new_tensor(info[side]).reshape(per_channel) for side in ("low", "high"))
-            d[key] = d[key] * (high - low) + low
+            d[key] = unscaled(d[key], info["low"], info["high"])
         return d
 
     def _window(self, image: MetaTensor) -> tuple[torch.Tensor, torch.Tensor]:

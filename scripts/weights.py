@@ -8,6 +8,7 @@ SHA-256, and loading checks both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 
-__all__ = ["WeightsLoader", "check_arguments", "load_weights", "save_weights", "write_atomically"]
+__all__ = ["WeightsLoader", "check_arguments", "file_hash", "load_weights", "save_weights", "write_atomically"]
 
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 logger = logging.getLogger(__name__)
@@ -59,6 +60,12 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@functools.lru_cache
+def file_hash(path: str) -> str:
+    """SHA-256 of a file that does not change during the run, such as the weights."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def serialise(content: Any) -> bytes:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -181,6 +184,30 @@ def test_interrupted_encoding_ends_with_the_files_of_an_undisturbed_one(kinds, e
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_killed_encoding_ends_with_the_files_of_an_undisturbed_one(weights, tmp_path):
+    data, out, undisturbed = tmp_path / "in", tmp_path / "out", tmp_path / "undisturbed"
+    for i in range(40):
+        save_volume(data / f"{i:02d}.nii.gz", (16, 18, 20), seed=i)
+    command = [sys.executable, "-m", "monai.bundle", "run", "encoding", "--config_file", "configs/inference.json"]
+    keys = {"dataset_dir": data, "output_dir": out, "ckpt_dir": weights, **NETWORK}
+    command += [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        deadline = time.monotonic() + 240
+        while len(list(out.glob("*.json"))) < 3 and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        job.kill()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("*_latent.json")}
+    assert job.returncode == -signal.SIGKILL and 3 <= len(done) < 40
+    run("encoding", data, out, weights)
+    run("encoding", data, undisturbed, weights)
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # what was whole is left alone
+    names = sorted(path.name for path in undisturbed.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names and len(names) == 81
+    for name in names:
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("change", [{"intensity_percentiles": [0.0, 99.0]}, {"amp": True}])
 def test_latents_of_other_settings_are_made_again(kinds, encoded, weights, tmp_path, change):
     out = shutil.copytree(encoded, tmp_path / "out")
@@ -242,6 +269,70 @@ def test_empty_folder_and_read_only_output_are_said_at_once(weights, tmp_path):
         assert words in str(stopped.value.__cause__) or words in str(stopped.value.__cause__.__cause__)
 
 
+def save_series(folder: Path, stored: np.ndarray, spacing: tuple[float, float, float]) -> None:
+    """A CT series of one file for each slice, ``HxWxD`` in DICOM's LPS axes, stored 1000 above HU."""
+    pydicom = pytest.importorskip("pydicom")
+    folder.mkdir(parents=True)
+    series = pydicom.uid.generate_uid()
+    for k in range(stored.shape[2]):
+        slice_ = pydicom.Dataset()
+        slice_.file_meta = pydicom.dataset.FileMetaDataset()
+        slice_.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        slice_.SOPClassUID = slice_.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+        slice_.SOPInstanceUID = slice_.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        slice_.SeriesInstanceUID, slice_.Modality, slice_.InstanceNumber = series, "CT", k + 1
+        slice_.ImagePositionPatient, slice_.ImageOrientationPatient = [-10, -20, 30 + spacing[2] * k], [1, 0, 0, 0, 1, 0]
+        slice_.PixelSpacing = [spacing[1], spacing[0]]  # of rows, then of columns
+        slice_.Columns, slice_.Rows = stored.shape[:2]
+        slice_.SamplesPerPixel, slice_.PhotometricInterpretation, slice_.PixelRepresentation = 1, "MONOCHROME2", 1
+        slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit = 16, 16, 15
+        slice_.RescaleSlope, slice_.RescaleIntercept = 1, -1000
+        slice_.PixelData = stored[:, :, k].T.astype("<i2").tobytes()
+        slice_.save_as(folder / f"IM{stored.shape[2] - k:04d}", enforce_file_format=True)  # names in another order
+
+
+def test_dicom_series_are_folders_and_become_nifti(weights, tmp_path):
+    data = tmp_path / "in"
+    for series in ("1.2.840.7", "1.2.840.8"):  # the number behind the last dot is no suffix
+        save_series(data / "patient" / series, HEAD, (1.0, 1.5, 2.0))
+    (data / "patient" / "notes").mkdir()
+    (data / "patient" / "notes" / "text").write_text("no volume")
+    for run_id in ("evaluating", "encoding"):
+        with pytest.raises(SystemExit) as stopped:
+            run(run_id, data, tmp_path / run_id, weights, image_glob="**/")
+        assert "could not be done (1)" in str(stopped.value) and "patient/notes: cannot be read" in str(stopped.value)
+    run("decoding", tmp_path / "encoding", tmp_path / "decoding", weights)
+    for series in ("1.2.840.7", "1.2.840.8"):
+        name = f"patient/{series}_reconstruction.nii.gz"
+        result = nib.load(tmp_path / "evaluating" / name)
+        assert result.shape == HEAD.shape
+        affine = np.diag([-1.0, -1.5, 2.0, 1.0])  # LPS to RAS
+        affine[:3, 3] = (10, 20, 30)
+        assert np.allclose(result.affine, affine)
+        hounsfield = HEAD - 1000.0
+        assert np.corrcoef(hounsfield.ravel(), result.get_fdata().ravel())[0, 1] > 0.8
+        assert abs(hounsfield.mean() - result.get_fdata().mean()) < 0.1 * hounsfield.std()
+        assert (tmp_path / "decoding" / name).read_bytes() == (tmp_path / "evaluating" / name).read_bytes()
+
+
+def test_read_only_output_folder_is_said_at_once():
+    from scripts.volumes import join_processes
+
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
+        out = Path(folder) / "out"
+        out.mkdir()
+        os.chmod(folder, 0o755)
+        os.chmod(out, 0o555)
+        user = os.geteuid()
+        if user == 0:  # who may write everywhere
+            os.seteuid(65534)
+        try:
+            with pytest.raises(OSError, match=r"`output_dir` .* cannot be written to \(Permission denied\)"):
+                join_processes(str(out))
+        finally:
+            os.seteuid(user)
+
+
 def test_two_volumes_of_one_name_are_refused(weights, tmp_path):
     from scripts.volumes import find_share
 
@@ -273,6 +364,7 @@ def test_two_processes_share_the_volumes_and_fail_together(kinds, encoded, weigh
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in encoded.iterdir())
     for path in encoded.glob("*.nii.gz"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+        assert process.stdout.count(f"{path.name}: ") == 1  # each is written once
 
 
 def test_latents_and_their_scale_suit_monais_latent_diffusion(encoded, weights):
