@@ -35,6 +35,7 @@ CONTENT = (
     "models/model.json",
     "models/model.pt",
     "scripts/*.py",
+    "scripts/*.jinja",
 )
 EPOCH = (1980, 1, 1, 0, 0, 0)  # where time begins in a zip file
 MODE = 0o644

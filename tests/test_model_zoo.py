@@ -45,7 +45,7 @@ def test_version_is_the_last_of_every_changelog():
 
 def test_required_packages_are_those_that_the_bundle_installs():
     listed = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
-    names = set(re.findall(r'^ +"([a-z-]+)', listed, re.MULTILINE))
+    names = set(re.findall(r'^ +"([a-z0-9-]+)', listed, re.MULTILINE))
     assert set(METADATA["required_packages_version"]) == names - {"monai", "torch"}  # which have keys of their own
 
 

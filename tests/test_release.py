@@ -130,7 +130,7 @@ def test_downloaded_bundle_trains_evaluates_encodes_and_loads(downloaded, archiv
         save_volume(folder / "volumes" / f"sub-{i}" / "T1w.nii.gz", (24, 24, 17), seed=i)
     _python(folder, "-c", WORK)
     assert (downloaded / "eval/fast_dev_run/checkpoints/model.pt").is_file()
-    assert (downloaded / "eval/metrics/metrics.csv").is_file()
+    assert (downloaded / "eval/evaluation/metrics.csv").is_file()
     assert len(list((downloaded / "latents").rglob("*_latent.nii.gz"))) == 2
     assert (folder / "again" / archive.name).read_bytes() == archive.read_bytes()  # nothing is missing to share it again
 
