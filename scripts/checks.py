@@ -63,7 +63,7 @@ def usable_volumes(
     if problems:
         log(f"going on without {len(problems)} of {len(paths)} volumes, because `skip_bad_files` is set")
     for name, items in good.items():
-        logger.info(f"{name}: {describe(items, image_channels)}")
+        logger.info(f"{name}: {describe(items)}")
     return good
 
 

@@ -15,7 +15,7 @@ import nibabel as nib
 from monai.data import load_decathlon_datalist, partition_dataset
 from nibabel.filebasedimages import ImageFileError
 
-__all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "search_images", "training_and_validation"]
+__all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "training_and_validation"]
 
 LABEL_WORDS = re.compile(
     r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|probseg|rois?|annotations?)(?:[^a-z]|$)"
@@ -24,28 +24,6 @@ COLLECTION = re.compile(r"images?(?:tr|ts|val)?", re.IGNORECASE)  # a folder of 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 CACHE_SHARE = 0.5  # of the free memory, for preprocessed float32 volumes
 logger = logging.getLogger(__name__)
-
-
-def find_images(dataset_dir: str, image_glob: str, image_channels: int = 1) -> list[dict[str, str]]:
-    """
-    Find the volumes below a folder. Labels and segmentations, told by their names, are left out.
-
-    Args:
-        dataset_dir: folder to search.
-        image_glob: pattern relative to it, ``**`` for any depth. With a slash at its end it names folders that are a volume
-            each, as DICOM series are: ``**/`` is every folder below ``dataset_dir`` that holds files.
-        image_channels: number of channels that every volume must have.
-
-    Returns:
-        ``[{"image": path}, ...]``, sorted by path.
-
-    Raises:
-        FileNotFoundError: when the folder does not exist or nothing in it matches.
-        ValueError: when a file is no volume, or has another number of channels.
-    """
-    items = search_images(dataset_dir, image_glob)
-    logger.info(f"{dataset_dir}: {describe(items, image_channels)}")
-    return items
 
 
 def training_and_validation(
@@ -73,7 +51,7 @@ def training_and_validation(
     """
     lists = _decathlon_lists(Path(dataset_dir) / "dataset.json")
     if not lists:
-        lists = {"training": search_images(dataset_dir, image_glob)}
+        lists = {"training": find_images(dataset_dir, image_glob)}
     if not lists.get("validation"):
         lists = _split_by_subject(lists["training"], dataset_dir, val_fraction, seed)
     return lists
@@ -97,8 +75,21 @@ def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
     return min(1.0, CACHE_SHARE * free / needed)
 
 
-def search_images(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
-    """What :py:func:`find_images` finds, without opening a file."""
+def find_images(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
+    """
+    Find the volumes below a folder, without opening a file. Labels and segmentations, told by their names, are left out.
+
+    Args:
+        dataset_dir: folder to search.
+        image_glob: pattern relative to it, ``**`` for any depth. With a slash at its end it names folders that are a volume
+            each, as DICOM series are: ``**/`` is every folder below ``dataset_dir`` that holds files.
+
+    Returns:
+        ``[{"image": path}, ...]``, sorted by path.
+
+    Raises:
+        FileNotFoundError: when the folder does not exist or nothing in it matches.
+    """
     folder = Path(dataset_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
@@ -183,22 +174,19 @@ def _subject(relative: Path, one_folder: bool) -> str:
     return str(folder)
 
 
-def describe(items: Sequence[dict[str, str]], image_channels: int) -> str:
+def describe(items: Sequence[dict[str, str]]) -> str:
     """
-    Say in a line how many volumes there are, of which sizes and spacings.
+    Count, sizes and spacings of volumes that can be used, for the log. What is not NIfTI is counted alone.
 
     Args:
         items: ``[{"image": path}, ...]``.
-        image_channels: number of channels that every volume must have.
-
-    Raises:
-        ValueError: when a file is no volume, or has another number of channels.
     """
-    headers = [_size_and_spacing(item["image"], image_channels) for item in items if is_nifti(item["image"])]
+    headers = [_header(item["image"]) for item in items if is_nifti(item["image"])]
     text = f"{len(items)} volume{'s' if len(items) != 1 else ''}"
     if not headers:
         return text
-    sizes, spacings = zip(*headers)
+    sizes = [header.get_data_shape()[:3] for header in headers]
+    spacings = [header.get_zooms()[:3] for header in headers]
     return f"{text}, size {_range(sizes, '{:d}')} voxels, spacing {_range(spacings, '{:.3g}')} mm"
 
 
@@ -212,15 +200,3 @@ def _header(path: str) -> Any:
         return nib.load(path).header
     except (ImageFileError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as NIfTI ({error}); remove it or repair it.") from error
-
-
-def _size_and_spacing(path: str, image_channels: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    header = _header(path)
-    shape = header.get_data_shape()
-    channels = 1 if len(shape) == 3 else shape[-1]
-    if len(shape) not in (3, 4) or channels != image_channels or min(shape) < 1:
-        raise ValueError(
-            f"{path} has the shape {tuple(shape)}; a volume of {image_channels} channel(s) is expected "
-            "(three axes, and the channels as a fourth). Set `image_channels`, or narrow `image_glob`."
-        )
-    return tuple(shape[:3]), tuple(float(z) for z in header.get_zooms()[:3])

@@ -16,7 +16,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
 from scripts.checks import problem_of_header
-from scripts.data import search_images
+from scripts.data import find_images
 from scripts.processes import merged, share_of
 from scripts.restoring import output_path
 
@@ -68,7 +68,7 @@ def find_share(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
         FileNotFoundError: when the folder does not exist or nothing in it matches.
         ValueError: when two volumes would have one name in the output.
     """
-    items = search_images(dataset_dir, image_glob)
+    items = find_images(dataset_dir, image_glob)
     sources: dict[Path, str] = {}
     for item in items:
         name = output_path("", str(Path(item["image"]).relative_to(dataset_dir)), "")
