@@ -52,9 +52,7 @@ MONAI_NETWORK = {
 PATCHES = {"sample": [64, 64, 64], "clinical": [96, 96, 32]}  # about as many voxels; the clinical volumes have few slices
 
 
-def train(
-    network: str, data: str = "sample", minutes: float = 20.0, fit_shortcut: bool = False, device: str = "cpu"
-) -> None:
+def train(network: str, data: str = "sample", minutes: float = 20.0, device: str = "cpu") -> None:
     """
     Train from scratch and evaluate.
 
@@ -62,7 +60,6 @@ def train(
         network: name of a preset, or ``MONAI``.
         data: ``sample`` or ``clinical``, folders below ``data``.
         minutes: of training.
-        fit_shortcut: the config's key.
         device: where to run.
     """
     parser = ConfigParser()
@@ -74,7 +71,6 @@ def train(
             "dataset_dir": f"data/{data}",
             "patch_size": PATCHES[data],
             "device": device,
-            "fit_shortcut": fit_shortcut,
             "channels_last": device == "cpu",
             "epochs": 10**6,
             "num_workers": 0,

@@ -30,7 +30,7 @@ from monai.transforms import (
 )
 from tqdm import tqdm
 
-__all__ = ["prepare_sample_volumes"]
+__all__ = ["prepare_sample_volumes", "t1_template"]
 
 NUM_TRAINING_VOLUMES = 8
 SHELLS_MM = ((0.0, 2.0), (2.0, 7.0), (7.0, 12.0))  # outer CSF, skull, scalp: distance from the brain
@@ -56,12 +56,12 @@ def prepare_sample_volumes(folder: str) -> str:
     unfinished.mkdir(parents=True)
     logger.info(f"preparing the sample volumes in {target}")
 
-    template = _nilearn_volume("t1")
-    _save(template.get_fdata(), template.affine, unfinished / "validation" / "mni152_t1.nii.gz")
+    template = t1_template()
+    _save(template, unfinished / "validation" / "mni152_t1.nii.gz")
     tissues = _tissue_maps()
     names = [f"synthetic_{i:02d}.nii.gz" for i in range(NUM_TRAINING_VOLUMES)]
     for seed, name in enumerate(tqdm(names, desc="sample volumes", unit="volume")):
-        _save(_synthesise_head(tissues, seed), template.affine, unfinished / "training" / name)
+        _save(_as_uint8(_synthesise_head(tissues, seed), template.affine), unfinished / "training" / name)
 
     (unfinished / "dataset.json").write_text(
         json.dumps(
@@ -84,14 +84,24 @@ def prepare_sample_volumes(folder: str) -> str:
     return folder
 
 
+def t1_template() -> nib.Nifti1Image:
+    """The ICBM 2009a T1 template, which is for validation: 197x233x189 voxels of 1 mm, 0 to 255."""
+    template = _nilearn_volume("t1")
+    return _as_uint8(template.get_fdata(), template.affine)
+
+
 def _nilearn_volume(tissue: str) -> Any:
     name = f"mni_icbm152_{tissue}_tal_nlin_sym_09a_converted.nii.gz"
     return nib.load(str(files("nilearn") / "datasets" / "data" / name))
 
 
-def _save(volume: np.ndarray, affine: np.ndarray, path: Path) -> None:
+def _as_uint8(volume: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    return nib.Nifti1Image(np.clip(np.rint(volume), 0, 255).astype(np.uint8), affine)
+
+
+def _save(image: nib.Nifti1Image, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    nib.save(nib.Nifti1Image(np.clip(np.rint(volume), 0, 255).astype(np.uint8), affine), path)
+    nib.save(image, path)
 
 
 def _tissue_maps() -> torch.Tensor:
