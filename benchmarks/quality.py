@@ -24,7 +24,7 @@ import torch
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
-from monai.metrics import PSNRMetric, SSIMMetric
+from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
 
@@ -105,7 +105,7 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
         "volumes": {},
     }
     for item in parser.get_parsed_content("validate#dataset"):
-        name = Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz")
+        name = volume_name(item)
         spacing = tuple(float(s) for s in item["image"].pixdim)
         image = item["image"].as_tensor()[None]
         with torch.no_grad(), torch.autocast(device, autocast_dtype(parser["amp_dtype"])):
@@ -148,6 +148,11 @@ class Budget:
             print(f"{spent:.1%} of the time, {engine.state.iteration} steps", flush=True)
 
 
+def volume_name(item: dict[str, Any]) -> str:
+    """Name of a loaded volume's file, without its ending."""
+    return Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz")
+
+
 def reconstruct(network: Any, image: torch.Tensor, factors: list[int]) -> torch.Tensor:
     """Reconstruct a volume of any size, with MONAI's network too, which takes multiples of its factor."""
     shape = image.shape[2:]
@@ -162,6 +167,7 @@ def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int
         "psnr": float(psnr(reconstruction, image)),
         "foreground_psnr": float(ForegroundPSNRMetric(max_val=1.0)(reconstruction, image)),
         "ssim": float(SSIMMetric(spatial_dims=3)(reconstruction, image)),
+        "mae": float(MAEMetric()(reconstruction, image)),
         "dct_psnr": float(psnr(dct, image)),
         "trilinear_psnr": float(psnr(trilinear_reconstruction(image, factors), image)),
         "grid": grid_energy(reconstruction, factors),
