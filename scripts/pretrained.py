@@ -1,4 +1,4 @@
-"""Fine-tuning and migration: a run that starts from weights, this bundle's or MONAI's, of the same network or another one."""
+"""Fine-tuning and migration: a run that starts from weights, this bundle's or MONAI's, of the same or another network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GENERATIVE_MODELS = (  # its names, and those of MONAI
     (re.compile(r"\.proj_attn\."), ".attn.out_proj."),
     (re.compile(r"^(decoder\.blocks\.\d+)\.conv\.conv\."), r"\1.postconv.conv."),
 )
-# What makes the latent and the image of the features. Beside a linear shortcut they start as a small correction
+# What makes the latent and the image of the features; of a linear shortcut's latent and image it only makes a correction
 ENDS = ("encoder norm", "decoder norm", "decoder last", "quant_conv_mu", "quant_conv_log_sigma")
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,8 @@ def _name_of_today(key: str) -> str:
 def _as_monai(arguments: dict[str, Any]) -> dict[str, Any]:
     axes = arguments["spatial_dims"]
     factors = [[2] * axes for _ in arguments["downsample_factors"]]
-    return {**arguments, "downsample_factors": factors, "initial_downsample_factor": [1] * axes, "initial_mode": "conv"}
+    monai = {"initial_downsample_factor": [1] * axes, "initial_mode": "conv", "linear_shortcut": False}
+    return {**arguments, "downsample_factors": factors, **monai}
 
 
 # --- layers by their place ---------------------------------------------------------------------------------------------
@@ -210,10 +211,10 @@ def _match(
             reasons.append(f"{name}, where {difference}")
         else:
             taken[place] = (name, source[place][1])
-    if reasons and "shortcut" in target:
+    if "shortcut" in target and "shortcut" not in source:
         for place in [place for place in ENDS if place in taken]:
             name, _ = taken.pop(place)
-            reasons.append(f"{name}, which starts as a small correction of the linear shortcut where not all fits")
+            reasons.append(f"{name}, which is a small correction of the linear shortcut here")
     return taken, reasons
 
 

@@ -150,20 +150,29 @@ def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}. Train first, or set `ckpt_dir` or `pretrained` to others.")
-    content, arguments = path.read_bytes(), None
-    description_path = path.with_suffix(".json")
-    if description_path.is_file():
-        description = json.loads(description_path.read_text())
-        if hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
-            raise ValueError(
-                f"{path} is not the file that {description_path} describes: it was changed or damaged. "
-                f"Restore the pair, or remove {description_path.name} if you trust the weights."
-            )
-        arguments = description["network"]
+    content = path.read_bytes()
+    description = _read_description(path.with_suffix(".json"))
+    if description and hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
+        raise ValueError(
+            f"{path} is not the file that {path.with_suffix('.json')} describes: it was changed or damaged. "
+            "Restore the pair, or remove the description if you trust the weights."
+        )
+    arguments = description["network"] if description else None
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), arguments
     except Exception as error:  # damaged archives raise whatever the unpickler stumbles over
         raise ValueError(f"{path} cannot be loaded: it {what_is_wrong(error)}.") from error
+
+
+def _read_description(path: Path) -> dict[str, Any] | None:
+    """What :py:func:`save_weights` wrote; None without it, or where another program's file has its name."""
+    if not path.is_file():
+        return None
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}). Restore it, or remove it if you trust the weights.") from error
+    return description if isinstance(description, dict) and {"network", "sha256"} <= description.keys() else None
 
 
 def what_is_wrong(error: Exception) -> str:
