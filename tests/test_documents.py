@@ -15,8 +15,8 @@ import fire
 import pytest
 import torch
 from fire.parser import DefaultParseValue
+from monai import bundle as monai_bundle
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monai.bundle.scripts import run as monai_run
 from monai.networks.nets import PatchDiscriminator
 
 from scripts.__main__ import COMMANDS
@@ -31,9 +31,9 @@ INLINE_OPTION = re.compile(r"`(--[a-z_#]+(?: [^`]*)?)`")
 COMMENT = re.compile(r"(^|\s)#.*")  # a # within a word is part of a key
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-OTHER_PROGRAMS = {"source", "mlflow", "tensorboard", "head"}  # the shell's, and those of dependencies
+OTHER_PROGRAMS = {"source", "cd", "(cd", "pip", "mlflow", "tensorboard"}  # the shell's, and those of dependencies
 NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator}  # whose arguments documents set
-OF_MONAI = set(inspect.signature(monai_run).parameters) | {"tracking_uri"}  # not config keys
+OF_MONAI = set(inspect.signature(monai_bundle.run).parameters) | {"tracking_uri"}  # not config keys
 
 
 def blocks(language: str, document: Path) -> list[str]:
@@ -44,12 +44,21 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     """Every command of every ``bash`` block: (its document, its words)."""
     for document in DOCUMENTS:
         for block in blocks("bash", document):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(COMMENT.sub("", line))
+            for words in in_words(block.replace("\\\n", " ")):
                 while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):  # settings of the environment
                     words.pop(0)
                 if words:
                     yield document.name, words
+
+
+def in_words(block: str) -> Iterator[list[str]]:
+    """The words of each command, which ends with its line unless a quote is open."""
+    command = ""
+    for line in block.splitlines():
+        command += COMMENT.sub("", line) + "\n"
+        if command.count('"') % 2 == 0:
+            yield shlex.split(command)
+            command = ""
 
 
 def typed(program: list[str]) -> list:
@@ -80,7 +89,7 @@ def config(files, keys: dict) -> ConfigParser:
         assert not argument or argument in inspect.signature(NESTED[owner]).parameters, key
     parser.update(keys)
     parser.parse()
-    check_parser(parser, ROOT)
+    check_parser(parser)
     return parser
 
 
@@ -98,6 +107,14 @@ def test_bundle_command_names_files_and_keys_that_exist(words):
     assert words[0] in parser, f"there is no {words[0]}"
     for key in ("meta_file", "logging_file", "tracking"):
         assert key not in given or given[key] == "mlflow" or (ROOT / given[key]).is_file(), given[key]
+
+
+@pytest.mark.parametrize("words", [param for param in typed(["-m", "monai.bundle"]) if param.values[0][0] != "run"])
+def test_other_tools_of_monai_have_their_options_and_files(words):
+    tool = getattr(monai_bundle, words[0])
+    for key, value in options(words).items():
+        assert key in inspect.signature(tool).parameters, key
+        assert not str(value).startswith("configs/") or (ROOT / value).is_file(), value
 
 
 @pytest.mark.parametrize("words", typed(["-m", "scripts"]))
