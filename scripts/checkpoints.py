@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import pickle
 import random
 import re
 import time
@@ -22,13 +21,12 @@ from monai.engines import Evaluator
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.trainer import AutoencoderTrainer
-from scripts.weights import UNFINISHED, check_arguments, save_weights, serialise, write_atomically
+from scripts.weights import UNFINISHED, check_arguments, save_weights, serialise, what_is_wrong, write_atomically
 
 __all__ = ["TrainingResumer", "TrainingSaver", "claim_ckpt_dir", "find_checkpoints"]
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
-FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # how torch refuses what is not data
 SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
 logger = logging.getLogger(__name__)
 
@@ -214,8 +212,7 @@ class TrainingResumer:
             try:
                 return path, _read(path)
             except Exception as error:  # damaged archives raise whatever the reader stumbles over
-                payload = FOREIGN.search(str(error))
-                reason = f"holds code ({payload[1]}), which was not run" if payload else f"is damaged ({_cause(error)})"
+                reason = what_is_wrong(error)
             logger.warning(f"{path} {reason}. Trying the one before.")
         if paths:
             raise ValueError(
@@ -264,12 +261,6 @@ def _read(path: Path) -> dict[str, Any]:
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} in it has changed")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # its text advises to load the file without a check
-        return "it holds no checkpoint"
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _random_states() -> dict[str, Any]:

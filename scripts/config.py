@@ -19,6 +19,8 @@ NOT_CONFIGS = ("metadata.json", "mlflow.json")
 MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
 ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
 FLAGS = {"true": True, "false": False}
+ONE_PER_LEVEL = ("use_checkpoint",)  # a flag, or a list of them
+FLAG_OR_PATH = ("pretrained",)
 logger = logging.getLogger(__name__)
 
 
@@ -87,12 +89,12 @@ def _references(config: Any) -> set[str]:
 
 def _read_flag(parser: ConfigParser, key: str) -> None:
     value = parser[key]
-    if isinstance(value, str) and value[:1] not in ("$", "@"):
-        value = FLAGS.get(value.lower(), value)
-    if isinstance(value, str) and value[:1] in ("$", "@"):
-        return  # an expression says for itself what it is
-    if not isinstance(value, bool):
-        raise ValueError(f"`{key}` is {value!r}; it must be true or false.")
+    per_level = key in ONE_PER_LEVEL and isinstance(value, list)
+    flags = [FLAGS.get(flag.lower(), flag) if isinstance(flag, str) else flag for flag in (value if per_level else [value])]
+    if not all(isinstance(flag, bool) for flag in flags):
+        if isinstance(value, str) and (value[:1] in ("$", "@") or key in FLAG_OR_PATH):
+            return  # an expression says for itself what it is
+        raise ValueError(f"`{key}` is {value!r}; it must be true or false{' or a path' * (key in FLAG_OR_PATH)}.")
     # the item as well as the config, which has been parsed already
-    parser.config[key] = value  # type: ignore[index]
-    parser.ref_resolver.items[key].update_config(value)
+    parser.config[key] = flags if per_level else flags[0]  # type: ignore[index]
+    parser.ref_resolver.items[key].update_config(parser.config[key])  # type: ignore[index]

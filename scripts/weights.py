@@ -14,6 +14,8 @@ import io
 import json
 import logging
 import os
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,20 @@ from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 
-__all__ = ["WeightsLoader", "check_arguments", "file_hash", "load_weights", "save_weights", "write_atomically"]
+__all__ = [
+    "WeightsLoader",
+    "check_arguments",
+    "file_hash",
+    "load_weights",
+    "read_weights",
+    "save_weights",
+    "what_differs",
+    "what_is_wrong",
+    "write_atomically",
+]
 
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
+FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # how torch refuses what is not data
 logger = logging.getLogger(__name__)
 
 
@@ -107,40 +120,86 @@ def load_weights(network: AutoencoderKL, path: str | Path) -> None:
         FileNotFoundError: when there is no such file.
         ValueError: when the file is damaged, or was made for another network, with the arguments that differ.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there are no weights at {path}. Train first, or point `ckpt_dir` at the folder that holds `model.pt`."
-        )
-    content = path.read_bytes()
-    description_path = path.with_suffix(".json")
-    if description_path.is_file():
-        description = json.loads(description_path.read_text())
-        if hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
-            raise ValueError(
-                f"{path} is not the file that {description_path} describes: it was changed or damaged. "
-                f"Restore the pair, or remove {description_path.name} if you trust the weights."
-            )
-        check_arguments(description["network"], network.arguments, path)
+    content, arguments = read_weights(path)
+    if arguments is None:
+        description = Path(path).with_suffix(".json").name
+        logger.warning(f"{path} has no {description} beside it: nobody knows whether it fits this network.")
     else:
-        logger.warning(f"{path} has no {description_path.name} beside it: nobody knows whether it fits this network.")
+        check_arguments(arguments, network.arguments, path)
     try:
-        network.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-    except Exception as error:  # damaged archives raise whatever the unpickler stumbles over
+        network.load_state_dict(content)
+    except Exception as error:  # whatever is in the file
         raise ValueError(f"{path} cannot be loaded into this network: {error}") from error
     logger.info(f"loaded the weights {path}")
 
 
-def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
+    """
+    Read a file of weights. No code in it is run.
+
+    Args:
+        path: of the weights.
+
+    Returns:
+        what the file holds, on the CPU, and the arguments of its network from the JSON file beside it, None without one.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is damaged, holds code, or is not the one that the JSON file describes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path}. Train first, or set `ckpt_dir` or `pretrained` to others.")
+    content = path.read_bytes()
+    description = _read_description(path.with_suffix(".json"))
+    if description and hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
+        raise ValueError(
+            f"{path} is not the file that {path.with_suffix('.json')} describes: it was changed or damaged. "
+            "Restore the pair, or remove the description if you trust the weights."
+        )
+    arguments = description["network"] if description else None
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), arguments
+    except Exception as error:  # damaged archives raise whatever the unpickler stumbles over
+        raise ValueError(f"{path} cannot be loaded: it {what_is_wrong(error)}.") from error
+
+
+def _read_description(path: Path) -> dict[str, Any] | None:
+    """What :py:func:`save_weights` wrote; None without it, or where another program's file has its name."""
+    if not path.is_file():
+        return None
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}). Restore it, or remove it if you trust the weights.") from error
+    return description if isinstance(description, dict) and {"network", "sha256"} <= description.keys() else None
+
+
+def what_is_wrong(error: Exception) -> str:
+    """What a file that torch refused to read does or is. Torch's own text advises to read it without a check."""
+    payload = FOREIGN.search(str(error))
+    if payload:
+        return f"holds code ({payload[1]}), which was not run"
+    if isinstance(error, pickle.UnpicklingError):
+        return "is damaged (it holds no checkpoint)"
+    return f"is damaged ({(str(error).splitlines() or [type(error).__name__])[0]})"
+
+
+def what_differs(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The arguments in which two networks differ, with both values; empty if in none."""
+    differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    return "; ".join(f"`{name}` is {saved.get(name)} there and {wanted.get(name)} here" for name in differing)
+
+
+def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
     """
     Compare the arguments of two networks.
 
     Raises:
         ValueError: when they differ, with the arguments that do and both values.
     """
-    differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
-    if differing:
-        details = "; ".join(f"`{name}` is {saved.get(name)} there and {wanted.get(name)} here" for name in differing)
+    details = what_differs(saved, wanted)
+    if details:
         raise ValueError(f"{path} was made for another network: {details}. Use the config that it was trained with.")
 
 

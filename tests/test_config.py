@@ -94,7 +94,22 @@ def test_flag_given_as_text_means_what_it_says(text, value):
     assert ("fast_dev_run" in flow.parser.get_parsed_content("ckpt_dir")) is value
 
 
-@pytest.mark.parametrize("value", ["maybe", 1, "1"])
+@pytest.mark.parametrize(
+    "key, value, parsed",
+    [
+        ("use_checkpoint", ["true", "False", "false"], [True, False, False]),  # as [true,False,false] arrives
+        ("use_checkpoint", "true", True),
+        ("pretrained", "False", False),
+        ("pretrained", "weights/monai.pt", "weights/monai.pt"),
+    ],
+)
+def test_flag_may_be_one_per_level_or_a_path_where_that_is_its_meaning(key, value, parsed):
+    flow = workflow("train.json", workflow_type="train", **{key: value})
+    flow.initialize()
+    assert flow.parser.get_parsed_content(key) == parsed
+
+
+@pytest.mark.parametrize("value", ["maybe", 1, "1", [True]])
 def test_flag_that_is_no_boolean_is_refused(value):
     flow = workflow("train.json", workflow_type="train", resume=value)
     with pytest.raises(RuntimeError) as error:

@@ -1,0 +1,215 @@
+"""What README.md and docs/ tell the reader to type is there to be typed: files, keys, options, targets and links."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import fire
+import pytest
+import torch
+from fire.parser import DefaultParseValue
+from monai import bundle as monai_bundle
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.networks.nets import PatchDiscriminator
+
+from scripts.__main__ import COMMANDS
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.config import check_parser
+from tests.conftest import ROOT, save_volume
+from tests.test_training import small_network
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE_OPTION = re.compile(r"`(--[a-z_#]+(?: [^`]*)?)`")
+COMMENT = re.compile(r"(^|\s)#.*")  # a # within a word is part of a key
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+OTHER_PROGRAMS = {"source", "cd", "(cd", "pip", "mlflow", "tensorboard"}  # the shell's, and those of dependencies
+NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator}  # whose arguments documents set
+OF_MONAI = set(inspect.signature(monai_bundle.run).parameters) | {"tracking_uri"}  # not config keys
+
+
+def blocks(language: str, document: Path) -> list[str]:
+    return [text for found, text in BLOCK.findall(document.read_text()) if found == language]
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every command of every ``bash`` block: (its document, its words)."""
+    for document in DOCUMENTS:
+        for block in blocks("bash", document):
+            for words in in_words(block.replace("\\\n", " ")):
+                while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):  # settings of the environment
+                    words.pop(0)
+                if words:
+                    yield document.name, words
+
+
+def in_words(block: str) -> Iterator[list[str]]:
+    """The words of each command, which ends with its line unless a quote is open."""
+    command = ""
+    for line in block.splitlines():
+        command += COMMENT.sub("", line) + "\n"
+        if command.count('"') % 2 == 0:
+            yield shlex.split(command)
+            command = ""
+
+
+def typed(program: list[str]) -> list:
+    """The commands that contain these words in a row; each as a parameter with the words that follow them."""
+    found = []
+    for document, words in commands():
+        for start in range(len(words)):
+            if words[start : start + len(program)] == program:
+                rest = words[start + len(program) :]
+                found.append(pytest.param(rest, id=f"{document}: {' '.join(rest)}"))
+    return found
+
+
+def options(words: list[str]) -> dict:
+    """``--key value`` as the command line reads them; a key without a value is a flag."""
+    pairs = itertools.zip_longest(words, words[1:], fillvalue="--")
+    values = {key[2:]: value for key, value in pairs if key.startswith("--")}
+    return {key: True if value.startswith("--") else DefaultParseValue(value) for key, value in values.items()}
+
+
+def config(files, keys: dict) -> ConfigParser:
+    """A config with keys of the command line; raises what training would raise."""
+    files = [files] if isinstance(files, str) else files
+    ours = [file for file in files if file.startswith("configs/")]  # others are the reader's own
+    parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / file) for file in ours]))
+    for key in keys:
+        owner, _, argument = key.partition("#")
+        assert not argument or argument in inspect.signature(NESTED[owner]).parameters, key
+    parser.update(keys)
+    parser.parse()
+    check_parser(parser)
+    return parser
+
+
+def test_every_command_is_of_a_kind_that_is_checked():
+    for document, words in commands():
+        known = {("python", "-m"), ("make",), ("torchrun",), ("srun",), *((name,) for name in OTHER_PROGRAMS)}
+        assert any(tuple(words[: len(start)]) == start for start in known) or words[0].startswith("head="), (document, words)
+
+
+@pytest.mark.parametrize("words", typed(["-m", "monai.bundle", "run"]))
+def test_bundle_command_names_files_and_keys_that_exist(words):
+    given = options(words)
+    files = given.pop("config_file")
+    parser = config(files, {key: value for key, value in given.items() if key not in OF_MONAI})
+    assert words[0] in parser, f"there is no {words[0]}"
+    for key in ("meta_file", "logging_file", "tracking"):
+        assert key not in given or given[key] == "mlflow" or (ROOT / given[key]).is_file(), given[key]
+
+
+@pytest.mark.parametrize("words", [param for param in typed(["-m", "monai.bundle"]) if param.values[0][0] != "run"])
+def test_other_tools_of_monai_have_their_options_and_files(words):
+    tool = getattr(monai_bundle, words[0])
+    for key, value in options(words).items():
+        assert key in inspect.signature(tool).parameters, key
+        assert not str(value).startswith("configs/") or (ROOT / value).is_file(), value
+
+
+@pytest.mark.parametrize("words", typed(["-m", "scripts"]))
+def test_planner_command_is_understood(words):
+    asked = {}
+
+    def recorder(name):
+        return lambda *unexpected, **given: asked.update({name: (unexpected, given)})
+
+    fire.Fire({name: recorder(name) for name in COMMANDS}, command=words)
+    ((name, (unexpected, given)),) = asked.items()
+    bound = inspect.signature(COMMANDS[name]).bind(*unexpected, **given)
+    assert not bound.arguments.get("unexpected")
+    config(given.get("config_file", "configs/train.json"), bound.arguments.get("overrides", {}))
+
+
+@pytest.mark.parametrize("module, words", [
+    pytest.param(words[2], words[3:], id=f"{document}: {words[2]}")
+    for document, words in commands() if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks.")
+])  # fmt: skip
+def test_benchmark_has_the_options_that_are_named(module, words):
+    functions = [f for _, f in inspect.getmembers(importlib.import_module(module), inspect.isfunction)]
+    public = {name for f in functions if f.__module__ == module for name in inspect.signature(f).parameters}
+    assert options(words).keys() <= public
+    if words and not words[0].startswith("--"):
+        assert words[0] in {f.__name__ for f in functions}
+
+
+@pytest.mark.parametrize("words", typed(["make"]))
+def test_make_has_the_target_and_the_variables(words):
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words:
+        name, is_variable, _ = word.partition("=")
+        start = f"\n{name} ?=" if is_variable else f"\n{name}:"
+        assert start in makefile, word
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_in_the_text_are_keys_with_values_that_are_allowed(document):
+    others = OF_MONAI | {name for f in COMMANDS.values() for name in inspect.signature(f).parameters}
+    for inline in INLINE_OPTION.findall(BLOCK.sub("", document.read_text())):
+        given = options(shlex.split(inline))
+        keys = {key: value for key, value in given.items() if key not in others}
+        config("configs/train.json", keys)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for link in LINK.findall(document.read_text()):
+        file, _, anchor = link.partition("#")
+        if re.match(r"https?:", link):
+            continue
+        target = document.parent / file if file else document
+        assert target.exists(), link
+        if anchor:
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in HEADING.findall(target.read_text())}
+            assert anchor in slugs, link
+
+
+# --- what is cheap is run ----------------------------------------------------------------------------------------------
+
+
+def test_python_of_the_readme_and_of_inference_runs():
+    names = {"volume": torch.rand(1, 1, 16, 16, 16), "network": small_network()}
+    for document in (ROOT / "README.md", ROOT / "docs/inference.md"):
+        for block in blocks("python", document):
+            exec(block, found := dict(names))
+    assert found["reconstruction"].shape == found["volume"].shape
+
+
+def test_quickstart_goes_from_volumes_to_a_sample_of_a_diffusion_model(tmp_path, monkeypatch):
+    for i in range(2):
+        save_volume(tmp_path / "mine" / f"{i}.nii.gz", (24, 24, 30), seed=i)
+    latents = tmp_path / "latents"
+    flow = ConfigWorkflow(
+        config_file=str(ROOT / "configs/inference.json"),
+        meta_file=str(ROOT / "configs/metadata.json"),
+        logging_file=False,
+        workflow_type="infer",
+        run_id="encoding",
+        bundle_root=str(ROOT),
+        dataset_dir=str(tmp_path / "mine"),
+        output_dir=str(latents),
+        num_workers=0,
+        device="cpu",
+    )
+    flow.initialize()
+    flow.run()
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    for block in blocks("python", ROOT / "docs/quickstart.md"):
+        block = block.replace("/data/latents", str(latents)).replace("eval/checkpoints", "models").replace("1000", "4")
+        exec(block, names)
+    assert torch.isfinite(names["loss"])
+    scaled = names["latent"].std()  # over one of the two volumes, air that was added included
+    assert 0.5 < scaled < 2
+    assert names["volume"].shape == (1, 1, 32, 32, 32)
+    assert json.loads((latents / "latent_scale.json").read_text())["volumes"] == 2
