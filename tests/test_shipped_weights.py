@@ -1,0 +1,35 @@
+"""The shipped weights do what the metadata says of them."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import pytest
+import torch
+from monai.metrics import PSNRMetric
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+
+from benchmarks.block_dct import block_dct_reconstruction
+from scripts.autoencoderkl import Reconstructor
+from scripts.sample_data import t1_template
+from scripts.transforms import ScaleIntensityWindowd
+from scripts.weights import load_weights
+from tests.conftest import ROOT
+
+METRICS = json.loads((ROOT / "configs/metadata.json").read_text())["eval_metrics"]["mni152_t1"]
+
+
+def test_quality_on_the_t1_template_is_what_the_metadata_says(tmp_path):
+    nib.save(t1_template(), tmp_path / "t1.nii.gz")
+    load = Compose([LoadImaged("image"), EnsureChannelFirstd("image"), ScaleIntensityWindowd("image", [0.0, 99.9])])
+    image = load({"image": str(tmp_path / "t1.nii.gz")})["image"].as_tensor()[None]
+    network = Reconstructor(**json.loads((ROOT / "models/model.json").read_text())["network"]).eval()
+    load_weights(network, str(ROOT / "models/model.pt"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        reconstruction = network(image).float().clamp(0, 1)
+    psnr = PSNRMetric(max_val=1.0)
+    assert psnr(reconstruction, image).item() == pytest.approx(METRICS["psnr"], abs=0.02)
+    dct = block_dct_reconstruction(image, network.total_downsample_factor, network.latent_channels)
+    assert psnr(dct, image).item() == pytest.approx(METRICS["block_dct_psnr"], abs=0.01)
+    assert METRICS["psnr"] > METRICS["block_dct_psnr"]
