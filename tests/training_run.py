@@ -60,6 +60,7 @@ def train(data: Path, output_dir: Path, prepare: Callable | None = None, num_pro
 def _train_here(
     data: Path, output_dir: Path, prepare: Callable | None, rank: int, num_processes: int, port: int, keys: dict
 ):
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if num_processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
