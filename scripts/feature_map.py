@@ -38,10 +38,10 @@ class FeatureMap:
         return self.shape[self.dim]
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row, its channels rounded up to the blocks that libraries reorder them in."""
+    def row_values(self) -> int:
+        """Values of one row, its channels rounded up to the blocks that libraries reorder them in."""
         channels = self.shape[1] if self.shape[1] == 1 else -(-self.shape[1] // CHANNEL_BLOCK) * CHANNEL_BLOCK
-        return self.dtype.itemsize * self.shape.numel() // self.rows // self.shape[1] * channels
+        return self.shape.numel() // self.rows // self.shape[1] * channels
 
     def tensor(self) -> torch.Tensor:
         """The whole map. That in a file counts as memory of the process as far as it is touched, until it is dropped."""

@@ -40,9 +40,9 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 OPERATIONS = ("reconstruct", "encode", "decode")
 SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; others use it too
 SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; larger maps go to files
-# What a slab takes beside itself: its normed form, the library's reordered copies in blocks of channels, and what the
-# allocator keeps of slabs that are gone
-INPUT_COPIES, RESULT_COPIES = 7, 5
+# What a value of a slab takes, in bytes, whatever its type: itself, its normed form, the library's reordered copies, float32
+# in part, and what the allocator keeps of slabs that are gone
+INPUT_BYTES, RESULT_BYTES = 14, 10
 # Values of a convolution's slab, where the budget has room for them: PyTorch's CPU takes another way for fewer in float32,
 # four times slower and with more memory (between 1.3 and 1.6 million, PyTorch 2.14.1)
 LEAST_VALUES = 1_600_000
@@ -270,7 +270,7 @@ class _Run:
             into: where to write. It may be a source that ``operation`` reads voxel by voxel, without the halo.
         """
         units = sources[0][0].rows // sources[0][1]
-        unit_bytes = INPUT_COPIES * sum(source.row_bytes * rows for source, rows in sources)
+        unit_bytes = INPUT_BYTES * sum(source.row_values * rows for source, rows in sources)
         least = 1
         if halo > 0 and self.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             values = sources[0][0].shape.numel() // units
@@ -289,7 +289,7 @@ class _Run:
             result.write(start * rows_out, slab)
             moments = _moments(slab) if moments is None else moments + _moments(slab)
             if start == 0:
-                unit_bytes += RESULT_COPIES * rows_out * result.row_bytes
+                unit_bytes += RESULT_BYTES * rows_out * result.row_values
                 thickness = max(thickness, self.for_slabs // unit_bytes - 2 * halo)
             start = stop
             del slab  # before the next one is made
