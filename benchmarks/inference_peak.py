@@ -42,5 +42,11 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident() -> int:
+    """Bytes that this process holds now (Linux)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 if __name__ == "__main__":
     fire.Fire(inference_peak)

@@ -6,14 +6,13 @@ python -m benchmarks.planning_step "'16x lean'"
 from __future__ import annotations
 
 import gc
-import resource
 from typing import Any
 
 import fire
 import torch
 from monai.inferers import SimpleInferer
 
-from benchmarks.inference_peak import peak_bytes
+from benchmarks.inference_peak import peak_bytes, resident
 from scripts.memory import SavedTensors
 from scripts.trainer import AutoencoderTrainer
 
@@ -63,12 +62,6 @@ def step(name: str) -> None:
     before = resident()
     saved = saved_in_a_step(row.build(), row.size, row.batch_size, row.amp)
     print(saved, peak_bytes("cpu") - before)
-
-
-def resident() -> int:
-    """Bytes that this process holds now (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

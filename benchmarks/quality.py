@@ -93,26 +93,15 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
     RESULTS.mkdir(parents=True, exist_ok=True)
     trained = parser.get_parsed_content("network").eval()
     torch.save(trained.state_dict(), RESULTS / f"{data}-{network}.pt")
-    factors = list(total_factors(trained))
-    latent_channels = parser.get_parsed_content("network_def#latent_channels")
     row = {
         "network": network,
         "data": data,
         "minutes": minutes,
         "steps": trainer.state.iteration,
-        "factors": factors,
-        "latent_channels": latent_channels,
-        "volumes": {},
+        "factors": list(total_factors(trained)),
+        "latent_channels": parser.get_parsed_content("network_def#latent_channels"),
+        "volumes": measure_volumes(parser, trained, f"{RESULTS}/{data}-{network}-"),
     }
-    for item in parser.get_parsed_content("validate#dataset"):
-        name = volume_name(item)
-        spacing = tuple(float(s) for s in item["image"].pixdim)
-        image = item["image"].as_tensor()[None]
-        with torch.no_grad(), torch.autocast(device, autocast_dtype(parser["amp_dtype"])):
-            reconstruction = reconstruct(trained, image.to(device), factors).float().clamp(0, 1).cpu()
-        row["volumes"][name] = measure(reconstruction, image, factors, latent_channels)
-        figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], spacing)
-        figure.savefig(RESULTS / f"{data}-{network}-{name}.png", dpi=100)
     (RESULTS / f"{data}-{network}.json").write_text(json.dumps(row, indent=2))
     print(json.dumps(row), flush=True)
 
@@ -148,9 +137,30 @@ class Budget:
             print(f"{spent:.1%} of the time, {engine.state.iteration} steps", flush=True)
 
 
-def volume_name(item: dict[str, Any]) -> str:
-    """Name of a loaded volume's file, without its ending."""
-    return Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz")
+def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) -> dict[str, dict[str, float]]:
+    """
+    Reconstruct and measure the validation volumes of a config.
+
+    Args:
+        parser: of the config.
+        network: that is measured.
+        pictures: what the paths of the pictures start with; None for no pictures.
+
+    Returns:
+        all numbers of each volume, by the name of its file.
+    """
+    factors, device = list(total_factors(network)), parser["device"]
+    volumes = {}
+    for item in parser.get_parsed_content("validate#dataset"):
+        name = Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz")
+        image = item["image"].as_tensor()[None]
+        with torch.no_grad(), torch.autocast(device, autocast_dtype(parser["amp_dtype"])):
+            reconstruction = reconstruct(network, image.to(device), factors).float().clamp(0, 1).cpu()
+        volumes[name] = measure(reconstruction, image, factors, parser.get_parsed_content("network_def#latent_channels"))
+        if pictures is not None:
+            figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], tuple(float(s) for s in item["image"].pixdim))
+            figure.savefig(f"{pictures}{name}.png", dpi=100)
+    return volumes
 
 
 def reconstruct(network: Any, image: torch.Tensor, factors: list[int]) -> torch.Tensor:

@@ -7,16 +7,11 @@ It needs the clinical volumes (`make clinical-data`).
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import fire
-import torch
 from monai.bundle import ConfigParser
 
 from benchmarks.cost import print_table
-from benchmarks.quality import measure, volume_name
-from scripts.inferer import ReconstructionInferer
-from scripts.picture import draw_reconstruction
+from benchmarks.quality import measure_volumes
 from scripts.weights import load_weights
 
 CONFIGS = ["configs/train.json", "configs/shipped_weights.json"]
@@ -35,14 +30,8 @@ def evaluate(pictures: str | None = None, device: str = "cpu") -> None:
     parser.update({"device": device})
     network = parser.get_parsed_content("network").eval()
     load_weights(network, "models/model.pt")
-    inferer = ReconstructionInferer(parser["amp"], parser["amp_dtype"])
     cells = []
-    for item in parser.get_parsed_content("validate#dataset"):
-        image = item["image"].as_tensor()[None]
-        with torch.no_grad():
-            reconstruction = inferer(image.to(device), network).clamp(0, 1).cpu()
-        found = measure(reconstruction, image, list(network.total_downsample_factor), network.latent_channels)
-        name = volume_name(item)
+    for name, found in measure_volumes(parser, network, pictures and f"{pictures}/reconstruction_").items():
         cells.append(
             [
                 f"`{name}`",
@@ -55,10 +44,6 @@ def evaluate(pictures: str | None = None, device: str = "cpu") -> None:
                 f"{found['image_grid']:.3f}, {found['grid']:.3f}, {found['dct_grid']:.3f}",
             ]
         )
-        if pictures is not None:
-            spacing = tuple(float(s) for s in item["image"].pixdim)
-            figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], spacing)
-            figure.savefig(Path(pictures) / f"reconstruction_{name}.png", dpi=100)
     header = ["volume", "PSNR", "foreground", "SSIM", "MAE", "block DCT", "trilinear", "grid: image, network, DCT"]
     print_table(header, cells)
 

@@ -14,10 +14,11 @@ import fire
 import torch
 from monai.bundle import ConfigParser
 
+from benchmarks.inference_peak import peak_bytes, resident
 from scripts.memory import inference_cost
 from scripts.streaming import StreamingInferer
 
-KIB, GIB = 2**10, 2**30
+GIB = 2**30
 
 
 def compare(size: int = 256, share: float = 0.25, amp: bool = True) -> None:
@@ -38,16 +39,10 @@ def compare(size: int = 256, share: float = 0.25, amp: bool = True) -> None:
     StreamingInferer(amp, "bfloat16", 1e-3)(image[..., :64, :64, :64], network)  # loads the libraries
     for name, budget in (("slabs", share * peak), ("one pass", 2 * peak)):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-        before, start = memory("VmRSS"), time.process_time()
+        before, start = resident(), time.process_time()
         StreamingInferer(amp, "bfloat16", budget / GIB)(image, network)
-        grown, seconds = memory("VmHWM") - before, time.process_time() - start
+        grown, seconds = peak_bytes("cpu") - before, time.process_time() - start
         print(f"{name}: {grown / GIB:.2f} GiB, {grown / budget:.0%} of its budget, {seconds:.1f} s", flush=True)
-
-
-def memory(name: str) -> int:
-    """A line of this process's status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return KIB * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 if __name__ == "__main__":
