@@ -76,7 +76,7 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
             "num_workers": 0,
         }
     )
-    needed = ("scripts.shortcut.ShortcutFitter", "scripts.sampling.RepeatableOrder")
+    needed = ("scripts.shortcut.ShortcutFitter", "scripts.sampling.RepeatableOrder", "scripts.averaging.WeightAverage")
     parser["train#handlers"] = [
         handler
         for handler in parser["train#handlers"]
@@ -91,7 +91,7 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
     trainer.run()
 
     RESULTS.mkdir(parents=True, exist_ok=True)
-    trained = parser.get_parsed_content("network").eval()
+    trained = parser.get_parsed_content("average").module.eval()
     torch.save(trained.state_dict(), RESULTS / f"{data}-{network}.pt")
     row = {
         "network": network,
@@ -107,7 +107,10 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
 
 
 class Budget:
-    """Ends a training after so many seconds; the learning rate warms up and falls to zero along a cosine meanwhile."""
+    """
+    Ends a training after so many seconds. The learning rate warms up from the first step on, and falls to zero along a
+    cosine.
+    """
 
     WARM_UP = 0.02  # of the time
 
@@ -126,13 +129,15 @@ class Budget:
         return time.process_time() / self.threads if self.on_cpu else time.perf_counter()
 
     def __call__(self, engine: Any) -> None:
+        spent = (self.now() - self.start) / self.seconds
         if engine.state.iteration == 1:
             self.rate = engine.optimizer.param_groups[0]["lr"]
-        spent = (self.now() - self.start) / self.seconds
+            self.first = spent
         if spent >= 1:
             engine.terminate()
+        warm_up = min(1.0, (spent - self.first) / self.WARM_UP)
         for group in engine.optimizer.param_groups:
-            group["lr"] = self.rate * min(1.0, spent / self.WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(spent, 1.0)))
+            group["lr"] = self.rate * warm_up * 0.5 * (1 + math.cos(math.pi * min(spent, 1.0)))
         if engine.state.iteration % 100 == 0:
             print(f"{spent:.1%} of the time, {engine.state.iteration} steps", flush=True)
 
