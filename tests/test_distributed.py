@@ -27,8 +27,7 @@ SGD = {
     "val_interval": 1,
     "num_workers": 0,
     "amp": False,
-    "optimizer#_target_": "torch.optim.SGD",
-    "lr": 0.1,
+    "optimizer": {"_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": 0.1},
 }
 SGD |= {"discriminator_optimizer": {"_target_": "torch.optim.SGD", "params": "$@discriminator.parameters()", "lr": 0.01}}
 SGD |= {"adv_warmup_epochs": 0}
