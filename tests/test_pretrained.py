@@ -12,7 +12,7 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.planning import read_plan
+from scripts.plans import read_plan
 from scripts.pretrained import load_pretrained
 from scripts.weights import load_weights, save_weights
 from tests.conftest import ROOT, save_volume
