@@ -348,8 +348,6 @@ def test_fitted_code_is_the_best_linear_one(factors):
 
 
 def test_fitter_fits_a_new_run_alike_in_every_process_and_leaves_a_resumed_one(monkeypatch):
-    from torch.optim.swa_utils import AveragedModel
-
     from scripts.sampling import RepeatableBatchSampler
     from scripts.shortcut import ShortcutFitter
 
@@ -363,11 +361,9 @@ def test_fitter_fits_a_new_run_alike_in_every_process_and_leaves_a_resumed_one(m
         monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
         network = shortcut_network()
         sampler = RepeatableBatchSampler(num_items=3, batch_size=1, seed=5)
-        average = AveragedModel(network)
         state = SimpleNamespace(iteration=iteration, dataloader=SimpleNamespace(dataset=Patches()))
         torch.manual_seed(rank)
-        ShortcutFitter(network, average, sampler)(SimpleNamespace(state=state))
-        assert torch.equal(average.module.shortcut.outer.analysis, network.shortcut.outer.analysis)
+        ShortcutFitter(network, sampler)(SimpleNamespace(state=state))
         weights.append(network.shortcut.outer.analysis.detach())
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[2], shortcut_network().shortcut.outer.analysis)

@@ -220,6 +220,17 @@ def test_average_is_updated_once_a_step():
     assert average.n_averaged == 3
 
 
+def test_average_starts_as_the_network_does_in_a_new_run():
+    network = small_network()
+    average = AveragedModel(network)
+    network.post_quant_conv.conv.weight.data.add_(1)  # as a handler that loads weights would
+    trainer = trainer_of(network, images(1), handlers=[WeightAverage(average, network)])
+    for iteration, same in ((7, False), (0, True)):
+        trainer.state.iteration = iteration
+        trainer.fire_event(Events.STARTED)
+        assert torch.equal(snapshot(average.module), snapshot(network)) == same
+
+
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
