@@ -1,4 +1,5 @@
-"""The Python of the bundle. Configs say ``scripts.<module>.<name>``, so every module that they name is imported."""
+"""The Python of the bundle. Configs say ``scripts.<module>.<name>``, so every module that they name is imported;
+so is the planner, which people call."""
 
 from . import (
     adversary,
@@ -18,10 +19,11 @@ from . import (
     picture,
     planning,
     pretrained,
-    report,
+    progress,
     restoring,
     sample_data,
     sampling,
+    shortcut,
     signals,
     streaming,
     trainer,
@@ -48,10 +50,11 @@ __all__ = [
     "picture",
     "planning",
     "pretrained",
-    "report",
+    "progress",
     "restoring",
     "sample_data",
     "sampling",
+    "shortcut",
     "signals",
     "streaming",
     "trainer",

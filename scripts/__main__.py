@@ -168,6 +168,8 @@ def main(arguments: Sequence[str]) -> None:
     first = arguments[0] if arguments else "--help"
     if not first.startswith("-") and first not in COMMANDS:
         sys.exit(_bad_request(f"there is no command {first!r}; it must be one of {', '.join(COMMANDS)}."))
+    if "--help" in arguments[1:]:
+        arguments = [first, "--", "--help"]  # fire would take it for a config key
     try:
         fire.Fire(COMMANDS, command=list(arguments), name="python -m scripts")
     except (ValueError, OSError) as error:

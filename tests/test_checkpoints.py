@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from scripts.checkpoints import WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
 from scripts.inferer import ReconstructionInferer
-from scripts.report import BeforeAndAfter
+from scripts.progress import BeforeAndAfter
 from scripts.weights import load_weights, save_weights, write_atomically
 from tests.test_training import images, small_network, trainer_of
 

@@ -242,6 +242,17 @@ def test_bad_request_gets_one_line_and_exit_code_2(capsys, request_, words):
     assert words in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command, words", [("check", "every preset"), ("estimate", "--memory_gb"), ("recommend", "--spacing")]
+)
+def test_every_command_has_a_help(capsys, command, words):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err
+
+
 def test_presets_and_documented_configurations_are_checked():
     names = [configuration.name for configuration in configurations()]
     assert {f"train + presets/{path.stem}" for path in (ROOT / "configs/presets").glob("*.json")} <= set(names)
