@@ -16,8 +16,10 @@ from pathlib import Path
 
 import fire
 
-from scripts.check import Configuration, check_configuration
-from scripts.planning import TRAIN, Recommendation, estimate_memory, recommend_downsample_factors, write_overlay
+from scripts.planning import estimate_memory, recommend_downsample_factors
+from scripts.plans import TRAIN
+from scripts.recommendations import Recommendation, write_overlay
+from scripts.self_test import Configuration, check_configuration
 
 SIZES = (48, 64, 96, 100, 128, 180, 192, 256, 320, 384, 512)
 SPACINGS = (None, 0.6, 0.8, 1.0, 2.0, 3.0, 5.0)

@@ -1,4 +1,5 @@
-"""The Python of the bundle. Configs say ``scripts.<module>.<name>``, so every module that they name is imported."""
+"""The Python of the bundle. Configs say ``scripts.<module>.<name>``, so every module that they name is imported;
+so is the planner, which people call."""
 
 from . import (
     adversary,
@@ -8,6 +9,7 @@ from . import (
     checks,
     config,
     data,
+    estimates,
     evaluation,
     exported,
     inferer,
@@ -17,10 +19,11 @@ from . import (
     picture,
     planning,
     pretrained,
-    report,
+    progress,
     restoring,
     sample_data,
     sampling,
+    shortcut,
     signals,
     streaming,
     trainer,
@@ -37,6 +40,7 @@ __all__ = [
     "checks",
     "config",
     "data",
+    "estimates",
     "evaluation",
     "exported",
     "inferer",
@@ -46,10 +50,11 @@ __all__ = [
     "picture",
     "planning",
     "pretrained",
-    "report",
+    "progress",
     "restoring",
     "sample_data",
     "sampling",
+    "shortcut",
     "signals",
     "streaming",
     "trainer",

@@ -17,13 +17,17 @@ from typing import Any
 
 import fire
 
-from scripts import planning, tables
-from scripts.check import check_all
+from scripts import tables
+from scripts.arguments import positive
+from scripts.estimates import Estimate, estimate_plan, what_would_fit
+from scripts.plans import TRAIN, read_plan
+from scripts.recommendations import FACTOR_KEYS, leanest, recommend_downsample_factors, write_overlay
+from scripts.self_test import check_all
 
 
 def estimate(
     *unexpected: Any,
-    config_file: str | Sequence[str] = planning.TRAIN,
+    config_file: str | Sequence[str] = TRAIN,
     spatial_size: int | Sequence[int] | None = None,
     volume_size: int | Sequence[int] | None = None,
     memory_gb: float | None = None,
@@ -44,13 +48,13 @@ def estimate(
         overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
     """
     _refuse(unexpected)
-    plan = planning.read_plan(config_file, **overrides)
-    budget = None if memory_gb is None else planning.positive("memory_gb", memory_gb)
-    found = planning.estimate_plan(plan, spatial_size, volume_size, device)
+    plan = read_plan(config_file, **overrides)
+    budget = None if memory_gb is None else positive("memory_gb", memory_gb)
+    found = estimate_plan(plan, spatial_size, volume_size, device)
     fits = None if budget is None else found.fits(budget)
     changes = []
     if budget is not None and not fits:
-        changes = planning.what_would_fit(plan, found.spatial_size, found.volume_size, budget, device)
+        changes = what_would_fit(plan, found.spatial_size, found.volume_size, budget, device)
     if json:
         _print_json({**_as_dict(found), "fits": fits, "changes": [asdict(change) for change in changes]})
         return
@@ -92,7 +96,7 @@ def recommend(
     _refuse(unexpected)
     if spatial_size is None:
         raise ValueError('recommend needs the size of the volumes, e.g. --spatial_size "[256,256,64]".')
-    found = planning.recommend_downsample_factors(
+    found = recommend_downsample_factors(
         spatial_size,
         target_latent_size,
         memory_gb,
@@ -107,11 +111,11 @@ def recommend(
     elif found:
         print(tables.recommendations_table(found))
     if not found:
-        sys.exit(_what_would_fit(spatial_size, planning.positive("memory_gb", memory_gb), device, overrides))
+        sys.exit(_what_would_fit(spatial_size, positive("memory_gb", memory_gb), device, overrides))
     if output is not None:
         if rank not in range(1, len(found) + 1):
             raise ValueError(f"`rank` is {rank!r}; it must be one of 1 to {len(found)}.")
-        planning.write_overlay(found[rank - 1], output)
+        write_overlay(found[rank - 1], output)
         print(f"{output}: --config_file \"['configs/train.json','{output}']\"", file=sys.stderr)
 
 
@@ -139,12 +143,12 @@ def _refuse(unexpected: Sequence[Any]) -> None:
 
 def _what_would_fit(spatial_size: Any, memory_gb: float, device: str, overrides: dict[str, Any]) -> str:
     """Why nothing was found, with what would fit instead."""
-    least, changes = planning.leanest(spatial_size, memory_gb, device, **overrides)
-    factors = {key: least.overlay[key] for key in planning.FACTOR_KEYS}
+    least, changes = leanest(spatial_size, memory_gb, device, **overrides)
+    factors = {key: least.overlay[key] for key in FACTOR_KEYS}
     return f"nothing fits, not even {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"
 
 
-def _as_dict(estimate: planning.Estimate) -> dict[str, Any]:
+def _as_dict(estimate: Estimate) -> dict[str, Any]:
     return {
         **asdict(estimate),
         "training_bytes": estimate.training_bytes,
@@ -164,6 +168,8 @@ def main(arguments: Sequence[str]) -> None:
     first = arguments[0] if arguments else "--help"
     if not first.startswith("-") and first not in COMMANDS:
         sys.exit(_bad_request(f"there is no command {first!r}; it must be one of {', '.join(COMMANDS)}."))
+    if "--help" in arguments[1:]:
+        arguments = [first, "--", "--help"]  # fire would take it for a config key
     try:
         fire.Fire(COMMANDS, command=list(arguments), name="python -m scripts")
     except (ValueError, OSError) as error:

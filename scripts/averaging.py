@@ -37,7 +37,8 @@ def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
 
 class WeightAverage:
     """
-    Trainer handler that updates the average after every optimizer step.
+    Trainer handler that updates the average after every optimizer step. In a new run it starts as the network does, so the
+    handler must come behind those that give the network its first weights.
 
     Args:
         average: of the network, with :py:func:`moving_average`.
@@ -49,7 +50,12 @@ class WeightAverage:
         self.network = network
 
     def attach(self, engine: AutoencoderTrainer) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _start(self, engine: AutoencoderTrainer) -> None:
+        if engine.state.iteration == 0:
+            self.average.module.load_state_dict(self.network.state_dict())
 
     def __call__(self, engine: AutoencoderTrainer) -> None:
         if engine.step_is_complete:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Candidate", "candidates", "padded_size"]
+from scripts.factors import padded_size
+
+__all__ = ["Candidate", "candidates"]
 
 MAX_FACTOR = 64
 INITIAL_FACTORS = {1: 0.5, 2: 0.0, 4: 0.25, 8: 1.0}  # and what each costs in the ranking, octaves
@@ -99,8 +101,3 @@ def _split(total: int, levels: Sequence[int]) -> tuple[int, ...]:
         factors.append(min(level, rest))
         rest //= factors[-1]
     return (rest, *reversed(factors))
-
-
-def padded_size(spatial_size: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
-    """The nearest size from ``spatial_size`` upwards that ``factors`` divide."""
-    return tuple(-(-size // factor) * factor for size, factor in zip(spatial_size, factors))

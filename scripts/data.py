@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from typing import Any
 import nibabel as nib
 from monai.data import load_decathlon_datalist, partition_dataset
 from nibabel.filebasedimages import ImageFileError
+
+from scripts.machine import free_memory, processes_on_host
 
 __all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "training_and_validation"]
 
@@ -69,10 +70,10 @@ def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
         a ``cache_rate`` for MONAI's ``CacheDataset``, between 0 and 1.
     """
     needed = sum(4 * math.prod(_header(item["image"]).get_data_shape()) for item in items if is_nifti(item["image"]))
-    if not needed or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+    free = free_memory()
+    if not needed or free is None:
         return 0.0
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(1.0, CACHE_SHARE * free / needed)
+    return min(1.0, CACHE_SHARE * free / processes_on_host() / needed)
 
 
 def find_images(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:

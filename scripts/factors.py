@@ -1,4 +1,4 @@
-"""Checks of downsample factors."""
+"""Downsample factors: their checks, and the sizes that they divide."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-__all__ = ["per_axis", "per_transition"]
+__all__ = ["padded_size", "per_axis", "per_transition"]
 
 
 def per_axis(name: str, factor: Any, spatial_dims: int) -> tuple[int, ...]:
@@ -36,3 +36,8 @@ def per_transition(
             f"`channels` {list(channels)!r} need {needed}, one between two levels."
         )
     return [per_axis(f"{name}[{i}]", factor, spatial_dims) for i, factor in enumerate(factors)]
+
+
+def padded_size(spatial_size: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
+    """The nearest size from ``spatial_size`` upwards that ``factors`` divide."""
+    return tuple(-(-size // factor) * factor for size, factor in zip(spatial_size, factors))

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from scripts.factors import padded_size
+
 __all__ = ["FeatureMap", "PaddedImage"]
 
 CHANNEL_BLOCK = 16  # channels that libraries reorder a map in
@@ -64,7 +66,7 @@ class PaddedImage(FeatureMap):
     def __init__(self, image: torch.Tensor, factors: Sequence[int], dim: int) -> None:
         super().__init__(image, dim)
         self._given = self.shape
-        self.shape = torch.Size([*image.shape[:2], *(-(-n // f) * f for n, f in zip(image.shape[2:], factors))])
+        self.shape = torch.Size([*image.shape[:2], *padded_size(image.shape[2:], factors)])
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         last = self._given[self.dim]

@@ -11,7 +11,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,26 +19,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from scripts.casting import autocast, casting_rules
 from scripts.losses import kl_divergence
 from scripts.workspace import workspace
 
 __all__ = ["InferenceCost", "LevelCost", "SavedTensors", "TrainingCost", "inference_cost", "training_cost"]
 
 ALLOCATION = {"cpu": 64, "cuda": 512}  # bytes that the allocators round up to
-# Operations that CUDA's autocast runs in float32 and the CPU's does not:
-# https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float32, and ATen/autocast_mode.h
-FLOAT32_ON_CUDA = """
-acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus layer_norm
-rms_norm group_norm norm cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss hinge_embedding_loss kl_div
-l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss
-multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp interpolate
-""".split()  # noqa: SIM905
-FLOAT32_RESULT_ON_CUDA = ("prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum", "vector_norm", "matrix_norm")
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -136,7 +127,7 @@ def training_cost(
         step.prepare(accumulates, averaged)
         image = _image(network, batch_size, spatial_size)
         levels, saved = _Levels(network), SavedTensors(step.parameters)
-        with _AllocationTracker(device) as tracker, _casting_rules(device), levels.listening(saved):
+        with _AllocationTracker(device) as tracker, casting_rules(device), levels.listening(saved):
             tracker.track(step.tensors(), image)
             step.run(image, tracker, saved)
             gradients = sum(p.grad.nbytes for p in step.parameters if p.grad is not None)
@@ -169,9 +160,9 @@ def inference_cost(
     with _fake_tensors(), torch.no_grad():
         network = _fake_copy(network).eval()
         image = _image(network, batch_size, spatial_size)
-        with _AllocationTracker(device) as tracker, _casting_rules(device):
+        with _AllocationTracker(device) as tracker, casting_rules(device):
             tracker.track(network.state_dict(), image)
-            with _autocast(amp_dtype):
+            with autocast(amp_dtype):
                 reconstruction = network.reconstruct(image).to(image.dtype)  # type: ignore[operator]
             del reconstruction
     return InferenceCost(_nbytes(network.state_dict()), tracker.peak, tracker.convolution, tracker.flops)
@@ -210,7 +201,7 @@ class _TrainingStep:
     def run(self, image: torch.Tensor, tracker: _AllocationTracker, saved: SavedTensors) -> None:
         with saved:
             tracker.phase = "forward"
-            with _autocast(self.amp_dtype):
+            with autocast(self.amp_dtype):
                 reconstruction, z_mu, z_sigma = self.network(image)
             tracker.phase = "loss"
             loss = self.loss(reconstruction.float(), image) + kl_divergence(z_mu, z_sigma)
@@ -230,7 +221,7 @@ class _TrainingStep:
 
     def _opinion(self, image: torch.Tensor) -> torch.Tensor:
         """A squared error of the discriminator's last map."""
-        with _autocast(self.amp_dtype):
+        with autocast(self.amp_dtype):
             maps = self.discriminator(image)  # type: ignore[misc]
         return maps[-1].float().square().mean()
 
@@ -363,33 +354,6 @@ class _AllocationTracker(TorchDispatchMode):
     def _note(self, beside: int) -> None:
         if self.nbytes + beside > self.peak:
             self.peak, self.peak_phase = self.nbytes + beside, self.phase
-
-
-class _CudaCasting(TorchFunctionMode):
-    """What CUDA's autocast runs in float32, while the CPU's autocast does the rest."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if not torch.is_autocast_enabled("cpu") or name not in (*FLOAT32_ON_CUDA, *FLOAT32_RESULT_ON_CUDA):
-            return func(*args, **kwargs)
-        if name in FLOAT32_ON_CUDA:
-            args, kwargs = tree_map_only(torch.Tensor, _to_float32, (args, kwargs))
-        elif args[0].dtype in (torch.bfloat16, torch.float16):
-            kwargs = {"dtype": torch.float32, **kwargs}
-        with _autocast(None):
-            return func(*args, **kwargs)
-
-
-def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _casting_rules(device: str) -> Any:
-    return _CudaCasting() if device == "cuda" else nullcontext()
-
-
-def _autocast(dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)  # fake tensors are the CPU's
 
 
 def _fake_tensors() -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from torch.optim.swa_utils import AveragedModel
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.weights import read_weights, what_differs
@@ -41,13 +40,11 @@ class PretrainedLoader:
 
     Args:
         network: the network, not wrapped.
-        average: of its weights, which starts the same.
         path: of the weights.
     """
 
-    def __init__(self, network: AutoencoderKL, average: AveragedModel, path: str) -> None:
+    def __init__(self, network: AutoencoderKL, path: str) -> None:
         self.network = network
-        self.average = average
         self.path = path
 
     def attach(self, engine: Engine) -> None:
@@ -55,10 +52,8 @@ class PretrainedLoader:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.iteration > 0:
-            return
-        load_pretrained(self.network, self.path)
-        self.average.module.load_state_dict(self.network.state_dict())
+        if engine.state.iteration == 0:
+            load_pretrained(self.network, self.path)
 
 
 def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:

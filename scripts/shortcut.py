@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys as Keys
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from scripts.resampling import depth_to_space, space_to_depth
@@ -221,13 +220,11 @@ class ShortcutFitter:
 
     Args:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`, not wrapped.
-        average: of its weights, which starts the same.
         sampler: batch sampler of the trainer's loader.
     """
 
-    def __init__(self, network: Any, average: AveragedModel, sampler: RepeatableBatchSampler) -> None:
+    def __init__(self, network: Any, sampler: RepeatableBatchSampler) -> None:
         self.network = network
-        self.average = average
         self.sampler = sampler
 
     def attach(self, engine: Engine) -> None:
@@ -246,7 +243,6 @@ class ShortcutFitter:
         if idist.get_world_size() > 1:
             for tensor in shortcut.state_dict().values():
                 idist.broadcast(tensor, src=0)
-        self.average.module.load_state_dict(self.network.state_dict())
         logger.info(f"linear shortcut: {len(shortcut.outer.analysis)} principal components of {number} blocks")
 
     def _images(self, engine: Engine) -> Iterator[torch.Tensor]:

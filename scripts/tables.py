@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from scripts.check import CheckResult
-from scripts.planning import GIB, Change, Estimate, Recommendation
+from scripts.estimates import GIB, Change, Estimate
+from scripts.recommendations import Recommendation
+from scripts.self_test import CheckResult
 
 __all__ = ["checks_table", "estimate_table", "recommendations_table", "table", "verdict"]
 

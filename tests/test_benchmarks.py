@@ -9,7 +9,6 @@ from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import saved_activations
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
-from scripts.metrics import grid_energy
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +37,6 @@ def test_block_dct_keeps_what_a_volume_has_most_of():
     image = wave.expand(1, 1, 20, 24, 32)
     assert torch.allclose(block_dct_reconstruction(image, [8, 8, 8], 2), image, atol=1e-5)
     assert (block_dct_reconstruction(image, [8, 8, 8], 1) - 0.5).abs().max() < 1e-5  # the mean is the stronger one
-
-
-def test_grid_energy_sees_blocks_and_checkerboards_and_nothing_in_noise():
-    torch.manual_seed(0)
-    noise = torch.rand(1, 1, 65, 65, 65)
-    blocks = noise[..., ::8, ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
-    checkerboard = noise + 0.3 * (torch.arange(65) % 4 == 0)
-    assert grid_energy(noise, [8, 8, 8]) < 0.05
-    assert grid_energy(blocks + 0.1 * torch.rand_like(blocks), [8, 8, 8]) > 1
-    assert grid_energy(checkerboard, [8, 8, 8]) > 0.15
 
 
 def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):

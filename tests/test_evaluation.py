@@ -16,10 +16,8 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
-from monai.metrics import MultiScaleSSIMMetric
 
 from scripts.html_report import render_report
-from scripts.metrics import GridEnergyMetric, LargeVolumeMSSSIMMetric, grid_energy
 from scripts.weights import file_hash, save_weights
 from tests.conftest import ROOT, head_like, save_volume
 
@@ -145,27 +143,6 @@ def test_error_in_the_units_of_the_file_is_that_of_its_window(folder, evaluated)
     width = ct["intensity_high"][0] - ct["intensity_low"][0]
     assert width > 500
     assert ct["metrics"]["mae_file_units"] == pytest.approx(width * ct["metrics"]["mae"], rel=1e-4)
-
-
-def test_ms_ssim_is_monais_for_volumes_that_are_large_enough():
-    torch.manual_seed(0)
-    image = torch.rand(1, 1, 12, 13, 14)
-    arguments = {"spatial_dims": 3, "kernel_size": 3, "weights": (0.3, 0.3, 0.4)}
-    ours, monais = LargeVolumeMSSSIMMetric(**arguments), MultiScaleSSIMMetric(**arguments)
-    noisy = image + 0.1 * torch.rand_like(image)
-    assert torch.equal(ours(noisy, image), monais(noisy, image))
-    ours(noisy[..., :11], image[..., :11])
-    assert torch.isnan(ours.get_buffer()).flatten().tolist() == [False, True]
-    assert ours.aggregate() == monais.aggregate()
-
-
-def test_grid_energy_is_measured_for_each_volume():
-    torch.manual_seed(0)
-    images = torch.rand(2, 1, 16, 16, 16)
-    images[1, :, ::4] += 1  # a plane of its own at every fourth voxel
-    found = GridEnergyMetric([4, 4, 4])(images, images).flatten().tolist()
-    assert found == pytest.approx([grid_energy(images[:1], [4, 4, 4]), grid_energy(images[1:], [4, 4, 4])])
-    assert found[1] > 3 * found[0]
 
 
 def test_report_needs_no_other_file_and_no_network(report):

@@ -15,11 +15,13 @@ from monai.networks.nets import PatchDiscriminator
 
 from benchmarks.networks import MONAI, build_with
 from benchmarks.planning_step import saved_in_a_step
-from scripts import planning
 from scripts.__main__ import main
-from scripts.check import Configuration, check_all, check_configuration, configurations
+from scripts.estimates import GIB, log_estimate
 from scripts.memory import inference_cost, training_cost
-from scripts.planning import GIB, TRAIN, estimate_memory, log_estimate, recommend_downsample_factors
+from scripts.planning import estimate_memory, recommend_downsample_factors
+from scripts.plans import TRAIN
+from scripts.recommendations import leanest, write_overlay
+from scripts.self_test import Configuration, check_all, check_configuration, configurations
 from tests.conftest import ROOT, SMALL, bundle_run
 
 TINY = {"channels": [4, 8, 8], "latent_channels": 8}
@@ -169,7 +171,7 @@ def test_recommendations_keep_what_they_promise(tmp_path):
         assert max(recommendation.initial_downsample_factor) <= 4
         assert all(n % f == 0 for n, f in zip(recommendation.padded_size, recommendation.estimate.downsample_factor))
         assert recommendation.estimate.fits(4)
-        planning.write_overlay(recommendation, tmp_path / "overlay.json")
+        write_overlay(recommendation, tmp_path / "overlay.json")
         again = estimate_memory(config_file=[TRAIN, str(tmp_path / "overlay.json")])
         assert again == recommendation.estimate
     assert max(found[0].latent_spacing) / min(found[0].latent_spacing) < 1.3
@@ -192,7 +194,7 @@ def test_voxels_per_latent_set_the_latent_channels():
 
 def test_what_fits_nowhere_comes_with_what_would():
     assert recommend_downsample_factors(192, memory_gb=0.7, **TINY) == []
-    _, changes = planning.leanest(192, 0.7, **TINY)
+    _, changes = leanest(192, 0.7, **TINY)
     assert changes
     assert any("patch_size" in change.what for change in changes)
 
@@ -238,6 +240,17 @@ def test_bad_request_gets_one_line_and_exit_code_2(capsys, request_, words):
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command, words", [("check", "every preset"), ("estimate", "--memory_gb"), ("recommend", "--spacing")]
+)
+def test_every_command_has_a_help(capsys, command, words):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err
 
 
 def test_presets_and_documented_configurations_are_checked():
@@ -290,7 +303,7 @@ def test_start_of_training_logs_one_line_and_leaves_the_random_state(caplog):
 
 
 def test_start_of_training_warns_when_the_device_is_too_small(caplog, monkeypatch):
-    monkeypatch.setattr(planning, "device_memory", lambda device: GIB // 4)
+    monkeypatch.setattr("scripts.estimates.total_memory", lambda device: GIB // 4)
     assert "cpu has 0.2 GiB" in log_of_a_training_start(caplog)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
 

@@ -12,12 +12,13 @@ from monai.bundle import ConfigWorkflow
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.planning import read_plan
+from scripts.plans import read_plan
 from scripts.pretrained import load_pretrained
 from scripts.weights import load_weights, save_weights
 from tests.conftest import ROOT, save_volume
 from tests.test_autoencoderkl import as_generative_models
-from tests.test_training import RunsCode, small_network
+from tests.test_checkpoints import RunsCode
+from tests.test_training import small_network
 
 TRAINING = ["$@train#trainer.run()"]  # without the estimate of its memory
 OWN = ("downsample_factors", "initial_downsample_factor", "initial_mode", "linear_shortcut")  # arguments that MONAI lacks

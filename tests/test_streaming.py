@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scripts.autoencoderkl import Reconstructor
-from scripts.streaming import StreamingInferer, stream
+from scripts.slabs import stream
+from scripts.streaming import StreamingInferer, available_memory_gb
 from tests.test_autoencoderkl import build
 
 TINY = 1e-4  # GiB: slabs of a few rows, large maps in files
@@ -101,6 +102,20 @@ def test_maps_that_the_host_has_no_room_for_lie_in_files_that_are_gone_afterward
     stream(network, image, "reconstruct", TINY)
     assert max(seen) > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_budget_is_the_same_share_of_the_memory_for_each_process_of_the_host(monkeypatch):
+    alone = available_memory_gb("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_memory_gb("cpu") == pytest.approx(alone / 4)
+
+
+def test_where_the_system_does_not_tell_its_memory_the_budget_has_to_be_set(monkeypatch):
+    monkeypatch.setattr("os.sysconf_names", {})
+    network, image = network_and_image({}, (4, 4, 4))
+    with pytest.raises(OSError, match="how much memory cpu has: set `memory_gb`"):
+        StreamingInferer(False, "bfloat16")(image, network)
+    assert StreamingInferer(False, "bfloat16", 1.0)(image, network).shape == image.shape
 
 
 @pytest.mark.parametrize(

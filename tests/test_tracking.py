@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
-from scripts.report import Throughput
+from scripts.progress import Throughput
 from scripts.sampling import Draw
 from tests.conftest import ROOT, SMALL
 from tests.test_training import images, small_network, trainer_of

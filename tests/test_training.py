@@ -1,13 +1,10 @@
-"""The trainer, its loss, checkpoints and weights, in one process on tiny networks."""
+"""The trainer and its loss, in one process on tiny networks."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 from ignite.engine import Events
-from monai.engines import SupervisedEvaluator
 from monai.losses import JukeboxLoss
 from monai.networks.nets import PatchDiscriminator
 from torch.optim.swa_utils import AveragedModel
@@ -16,13 +13,8 @@ from torch.utils.data import DataLoader
 from scripts.adversary import Adversary
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.averaging import WeightAverage, moving_average
-from scripts.checkpoints import WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
-from scripts.inferer import ReconstructionInferer
 from scripts.losses import LossTerm, SpectralLoss, kl_divergence, perceptual_loss
-from scripts.metrics import ForegroundPSNRMetric, SharpnessMetric, trilinear_reconstruction
-from scripts.report import BeforeAndAfter
 from scripts.trainer import AutoencoderTrainer
-from scripts.weights import load_weights, save_weights, write_atomically
 
 
 def small_network(**arguments) -> AutoencoderKL:
@@ -220,6 +212,17 @@ def test_average_is_updated_once_a_step():
     assert average.n_averaged == 3
 
 
+def test_average_starts_as_the_network_does_in_a_new_run():
+    network = small_network()
+    average = AveragedModel(network)
+    network.post_quant_conv.conv.weight.data.add_(1)  # as a handler that loads weights would
+    trainer = trainer_of(network, images(1), handlers=[WeightAverage(average, network)])
+    for iteration, same in ((7, False), (0, True)):
+        trainer.state.iteration = iteration
+        trainer.fire_event(Events.STARTED)
+        assert torch.equal(snapshot(average.module), snapshot(network)) == same
+
+
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
@@ -286,18 +289,6 @@ def test_fifty_steps_of_mixed_precision_stay_finite_and_learn(amp_dtype):
     assert last < first
 
 
-def test_resumed_run_has_the_scale_of_the_gradients(tmp_path):
-    first, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, amp=True, amp_dtype="float16")
-    assert first.scaler.state_dict()["_growth_tracker"] > 0 or first.scaler.get_scale() < 65536
-    found = []
-
-    def look(trainer):
-        found.append(trainer.scaler.state_dict())
-
-    run_with_checkpoints(tmp_path, small_network(), 3, resume=True, at_start=look, amp=True, amp_dtype="float16")
-    assert found == [first.scaler.state_dict()]
-
-
 def test_unknown_amp_dtype_is_named():
     with pytest.raises(ValueError, match="amp_dtype.*int8"):
         trainer_of(small_network(), images(1), amp_dtype="int8")
@@ -346,285 +337,3 @@ def test_gradient_that_is_not_finite_counts_without_a_scaler():
 
     with pytest.raises(FloatingPointError, match="because of the gradient"):
         trainer_of(small_network(), images(2), loss_function=rooted, max_nonfinite_steps=2).run()
-
-
-# --- weights and checkpoints -----------------------------------------------------------------------------------------
-
-
-def test_weights_load_into_the_network_they_were_made_for(tmp_path):
-    saved, target = small_network(), small_network()
-    with torch.no_grad():
-        for parameter in target.parameters():
-            parameter.zero_()
-    save_weights(saved, tmp_path / "model.pt")
-    load_weights(target, tmp_path / "model.pt")
-    assert all(torch.equal(a, b) for a, b in zip(saved.state_dict().values(), target.state_dict().values()))
-    assert json.loads((tmp_path / "model.json").read_text())["network"]["initial_downsample_factor"] == [2, 2, 2]
-
-
-def test_weights_of_other_factors_are_refused_although_their_shapes_fit(tmp_path):
-    save_weights(small_network(linear_shortcut=False), tmp_path / "model.pt")
-    same = small_network(linear_shortcut=False, downsample_factors=[[2, 2, 2]], initial_downsample_factor=[2, 2, 2])
-    load_weights(same, tmp_path / "model.pt")
-    other = small_network(linear_shortcut=False, downsample_factors=[1])
-    other.load_state_dict(same.state_dict(), strict=True)
-    with pytest.raises(ValueError, match=r"`downsample_factors` is \[\[2, 2, 2\]\] there and \[\[1, 1, 1\]\] here"):
-        load_weights(other, tmp_path / "model.pt")
-
-
-def test_missing_damaged_and_unknown_weights(tmp_path, caplog):
-    path = tmp_path / "model.pt"
-    with pytest.raises(FileNotFoundError, match="no weights at"):
-        load_weights(small_network(), path)
-    save_weights(small_network(), path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="changed or damaged"):
-        load_weights(small_network(), path)
-    path.with_suffix(".json").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_weights(small_network(), path)
-    path.write_bytes(whole)
-    load_weights(small_network(), path)
-    assert "nobody knows" in caplog.text
-
-
-class RunsCode:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('a payload ran')",)
-
-
-def test_pickled_payload_does_not_run(tmp_path):
-    torch.save({"weight": RunsCode()}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_weights(small_network(), tmp_path / "model.pt")
-
-
-@pytest.mark.parametrize("moment", [1, 2])
-def test_kill_while_weights_are_written_leaves_a_pair_that_loads(tmp_path, monkeypatch, moment):
-    path = tmp_path / "model.pt"
-    save_weights(small_network(), path)
-    calls = []
-
-    def killed(content, target):
-        calls.append(target)
-        if len(calls) == moment:
-            raise KeyboardInterrupt
-        write_atomically(content, target)
-
-    monkeypatch.setattr("scripts.weights.write_atomically", killed)
-    other = small_network()
-    with torch.no_grad():
-        other.post_quant_conv.conv.weight.add_(1)
-    with pytest.raises(KeyboardInterrupt):
-        save_weights(other, path)
-    load_weights(small_network(), path)
-
-
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.pt"
-    write_atomically(b"old", path)
-
-    def full(_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(b"new", path)
-    assert path.read_bytes() == b"old"
-
-
-def test_folder_of_another_run_is_refused(tmp_path):
-    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
-    (tmp_path / WEIGHTS).touch()
-    with pytest.raises(FileExistsError, match="resume.*overwrite"):
-        claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
-    claim_ckpt_dir(str(tmp_path), resume=True, overwrite=False)
-    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
-
-
-def run_with_checkpoints(
-    folder, network, epochs: int, resume: bool = False, num_images: int = 3, schedule=None, at_start=None, **arguments
-):
-    """Train ``epochs`` epochs with validation, a saver and a resumer, as train.json wires them."""
-    from monai.handlers import PeakSignalToNoiseRatio, ValidationHandler, from_engine
-
-    def psnr_metric():
-        return PeakSignalToNoiseRatio(max_val=1.0, output_transform=from_engine(["pred", "image"]))
-
-    evaluator = SupervisedEvaluator(
-        device=torch.device("cpu"),
-        val_data_loader=DataLoader(images(2)),
-        network=network,
-        inferer=ReconstructionInferer(amp=False, amp_dtype="bfloat16"),
-        key_val_metric={"psnr": psnr_metric()},
-        additional_metrics={"trilinear_psnr": psnr_metric()},
-    )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    state = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
-    report = BeforeAndAfter(evaluator, picture="p.png", weights="model.pt")
-    handlers = [
-        TrainingResumer(str(folder), resume, network, state, evaluator),
-        ValidationHandler(interval=2, validator=evaluator),
-        report,
-        TrainingSaver(str(folder), network, state, evaluator),
-    ]
-    trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs, **arguments)
-    trainer.optimizer = optimizer
-    if at_start is not None:
-        trainer.add_event_handler(Events.STARTED, at_start)
-    trainer.run()
-    return trainer, evaluator, report
-
-
-def test_resumed_training_goes_on_where_it_stopped(tmp_path):
-    _, evaluator, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    best = evaluator.state.best_metric
-    network = small_network()
-    resumed, evaluator, report = run_with_checkpoints(tmp_path, network, epochs=4, resume=True)
-    assert resumed.state.epoch == 4 and resumed.state.iteration == 12
-    assert evaluator.state.best_metric >= best
-    assert report.before == {}  # the network that resumes is not the one before the first step
-    steps = [s["step"].item() for s in resumed.optimizer.state.values()]
-    assert set(steps) == {12.0}
-
-
-def test_resuming_a_finished_run_trains_no_further(tmp_path, caplog):
-    network = small_network()
-    run_with_checkpoints(tmp_path, network, epochs=2)
-    before = find_checkpoints(tmp_path)[0].read_bytes()
-    caplog.set_level("INFO")
-    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
-    assert trainer.state.iteration == 6
-    assert find_checkpoints(tmp_path)[0].read_bytes() == before
-    assert "all 2 epochs are done" in caplog.text and "validation PSNR at the end" in caplog.text
-
-
-def test_resume_with_another_network_names_what_differs(tmp_path):
-    run_with_checkpoints(tmp_path, small_network(), epochs=1)
-    with pytest.raises(ValueError, match=r"`latent_channels` is 3 there and 5 here"):
-        run_with_checkpoints(tmp_path, small_network(latent_channels=5), epochs=2, resume=True)
-
-
-def test_last_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
-    """Of five epochs with three steps, validated after 2, 4 and 5, the best is the second."""
-    scores = {"psnr": iter([1.0, 30.0, 20.0, 10.0]), "trilinear_psnr": iter([0.0] * 4)}
-    monkeypatch.setattr("monai.handlers.PeakSignalToNoiseRatio.compute", lambda self: next(scores[self._name]))
-    run_with_checkpoints(tmp_path, small_network(), epochs=5)
-    assert [path.name for path in find_checkpoints(tmp_path)] == [
-        f"checkpoint_{iteration:08d}.pt" for iteration in (15, 12, 6)
-    ]
-    assert not list(tmp_path.glob("*.unfinished"))
-
-
-def damage(path, how):
-    whole = bytearray(path.read_bytes())
-    if how == "flipped bit":
-        whole[whole.find(b"encoder") // 2 + len(whole) // 2] ^= 1
-    elif how == "payload":
-        torch.save({"network": RunsCode()}, path)
-        return
-    path.write_bytes({"truncated": whole[:-1000], "empty": b"", "zeros": bytes(len(whole))}.get(how, whole))
-
-
-@pytest.mark.parametrize("how", ["truncated", "empty", "zeros", "flipped bit", "payload"])
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, how):
-    run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    newest, before = find_checkpoints(tmp_path)
-    damage(newest, how)
-    caplog.set_level("INFO")
-    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
-    assert trainer.state.epoch == 3
-    assert f"{newest} {'holds code (' if how == 'payload' else 'is damaged'}" in caplog.text
-    assert f"resumed {before} after iteration 3" in caplog.text
-
-
-def test_no_whole_checkpoint_is_an_error_and_loses_nothing(tmp_path):
-    run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    for path in find_checkpoints(tmp_path):
-        damage(path, "truncated")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"none of the 2 checkpoints .* can be used; .*checkpoint_00000003.pt is damaged"):
-        run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_longer_run_stretches_the_schedule(tmp_path):
-    """The learning rate follows the new length, and not that of the checkpoint, where it would rise again."""
-    from monai.optimizers import WarmupCosineSchedule
-
-    def schedule_of(t_total):
-        return WarmupCosineSchedule(torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), warmup_steps=1, t_total=t_total)
-
-    first, second = schedule_of(6), schedule_of(12)
-    first.last_epoch = 4
-    run_with_checkpoints(tmp_path, small_network(), 2, schedule=first)
-    run_with_checkpoints(tmp_path, small_network(), 4, schedule=second, resume=True)
-    assert (second.t_total, second.last_epoch) == (12, 4)
-
-
-def test_other_number_of_batches_goes_on_at_an_epoch(tmp_path, caplog):
-    run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True, num_images=5)
-    assert "an epoch has 5 batches and had 3: going on after epoch 2" in caplog.text
-    assert (trainer.state.epoch, trainer.state.iteration) == (3, 15)
-
-
-def test_overwriting_removes_the_checkpoints_that_resuming_would_prefer(tmp_path):
-    run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
-    assert len(find_checkpoints(tmp_path)) == 2  # until the new run trains
-    run_with_checkpoints(tmp_path, small_network(), epochs=1)
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint_00000003.pt"]
-
-
-def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_path, monkeypatch):
-    """Validation runs before the first step and after epochs 2, 4 and 5; the best of the last three is epoch 4's."""
-    scores = {"psnr": iter([40.0, 20.0, 30.0, 10.0]), "trilinear_psnr": iter([0.0] * 4)}
-    monkeypatch.setattr("monai.handlers.PeakSignalToNoiseRatio.compute", lambda self: next(scores[self._name]))
-    saved = []
-
-    def record(network, path):
-        saved.append(network.post_quant_conv.conv.weight.clone())
-        save_weights(network, path)
-
-    monkeypatch.setattr("scripts.checkpoints.save_weights", record)
-    _, evaluator, report = run_with_checkpoints(tmp_path, small_network(), epochs=5)
-    assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (30.0, 4)
-    assert report.before["psnr"] == 40.0
-    assert len(saved) == 2
-    best = small_network()
-    load_weights(best, tmp_path / WEIGHTS)
-    assert torch.equal(best.post_quant_conv.conv.weight, saved[-1])
-    assert not torch.equal(saved[0], saved[1])
-
-
-# --- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def test_foreground_psnr_ignores_air():
-    image = torch.zeros(1, 1, 4, 4, 4)
-    image[..., :2] = 0.5
-    pred = image.clone()
-    pred[..., :2] += 0.1  # an error of 0.1 in the foreground
-    metric = ForegroundPSNRMetric(max_val=1.0)
-    metric(pred, image)
-    assert metric.aggregate().item() == pytest.approx(20.0, abs=1e-4)
-    metric.reset()
-    metric(torch.cat([pred, image + 0.01]), torch.cat([image, image]))
-    assert metric.get_buffer().flatten().tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
-
-
-def test_sharpness_is_one_for_the_image_and_less_for_a_blurred_one():
-    image = torch.rand(2, 1, 16, 16, 16)
-    metric = SharpnessMetric()
-    metric(torch.cat([image, trilinear_reconstruction(image, (4, 4, 4))]), torch.cat([image, image]))
-    same, blurred = metric.get_buffer().flatten().split(2)
-    assert torch.allclose(same, torch.ones(2)) and (blurred < 0.5).all()
-
-
-def test_trilinear_reconstruction_keeps_the_shape_and_blurs():
-    image = torch.rand(1, 1, 19, 16, 8)
-    blurred = trilinear_reconstruction(image, (8, 8, 8))
-    assert blurred.shape == image.shape
-    assert blurred.std() < image.std() / 2

@@ -16,9 +16,10 @@ from monai.bundle import ConfigParser
 from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.estimates import estimate_plan
 from scripts.losses import kl_divergence
 from scripts.memory import SavedTensors
-from scripts.planning import ROOT, Plan, estimate_plan, read_plan
+from scripts.plans import ROOT, Plan, read_plan
 
 __all__ = ["CheckResult", "Configuration", "check_all", "check_configuration", "configurations"]
 
