@@ -105,7 +105,7 @@ def test_file_holds_what_a_user_needs_and_no_more(archive):
     assert {name for name in inside if name.startswith("models/")} == {
         *("models/model.pt", "models/model.json", "models/model.safetensors", "models/SHA256SUMS")
     }
-    assert not [name for name in inside if "__pycache__" in name or "test" in name]
+    assert not [name for name in inside if "__pycache__" in name or "test_" in name]
 
 
 def test_safetensors_are_the_weights_and_know_their_network(downloaded, monkeypatch):
