@@ -30,7 +30,7 @@ from monai.utils import set_determinism
 
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import print_table
-from benchmarks.large_volumes import preset
+from benchmarks.large_volumes import PRESETS, preset
 from benchmarks.networks import total_factors
 from scripts.inferer import autocast_dtype
 from scripts.memory import training_cost
@@ -52,7 +52,14 @@ MONAI_NETWORK = {
 PATCHES = {"sample": [64, 64, 64], "clinical": [96, 96, 32]}  # about as many voxels; the clinical volumes have few slices
 
 
-def train(network: str, data: str = "sample", minutes: float = 20.0, device: str = "cpu") -> None:
+def train(
+    network: str,
+    data: str = "sample",
+    minutes: float = 20.0,
+    device: str = "cpu",
+    name: str | None = None,
+    **overrides: Any,
+) -> None:
     """
     Train from scratch and evaluate.
 
@@ -61,7 +68,10 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
         data: ``sample`` or ``clinical``, folders below ``data``.
         minutes: of training.
         device: where to run.
+        name: of the row; None is the network's.
+        overrides: keys of ``configs/train.json``, for another recipe.
     """
+    name = name or network
     parser = ConfigParser()
     parser.read_config("configs/train.json")
     if network != MONAI:
@@ -74,6 +84,7 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
             "channels_last": device == "cpu",
             "epochs": 10**6,
             "num_workers": 0,
+            **overrides,
         }
     )
     needed = ("scripts.shortcut.ShortcutFitter", "scripts.sampling.RepeatableOrder", "scripts.averaging.WeightAverage")
@@ -92,17 +103,17 @@ def train(network: str, data: str = "sample", minutes: float = 20.0, device: str
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     trained = parser.get_parsed_content("average").module.eval()
-    torch.save(trained.state_dict(), RESULTS / f"{data}-{network}.pt")
+    torch.save(trained.state_dict(), RESULTS / f"{data}-{name}.pt")
     row = {
-        "network": network,
+        "network": name,
         "data": data,
         "minutes": minutes,
         "steps": trainer.state.iteration,
         "factors": list(total_factors(trained)),
         "latent_channels": parser.get_parsed_content("network_def#latent_channels"),
-        "volumes": measure_volumes(parser, trained, f"{RESULTS}/{data}-{network}-"),
+        "volumes": measure_volumes(parser, trained, f"{RESULTS}/{data}-{name}-"),
     }
-    (RESULTS / f"{data}-{network}.json").write_text(json.dumps(row, indent=2))
+    (RESULTS / f"{data}-{name}.json").write_text(json.dumps(row, indent=2))
     print(json.dumps(row), flush=True)
 
 
@@ -213,7 +224,7 @@ def plot(path: str = "docs/quality.png") -> None:
     axes = figure.subplots()
     markers = {"psnr": "o", "dct_psnr": "_", "trilinear_psnr": "x"}
     names = {"psnr": "network", "dct_psnr": "block DCT of equal size", "trilinear_psnr": "trilinear shrinking"}
-    rows = read_rows()
+    rows = [row for row in read_rows() if row["network"] in (MONAI, *PRESETS)]  # those of another recipe are left out
     volumes = sorted({name for row in rows for name in row["volumes"]})
     for row in rows:
         network = preset(row["network"]) if row["network"] != MONAI else MonaiAutoencoderKL(**monai_arguments())

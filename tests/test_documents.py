@@ -32,7 +32,8 @@ COMMENT = re.compile(r"(^|\s)#.*")  # a # within a word is part of a key
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 OTHER_PROGRAMS = {"source", "cd", "(cd", "pip", "mlflow", "tensorboard"}  # the shell's, and those of dependencies
-NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator}  # whose arguments documents set
+# whose arguments documents set
+NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator, "optimizer": torch.optim.AdamW}
 MONAI_TOOLS = [monai_bundle.run, monai_bundle.ckpt_export, monai_bundle.onnx_export, monai_bundle.download]
 OF_MONAI = {name for tool in MONAI_TOOLS for name in inspect.signature(tool).parameters} | {
     "tracking_uri"
@@ -144,7 +145,9 @@ def test_benchmark_has_the_options_that_are_named(module, words):
         functions = [f for f in functions if f.__name__ == words[0]]
         assert functions, words[0]
     public = {name for f in functions if f.__module__ == module for name in inspect.signature(f).parameters}
-    assert options(words).keys() <= public
+    further = {key: value for key, value in options(words).items() if key not in public}
+    assert not further or "overrides" in public, further
+    config("configs/train.json", further)
 
 
 @pytest.mark.parametrize("words", typed(["make"]))
@@ -181,9 +184,9 @@ def test_links_lead_somewhere(document):
 # --- what is cheap is run ----------------------------------------------------------------------------------------------
 
 
-def test_python_of_the_readme_and_of_inference_runs():
+def test_python_of_the_guide_and_of_inference_runs():
     names = {"volume": torch.rand(1, 1, 16, 16, 16), "network": small_network()}
-    for document in (ROOT / "README.md", ROOT / "docs/inference.md"):
+    for document in (ROOT / "docs/guide.md", ROOT / "docs/inference.md"):
         for block in blocks("python", document):
             exec(block, found := dict(names))
     assert found["reconstruction"].shape == found["volume"].shape
@@ -210,7 +213,7 @@ def test_quickstart_goes_from_volumes_to_a_sample_of_a_diffusion_model(tmp_path,
     monkeypatch.chdir(ROOT)
     names: dict = {}
     for block in blocks("python", ROOT / "docs/quickstart.md"):
-        block = block.replace("/data/latents", str(latents)).replace("eval/checkpoints", "models").replace("1000", "4")
+        block = block.replace("/data/latents", str(latents)).replace("eval/mine/checkpoints", "models").replace("1000", "4")
         exec(block, names)
     assert torch.isfinite(names["loss"])
     scaled = names["latent"].std()  # over one of the two volumes, air that was added included
