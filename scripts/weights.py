@@ -149,7 +149,8 @@ def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {path}. {_advice(path)}, or set `ckpt_dir` or `pretrained` to others.")
+        advice = f"{_advice(path)}, or set `ckpt_dir` or `pretrained` to others."
+        raise FileNotFoundError(f"there are no weights at {path}. {advice}")
     content = path.read_bytes()
     description = _read_description(path.with_suffix(".json"))
     if description and hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):

@@ -151,7 +151,7 @@ def test_window_is_scaled_clipped_and_undone():
 
 
 def test_shares_below_and_above_the_window_are_told_apart():
-    scaled = ScaleIntensityWindowd("image", [0, 100], intensity_range=[-1000, 1000])(volume([[[-1024.0, -1024, 0, 2000, 5]]]))
+    scaled = ScaleIntensityWindowd("image", [0, 100], intensity_range=[-1000, 1000])(volume([[[-1024, -1024, 0, 2000, 5]]]))
     words = clipped_shares(intensity_window(scaled["image"]))
     assert words == "60.00% of the voxels were outside the intensity window (40.00% below, 20.00% above)"
 
