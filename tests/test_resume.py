@@ -141,13 +141,12 @@ def signal_in_validation(number: int, iteration: int, flow: ConfigWorkflow):
 
 @pytest.mark.parametrize(
     "prepare, number, iteration",
-    [(signal_in_step, signal.SIGTERM, 5), (signal_in_step, signal.SIGINT, 6), (signal_in_validation, signal.SIGTERM, 6)],
+    [(signal_in_step, signal.SIGTERM, 5), (signal_in_step, signal.SIGINT, 6), (signal_in_validation, signal.SIGTERM, 9)],
 )
 def test_signal_to_all_processes_saves_and_gives_its_exit_code(prepare, number, iteration, data, tmp_path, uninterrupted):
-    """Iteration 6 ends an epoch, which is finished as well."""
+    """Iteration 6 ends an epoch, which is finished as well; iteration 9 is the last, still to be validated."""
     output_dir = tmp_path / "eval"
-    keys = {"ckpt_minutes": 60, "val_interval": 2 if prepare is signal_in_validation else 3}
-    assert train(data, output_dir, partial(prepare, number, iteration), **keys) == 128 + number, log_of(output_dir)
+    assert train(data, output_dir, partial(prepare, number, iteration), ckpt_minutes=60) == 128 + number, log_of(output_dir)
     assert final_state(output_dir)["trainer"]["iteration"] == iteration
     assert final_state(output_dir)["evaluator"]["best_metric_epoch"] == -1  # nothing was measured to its end
     assert not (output_dir / "checkpoints" / "model.pt").exists()
@@ -155,6 +154,7 @@ def test_signal_to_all_processes_saves_and_gives_its_exit_code(prepare, number, 
     assert f"{number.name} after iteration {iteration}: {saved} is written; go on with the same" in log_of(output_dir)
     assert train(data, output_dir, resume=True) == 0
     assert same(final_state(output_dir)["network"], uninterrupted["network"])
+    assert (output_dir / "checkpoints" / "model.pt").exists()
 
 
 def fill_disk():
