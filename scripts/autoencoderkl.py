@@ -428,7 +428,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
                 nearest = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
                 raise ValueError(
                     f"the size of spatial axis {axis} is {size}, which the total downsample factor {factor} does not "
-                    f"divide; the nearest sizes that work are {nearest}. `reconstruct` takes any size."
+                    f"divide; the nearest sizes that work are {nearest}. Whole volumes of any size can be reconstructed."
                 )
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -136,6 +136,8 @@ def _describe(image: MetaTensor) -> dict[str, Any]:
         "intensity_low": window["low"],
         "intensity_high": window["high"],
         "clipped": window["clipped"],
+        "clipped_below": window["clipped_below"],
+        "clipped_above": window["clipped_above"],
     }
 
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.processes import share_of
-from scripts.restoring import RECORD, nifti_bytes, output_path
+from scripts.restoring import RECORD, clipped_shares, nifti_bytes, output_path
 from scripts.weights import check_arguments, file_hash, write_atomically
 
 __all__ = ["LoadLatentd", "SaveLatentd", "find_latents", "without_whole_latents", "save_latent_scale"]
@@ -68,7 +68,7 @@ class SaveLatentd(Transform):
         }
         write_atomically(content, path)
         write_atomically(json.dumps(description, indent=2).encode(), _description_path(path))
-        logger.info(f"{path}: {record['clipped']:.2%} of the voxels were outside the intensity window")
+        logger.info(f"{path}: {clipped_shares(record)}")
         return dict(data)
 
 

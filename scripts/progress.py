@@ -150,7 +150,7 @@ class VolumeProgress:
     def attach(self, engine: Evaluator) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.bar.update())
-        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.bar.close())
+        engine.add_event_handler(Events.EPOCH_COMPLETED | Events.TERMINATE, lambda: self.bar.close())
 
     def _start(self, engine: Evaluator) -> None:
         self.bar = tqdm(

@@ -25,7 +25,7 @@ from scripts.data import is_nifti
 from scripts.transforms import intensity_window, unscaled
 from scripts.weights import write_atomically
 
-__all__ = ["DescribeSourced", "SaveVolumed", "nifti_bytes", "output_path", "restore"]
+__all__ = ["DescribeSourced", "SaveVolumed", "clipped_shares", "nifti_bytes", "output_path", "restore"]
 
 RECORD = "record"  # key of a volume's record, as JSON text
 COMPRESSION = 1  # voxels of noise hardly shrink further
@@ -71,8 +71,16 @@ class SaveVolumed(Transform):
         path = output_path(self.output_dir, record["source"], self.postfix)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(nifti_bytes(restore(data[self.key], record), record), path)
-        logger.info(f"{path}: {record['clipped']:.2%} of the voxels were outside the intensity window")
+        logger.info(f"{path}: {clipped_shares(record)}")
         return dict(data)
+
+
+def clipped_shares(record: Mapping[str, Any]) -> str:
+    """In words, how much of a volume the intensity window cut off: air below is expected, bone above is not."""
+    total = f"{record['clipped']:.2%} of the voxels were outside the intensity window"
+    if "clipped_below" not in record:  # of a latent that an older version made
+        return total
+    return f"{total} ({record['clipped_below']:.2%} below, {record['clipped_above']:.2%} above)"
 
 
 def output_path(output_dir: str, source: str, postfix: str) -> Path:
@@ -145,6 +153,8 @@ def _record(image: MetaTensor, dataset_dir: Path) -> dict[str, Any]:
         "intensity_low": window["low"],
         "intensity_high": window["high"],
         "clipped": window["clipped"],
+        "clipped_below": window["clipped_below"],
+        "clipped_above": window["clipped_above"],
     }
 
 

@@ -24,7 +24,8 @@ def intensity_window(image: MetaTensor) -> dict[str, Any]:
         image: ``CxHxWxD``, as the transform left it or with further transforms behind it.
 
     Returns:
-        ``low`` and ``high``, lists with an intensity for each channel, and ``clipped``, the share of voxels outside.
+        ``low`` and ``high``, lists with an intensity for each channel; ``clipped``, the share of voxels outside, and its
+        parts ``clipped_below`` and ``clipped_above``.
     """
     name = ScaleIntensityWindowd.__name__
     return next(op for op in reversed(image.applied_operations) if op["class"] == name)["extra_info"]
@@ -50,8 +51,8 @@ def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) 
 class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
     """
     Scale a window of intensities to [0, 1] and clip what lies outside, as MONAI's ``ScaleIntensityRangePercentilesd`` and
-    ``ScaleIntensityRanged`` do, but invertible: ``Invertd`` maps [0, 1] back to the window. The share of voxels that were
-    clipped is noted with it.
+    ``ScaleIntensityRanged`` do, but invertible: ``Invertd`` maps [0, 1] back to the window. The shares of voxels that were
+    clipped are noted with it.
 
     Args:
         keys: keys of the images, each ``CxHxWxD``.
@@ -83,9 +84,10 @@ class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d):
             image = d[key].to(torch.float32)
             low, high = self._window(image)
-            clipped = ((image < low) | (image > high)).float().mean().item()
+            below, above = ((image < low).float().mean().item(), (image > high).float().mean().item())
+            clipped = {"clipped": below + above, "clipped_below": below, "clipped_above": above}
             scaled = ((image - low) / (high - low)).clamp_(0, 1)
-            window = {"low": low.flatten().tolist(), "high": high.flatten().tolist(), "clipped": clipped}
+            window = {"low": low.flatten().tolist(), "high": high.flatten().tolist(), **clipped}
             d[key] = self.push_transform(scaled, extra_info=window)
         return d
 

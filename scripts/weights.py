@@ -149,7 +149,8 @@ def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {path}. Train first, or set `ckpt_dir` or `pretrained` to others.")
+        advice = f"{_advice(path)}, or set `ckpt_dir` or `pretrained` to others."
+        raise FileNotFoundError(f"there are no weights at {path}. {advice}")
     content = path.read_bytes()
     description = _read_description(path.with_suffix(".json"))
     if description and hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
@@ -162,6 +163,15 @@ def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), arguments
     except Exception as error:  # damaged archives raise whatever the unpickler stumbles over
         raise ValueError(f"{path} cannot be loaded: it {what_is_wrong(error)}.") from error
+
+
+def _advice(path: Path) -> str:
+    if any(path.parent.glob("checkpoint_*.pt")):
+        return (
+            f"The training run there has not written {path.name} yet, it does at its next validation: go on with it "
+            "(`--resume true`)"
+        )
+    return "Train first"
 
 
 def _read_description(path: Path) -> dict[str, Any] | None:

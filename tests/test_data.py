@@ -12,7 +12,8 @@ import torch
 from monai.data import MetaTensor
 
 from scripts.data import affordable_cache_rate, describe, find_images, training_and_validation
-from scripts.transforms import ScaleIntensityWindowd
+from scripts.restoring import clipped_shares
+from scripts.transforms import ScaleIntensityWindowd, intensity_window
 from tests.conftest import save_volume
 
 GLOB = "**/*.nii*"
@@ -147,6 +148,12 @@ def test_window_is_scaled_clipped_and_undone():
     scaled = transform(data)
     assert torch.equal(scaled["image"].as_tensor(), torch.tensor([[[0.0, 0.0, 0.5, 0.75]]]))
     assert torch.equal(transform.inverse(scaled)["image"].as_tensor(), torch.tensor([[[-1000.0, -1000.0, 0.0, 500.0]]]))
+
+
+def test_shares_below_and_above_the_window_are_told_apart():
+    scaled = ScaleIntensityWindowd("image", [0, 100], intensity_range=[-1000, 1000])(volume([[[-1024, -1024, 0, 2000, 5]]]))
+    words = clipped_shares(intensity_window(scaled["image"]))
+    assert words == "60.00% of the voxels were outside the intensity window (40.00% below, 20.00% above)"
 
 
 def test_percentiles_are_taken_per_channel():

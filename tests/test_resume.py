@@ -8,12 +8,14 @@ import errno
 import os
 import resource
 import signal
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.engines.utils import IterationEvents
 
@@ -119,16 +121,40 @@ def at_iteration(iteration: int, action: Callable, flow: ConfigWorkflow):
     )
 
 
-@pytest.mark.parametrize("number, iteration", [(signal.SIGTERM, 5), (signal.SIGINT, 6)])
-def test_signal_finishes_the_step_saves_and_gives_its_exit_code(number, iteration, data, tmp_path, uninterrupted):
-    """Iteration 6 ends an epoch, which is finished as well."""
+def send_group(number: int):
+    """To the process and its loader's workers, from outside, as a terminal or a scheduler does."""
+    subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
+
+
+def signal_in_step(number: int, iteration: int, flow: ConfigWorkflow):
+    os.setpgid(0, 0)
+    at_iteration(iteration, partial(send_group, number), flow)
+
+
+def signal_in_validation(number: int, iteration: int, flow: ConfigWorkflow):
+    os.setpgid(0, 0)
+    trainer = flow.trainer
+    flow.evaluator.add_event_handler(
+        Events.ITERATION_STARTED, lambda: send_group(number) if trainer.state.iteration == iteration else None
+    )
+
+
+@pytest.mark.parametrize(
+    "prepare, number, iteration",
+    [(signal_in_step, signal.SIGTERM, 5), (signal_in_step, signal.SIGINT, 6), (signal_in_validation, signal.SIGTERM, 9)],
+)
+def test_signal_to_all_processes_saves_and_gives_its_exit_code(prepare, number, iteration, data, tmp_path, uninterrupted):
+    """Iteration 6 ends an epoch, which is finished as well; iteration 9 is the last, still to be validated."""
     output_dir = tmp_path / "eval"
-    prepare = partial(at_iteration, iteration, partial(send_itself, number))
-    assert train(data, output_dir, prepare, ckpt_minutes=60) == 128 + number, log_of(output_dir)
+    assert train(data, output_dir, partial(prepare, number, iteration), ckpt_minutes=60) == 128 + number, log_of(output_dir)
     assert final_state(output_dir)["trainer"]["iteration"] == iteration
-    assert f"{number.name}: stopping after iteration {iteration}" in log_of(output_dir)
+    assert final_state(output_dir)["evaluator"]["best_metric_epoch"] == -1  # nothing was measured to its end
+    assert not (output_dir / "checkpoints" / "model.pt").exists()
+    saved = output_dir / "checkpoints" / f"checkpoint_{iteration:08d}.pt"
+    assert f"{number.name} after iteration {iteration}: {saved} is written; go on with the same" in log_of(output_dir)
     assert train(data, output_dir, resume=True) == 0
     assert same(final_state(output_dir)["network"], uninterrupted["network"])
+    assert (output_dir / "checkpoints" / "model.pt").exists()
 
 
 def fill_disk():

@@ -157,7 +157,7 @@ def test_latent_lies_over_its_volume_and_says_where_it_comes_from(kinds, encoded
     assert described["shape"] == [21, 26, 19] and described["padding"] == [3, 6, 5]
     assert described["data_type"] == "<i2"
     assert described["network"]["latent_channels"] == 8
-    assert 0 < described["clipped"] < 0.01  # the default window ends at the 99.9th percentile
+    assert 0 < described["clipped_above"] == described["clipped"] < 0.01  # the default window ends at the 99.9th percentile
 
 
 def test_latent_scale_gives_the_data_set_unit_deviation(encoded):
