@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ignite.engine import Engine
 
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import saved_activations
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
+from benchmarks.quality import Budget
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,18 @@ def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):
     """A bound that holds on a busy machine; `make bench` has the number."""
     assert -0.5 < overhead(epochs=2, patch_size=32) < 0.5
     assert "(7 pairs)" in capsys.readouterr().out
+
+
+def test_learning_rate_warms_up_from_the_first_step_however_long_the_preparation_took(monkeypatch):
+    """A first step of Adam at half the rate threw 5 dB away."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    seconds = iter([0.0, *(30.0 + i for i in range(100))])  # half a minute before the first step, then a second each
+    monkeypatch.setattr(Budget, "now", lambda self: next(seconds))
+    rates = []
+    engine = Engine(lambda engine, batch: rates.append(optimizer.param_groups[0]["lr"]))
+    engine.optimizer = optimizer
+    Budget(100.0, "cpu").attach(engine)
+    engine.run([0] * 200)
+    assert rates[:3] == pytest.approx([0.0, 0.390, 0.768], abs=0.01)
+    assert max(rates) < 0.8 and rates[-1] == pytest.approx(0.0, abs=0.01)
+    assert len(rates) == 70  # until the hundredth second
