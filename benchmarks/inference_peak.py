@@ -6,6 +6,7 @@ python -m benchmarks.inference_peak "'initial 2, [2,2]'" 256 cpu
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 import fire
 import torch
@@ -36,10 +37,11 @@ def inference_peak(name: str, size: int, device: str = "cpu") -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak of the process's memory, or of the GPU's."""
+    """Peak of the process's memory (Linux; ``getrusage`` would hand on that of the parent), or of the GPU's."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def resident() -> int:

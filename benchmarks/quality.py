@@ -238,6 +238,9 @@ def plot(path: str = "docs/quality.png") -> None:
     for key, marker in markers.items():
         axes.scatter([], [], marker=marker, color="gray", label=names[key])
     axes.set_xscale("log")
+    axes.set_xticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.15)
     axes.set_xlabel("peak of training on 256³, GiB")
     axes.set_ylabel("PSNR, dB")
     axes.legend(fontsize=8)
