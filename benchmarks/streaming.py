@@ -8,13 +8,12 @@ Time is the processor time of this process. It runs on Linux, where a process ca
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import fire
 import torch
 from monai.bundle import ConfigParser
 
-from benchmarks.inference_peak import peak_bytes, resident
+from benchmarks.inference_peak import peak_bytes, restart_peak
 from scripts.memory import inference_cost
 from scripts.streaming import StreamingInferer
 
@@ -38,8 +37,7 @@ def compare(size: int = 256, share: float = 0.25, amp: bool = True) -> None:
     image = torch.rand(1, 1, size, size, size)
     StreamingInferer(amp, "bfloat16", 1e-3)(image[..., :64, :64, :64], network)  # loads the libraries
     for name, budget in (("slabs", share * peak), ("one pass", 2 * peak)):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-        before, start = resident(), time.process_time()
+        before, start = restart_peak(), time.process_time()
         StreamingInferer(amp, "bfloat16", budget / GIB)(image, network)
         grown, seconds = peak_bytes("cpu") - before, time.process_time() - start
         print(f"{name}: {grown / GIB:.2f} GiB, {grown / budget:.0%} of its budget, {seconds:.1f} s", flush=True)

@@ -1,4 +1,4 @@
-"""The reason of an error where a user looks for it: in the last line, below MONAI's traceback."""
+"""The reason of an error, without what MONAI raises around it, and in the last line, where a user looks for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
-__all__ = ["show_reason_last"]
+__all__ = ["reason", "show_reason_last"]
 
 
 def show_reason_last() -> None:

@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser
 from scripts.arguments import voxels, whole
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.config import check_parser
+from scripts.errors import reason
 from scripts.inferer import autocast_dtype
 
 __all__ = ["ROOT", "TRAIN", "Plan", "read_plan", "total_loss"]
@@ -83,7 +84,7 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, **overrides: Any) -> Pla
             return Plan(build, network, amp_dtype=amp_dtype)
         return Plan(build, network, amp_dtype=amp_dtype, **_training_settings(parser, network))
     except (RuntimeError, TypeError) as error:  # MONAI wraps what a component raises; `--channels 8` has no length
-        raise ValueError(f"{_names(config_file)} cannot be used: {_root_cause(error)}") from error
+        raise ValueError(f"{_names(config_file)} cannot be used: {reason(error)}") from error
 
 
 def _read_configs(config_file: str | Sequence[str]) -> dict[str, Any]:
@@ -110,12 +111,6 @@ def _network_builder(parser: ConfigParser, names: str) -> Callable[..., Autoenco
 
 def _names(config_file: str | Sequence[str]) -> str:
     return config_file if isinstance(config_file, str) else ", ".join(config_file)
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _training_settings(parser: ConfigParser, network: AutoencoderKL) -> dict[str, Any]:

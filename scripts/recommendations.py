@@ -160,8 +160,8 @@ def _known_latents() -> list[tuple[int, int]]:
     known = []
     for config in [default, *({**default, **overlay} for overlay in overlays)]:
         factors = [config["initial_downsample_factor"], *config["downsample_factors"]]
-        voxels = math.prod(math.prod(per_axis("factor", factor, config["spatial_dims"])) for factor in factors)
-        known.append((voxels, config["latent_channels"]))
+        block = math.prod(math.prod(per_axis("factor", factor, config["spatial_dims"])) for factor in factors)
+        known.append((block, config["latent_channels"]))
     return known
 
 

@@ -35,9 +35,8 @@ OTHER_PROGRAMS = {"source", "cd", "(cd", "pip", "mlflow", "tensorboard"}  # the 
 # whose arguments documents set
 NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator, "optimizer": torch.optim.AdamW}
 MONAI_TOOLS = [monai_bundle.run, monai_bundle.ckpt_export, monai_bundle.onnx_export, monai_bundle.download]
-OF_MONAI = {name for tool in MONAI_TOOLS for name in inspect.signature(tool).parameters} | {
-    "tracking_uri"
-}  # not config keys
+# not config keys
+OF_MONAI = {name for tool in MONAI_TOOLS for name in inspect.signature(tool).parameters} | {"tracking_uri"}
 
 
 def blocks(language: str, document: Path) -> list[str]:
