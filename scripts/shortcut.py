@@ -24,8 +24,11 @@ __all__ = ["LinearShortcut", "ShortcutFitter"]
 
 MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
 INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 voxels an edge, with 32 coefficients
+CORRECTION_AMPLITUDE = 0.05  # in the image, of a network's correction of 1
+LEAST_SCALE = 1e-3  # deviations below it are noise of no interest in volumes in [0, 1]
 BLOCKS_PER_PATCH = 512
-MAX_PATCHES = 64  # that a code is fitted to
+CODE_PATCHES, NEIGHBOUR_PATCHES = 64, 128  # that a code is fitted to, and then what it decodes from neighbours
+PRIOR_BLOCKS = 1000  # how many blocks of a patch weigh as much as the belief that neighbours tell nothing
 logger = logging.getLogger(__name__)
 
 
@@ -92,12 +95,65 @@ class BlockTransform(nn.Module):
             weight[: len(functions)] = functions
 
 
+class OverlappedTransform(BlockTransform):
+    """
+    A block transform whose decoder also looks at the blocks that share a face with a block: what a block's coefficients do
+    not say, those of its neighbours suggest, and no edge of a block is left to be seen. It adds a linear function of the
+    differences between their coefficients and the block's own, and starts with none. Beyond the border of a volume the last
+    block repeats itself.
+
+    Args:
+        in_channels: number of input channels.
+        count: number of coefficients of a block.
+        factors: size of a block along each axis.
+    """
+
+    def __init__(self, in_channels: int, count: int, factors: Sequence[int]) -> None:
+        super().__init__(in_channels, count, factors)
+        self.neighbours = nn.Parameter(torch.zeros(2 * len(factors) * count, in_channels, *factors))
+
+    def start_as(self, functions: torch.Tensor) -> None:
+        """As without neighbours."""
+        super().start_as(functions)
+        nn.init.zeros_(self.neighbours)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Coefficients to ``BxCxHxWxD``."""
+        functions = torch.cat([self.synthesis, self.neighbours]).flatten(1)
+        return depth_to_space(_per_voxel(beside_neighbours(z), functions.t()), self.factors)
+
+
+def beside_neighbours(z: torch.Tensor) -> torch.Tensor:
+    """
+    A map, and how the neighbours of each voxel that share a face with it differ from it.
+
+    Args:
+        z: ``BxCxHxWxD`` (or 1D, 2D).
+
+    Returns:
+        the same shape with the channels of ``z``, and as many again for each of the two neighbours along each axis.
+    """
+    found = [z]
+    for axis in range(2, z.dim()):
+        places = torch.arange(z.shape[axis], device=z.device)
+        last = z.shape[axis] - 1
+        for shift in (-1, 1):
+            found.append(z.index_select(axis, (places + shift).clamp(0, last)) - z)
+    return torch.cat(found, 1)
+
+
 def _per_voxel(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Multiply the channels of each voxel by ``matrix``."""
     weight = matrix.reshape(list(matrix.shape) + [1] * (x.dim() - 2))
     if x.dim() == 3:
         return F.conv1d(x, weight)
     return F.conv2d(x, weight) if x.dim() == 4 else F.conv3d(x, weight)
+
+
+def _transform(in_channels: int, count: int, factors: Sequence[int]) -> BlockTransform:
+    """The transform with neighbours, unless it is too large."""
+    weights = count * in_channels * math.prod(factors) * (2 + 2 * len(factors))
+    return (OverlappedTransform if weights <= MAX_PARAMETERS else BlockTransform)(in_channels, count, factors)
 
 
 class LinearShortcut(nn.Module):
@@ -111,7 +167,9 @@ class LinearShortcut(nn.Module):
     step, as Adam does, would distort the loudest channel (a block's mean) most. With more than one image channel the latent
     channels are dealt out to them in turn.
 
-    A code of more than 10 million weights is factorised: a transform of small blocks, then one of their coefficients.
+    Once fitted, it decodes a block from its neighbours as well, see :py:class:`OverlappedTransform`. A code of more than
+    10 million weights is factorised: a transform of small blocks, then one of their coefficients; if that leaves no room for
+    neighbours, it goes without.
 
     Args:
         in_channels: number of image channels.
@@ -132,20 +190,30 @@ class LinearShortcut(nn.Module):
             self.inner.start_as(
                 _waves_per_channel(inner_indices, [(0,) * len(inner)], inner, (1,) * len(inner), in_channels)
             )
-        self.outer = BlockTransform(in_channels * len(inner_indices), latent_channels, outer)
+        self.outer = _transform(in_channels * len(inner_indices), latent_channels, outer)
         indices = lowest_frequencies(factors, -(-latent_channels // in_channels))
         functions = _waves_per_channel(indices, inner_indices, outer, inner, in_channels)[:latent_channels]
         self.outer.start_as(functions)
+        self.correction_amplitude = CORRECTION_AMPLITUDE  # TorchScript reads no globals
         self.register_buffer("scale", torch.ones(1, latent_channels, *[1] * len(factors)))
         self.scale: torch.Tensor
         for z in range(len(functions)):
-            self.scale[0, z] = _expected_deviation(indices[z // in_channels])
+            self.scale[0, z] = max(LEAST_SCALE, _expected_deviation(indices[z // in_channels]))
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Image ``BxCxHxWxD`` to its linear latent."""
+    def encode(self, x: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Image to latent.
+
+        Args:
+            x: image ``BxCxHxWxD``.
+            correction: what the network adds, of the latent's shape. It is taken in units of the image, like the linear code
+                before it is scaled: in units of the latent, a mistake in a block's mean would be ten times as loud as one in
+                its finest detail, and nothing else would be learned.
+        """
         if self.inner is not None:
             x = self.inner.encode(x)
-        return self.outer.encode(x) / self.scale
+        z = self.outer.encode(x) / self.scale
+        return z if correction is None else z + correction * (self.correction_amplitude / self.scale)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latent to its linear image ``BxCxHxWxD``."""
@@ -171,10 +239,8 @@ class LinearShortcut(nn.Module):
             number of blocks.
         """
         found: list[torch.Tensor] = []
-        for image in images:
-            x = image.to(self.scale.device, torch.float32)
-            x = space_to_depth(x if self.inner is None else self.inner.encode(x), self.outer.factors)
-            blocks = x.flatten(2).transpose(1, 2).flatten(0, 1)
+        for x in map(self._outer_input, images):
+            blocks = space_to_depth(x, self.outer.factors).flatten(2).transpose(1, 2).flatten(0, 1)
             found.append(blocks[torch.randperm(len(blocks), device=blocks.device)[:BLOCKS_PER_PATCH]])
         blocks = torch.cat(found)
         count = min(len(self.outer.analysis), *blocks.shape)
@@ -183,8 +249,48 @@ class LinearShortcut(nn.Module):
         self.outer.start_as(functions.reshape(count, *self.outer.analysis.shape[1:]))
         deviation = singular[:count] / math.sqrt(len(blocks) * self.outer.voxels)
         self.scale.fill_(1.0)
-        self.scale[0, :count] = deviation.clamp(min=1e-4).reshape(-1, *self.scale.shape[2:])
+        self.scale[0, :count] = deviation.clamp(min=LEAST_SCALE).reshape(-1, *self.scale.shape[2:])
         return len(blocks)
+
+    @torch.no_grad()
+    def fit_neighbours(self, images: Iterable[torch.Tensor]) -> int:
+        """
+        Set what is decoded from a block and its neighbours to the best linear estimate of the block: least squares, with a
+        ridge that draws it to the code without neighbours. Without room for them it does nothing.
+
+        Args:
+            images: ``BxCxHxWxD`` each, sizes divisible by the factors.
+
+        Returns:
+            number of blocks.
+        """
+        outer = self.outer
+        if not isinstance(outer, OverlappedTransform):
+            return 0
+        scale = self.scale.flatten()
+        scale = scale.repeat(1 + len(outer.neighbours) // len(scale))[:, None]
+        start = torch.cat([outer.synthesis, outer.neighbours]).flatten(1) * scale
+        gram, error, number = torch.diag(torch.full_like(scale[:, 0], PRIOR_BLOCKS)), torch.zeros_like(start), 0
+        for x in map(self._outer_input, images):
+            seen = beside_neighbours(outer.encode(x) / self.scale).transpose(0, 1).flatten(1)
+            blocks = space_to_depth(x, outer.factors).transpose(0, 1).flatten(1)
+            gram += seen @ seen.t()
+            error += seen @ (blocks - start.t() @ seen).t()
+            number += seen.shape[1]
+        functions = (start + torch.linalg.solve(gram, error)) / scale
+        outer.synthesis.copy_(functions[: len(outer.synthesis)].view_as(outer.synthesis))
+        outer.neighbours.copy_(functions[len(outer.synthesis) :].view_as(outer.neighbours))
+        return number
+
+    def _outer_input(self, image: torch.Tensor) -> torch.Tensor:
+        """What the second of two steps, or the only one, sees of an image."""
+        x = image.to(self.scale.device, torch.float32)
+        return x if self.inner is None else self.inner.encode(x)
+
+    @property
+    def halo(self) -> int:
+        """How far :py:meth:`decode` looks, in voxels of the latent."""
+        return int(isinstance(self.outer, OverlappedTransform))
 
 
 def _waves_per_channel(
@@ -216,7 +322,8 @@ def _waves_per_channel(
 class ShortcutFitter:
     """
     Trainer handler that fits a network's linear shortcut to the training data before the first step of a new run, see
-    :py:meth:`LinearShortcut.fit`. Without a shortcut, and in a run that is resumed, it does nothing.
+    :py:meth:`LinearShortcut.fit` and :py:meth:`LinearShortcut.fit_neighbours`. Without a shortcut, and in a run that is
+    resumed, it does nothing.
 
     Args:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`, not wrapped.
@@ -235,11 +342,14 @@ class ShortcutFitter:
         shortcut = self.network.shortcut
         if shortcut is None or engine.state.iteration > 0:
             return
-        images = itertools.islice(self._images(engine), MAX_PATCHES)
-        bar = tqdm(images, "fitting the shortcut", MAX_PATCHES, leave=False, unit="patch", disable=idist.get_rank() > 0)
+        total = CODE_PATCHES + NEIGHBOUR_PATCHES
+        patches = itertools.islice(self._images(engine), total)
+        silent = idist.get_rank() > 0
+        bar = iter(tqdm(patches, "fitting the shortcut", total, leave=False, unit="patch", disable=silent))
         with torch.random.fork_rng():  # the same code in one process and in many
             torch.manual_seed(self.sampler.seed)
-            number = shortcut.fit(bar)
+            number = shortcut.fit(itertools.islice(bar, CODE_PATCHES))
+            shortcut.fit_neighbours(bar)
         if idist.get_world_size() > 1:
             for tensor in shortcut.state_dict().values():
                 idist.broadcast(tensor, src=0)

@@ -110,7 +110,7 @@ class _Run:
         if network.shortcut is None:
             return self._stream(lambda h: network.quant_conv_mu(h).float(), [(x, 1)], halo=0)
         return self._stream(
-            lambda h, x: (network.quant_conv_mu(h) + network.shortcut.encode(x)).float(),
+            lambda h, x: network.shortcut.encode(x, network.quant_conv_mu(h)).float(),
             [(x, 1), (image, self.total)],
             halo=0,
         )
@@ -121,7 +121,7 @@ class _Run:
         image = FeatureMap(torch.empty(self.image_shape, dtype=torch.float32), self.dim)
         linear = None
         if network.shortcut is not None:
-            linear = self._stream(network.shortcut.decode, [(z, 1)], self.total, halo=0)
+            linear = self._stream(network.shortcut.decode, [(z, 1)], self.total, halo=network.shortcut.halo)
         x = self._stream(network.post_quant_conv, [(z, 1)], halo=0)
         norm: Slabwise = _identity
         *blocks, last = decoder.blocks

@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy.fft import dctn, idctn
 
+from scripts.metrics import grid_energy
 from scripts.sampling import RepeatableBatchSampler
-from scripts.shortcut import LinearShortcut, ShortcutFitter
+from scripts.shortcut import PRIOR_BLOCKS, LinearShortcut, OverlappedTransform, ShortcutFitter, beside_neighbours
 from tests.conftest import head_like
 from tests.test_autoencoderkl import build, image_for
 
@@ -65,6 +66,65 @@ def test_fitted_code_is_the_best_linear_one(factors):
     assert torch.allclose(code.encode(image).square().mean(dim=(0, 2, 3, 4)), torch.ones(6), atol=1e-3)
 
 
+def smooth_volume(seed: int) -> torch.Tensor:
+    """Noise of which an eighth of the frequencies is left along each axis."""
+    noise = torch.randn(1, 1, 24, 24, 16, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(noise[..., ::4, ::4, ::4], scale_factor=4, mode="trilinear")
+
+
+def test_voxels_are_seen_beside_the_differences_to_their_neighbours():
+    z = torch.rand(2, 3, 4, 5)
+    seen = beside_neighbours(z).unflatten(1, (5, 3))
+    assert torch.equal(seen[:, 0], z)
+    assert torch.equal(seen[:, 1, :, 1:], z[:, :, :-1] - z[:, :, 1:])
+    assert torch.equal(seen[:, 4, :, :, :-1], z[:, :, :, 1:] - z[:, :, :, :-1])
+    assert (seen[:, 1, :, 0] == 0).all() and (seen[:, 4, :, :, -1] == 0).all()  # nothing is known beyond the border
+
+
+@pytest.mark.parametrize("factors", [(4, 4, 4), (8, 4, 2)])
+def test_fitted_neighbours_win_on_a_volume_that_was_not_seen(factors):
+    code = LinearShortcut(1, 8, factors)
+    code.fit([smooth_volume(seed) for seed in range(40)])
+    unseen = smooth_volume(1000)
+    with torch.no_grad():
+        alone = code(unseen)
+        assert (
+            code.fit_neighbours([smooth_volume(seed) for seed in range(40, 140)])
+            == 100 * unseen.numel() // code.outer.voxels
+        )
+        together = code(unseen)
+    assert (together - unseen).square().mean() < 0.7 * (alone - unseen).square().mean()
+    assert grid_energy(together, factors) < 0.8 * grid_energy(alone, factors)
+
+
+def test_fitted_neighbours_are_the_ridge_regression():
+    torch.manual_seed(0)
+    code = LinearShortcut(1, 3, (2, 2))
+    image = torch.rand(1, 1, 16, 16)
+    latent = code.encode(image).detach()
+    code.fit_neighbours([image])
+    # the same in one piece: prior rows say that each feature decodes to what it does without neighbours
+    start = LinearShortcut(1, 3, (2, 2))
+    seen = beside_neighbours(latent).flatten(2)[0].t()
+    blocks = torch.nn.functional.pixel_unshuffle(image, 2).flatten(2)[0].t()
+    functions = torch.zeros(15, 4)
+    functions[:3] = (start.outer.synthesis * start.scale.view(3, 1, 1, 1)).flatten(1).detach()
+    weight = PRIOR_BLOCKS**0.5
+    rows = torch.cat([seen, weight * torch.eye(15)])
+    solution = torch.linalg.lstsq(rows, torch.cat([blocks, weight * functions])).solution
+    expected = torch.nn.functional.pixel_shuffle((seen @ solution).t().reshape(1, 4, 8, 8), 2)
+    assert torch.allclose(code.decode(latent), expected, atol=1e-5)
+
+
+def test_a_code_without_room_for_neighbours_goes_without():
+    large = LinearShortcut(1, 256, (64, 64, 64))
+    assert large.halo == 0 and large.fit_neighbours([torch.rand(1, 1, 64, 64, 64)]) == 0
+    for latent_channels, size in ((24, 8), (64, 16), (256, 32)):
+        code = LinearShortcut(1, latent_channels, (size,) * 3)
+        assert isinstance(code.outer, OverlappedTransform) and code.halo == 1
+        assert sum(p.numel() for p in code.parameters()) <= 10_000_000
+
+
 def test_fitter_fits_a_new_run_alike_in_every_process_and_leaves_a_resumed_one(monkeypatch):
     class Patches:
         def __getitem__(self, draw):
@@ -79,10 +139,12 @@ def test_fitter_fits_a_new_run_alike_in_every_process_and_leaves_a_resumed_one(m
         state = SimpleNamespace(iteration=iteration, dataloader=SimpleNamespace(dataset=Patches()))
         torch.manual_seed(rank)
         ShortcutFitter(network, sampler)(SimpleNamespace(state=state))
-        weights.append(network.shortcut.outer.analysis.detach())
-    assert torch.equal(weights[0], weights[1])
-    assert torch.equal(weights[2], shortcut_network().shortcut.outer.analysis)
-    assert not torch.equal(weights[0], weights[2])
+        weights.append(network.shortcut.state_dict())
+    fresh = shortcut_network().shortcut.state_dict()
+    for name in fresh:
+        assert torch.equal(weights[0][name], weights[1][name])
+        assert torch.equal(weights[2][name], fresh[name])
+        assert not torch.equal(weights[0][name], weights[2][name])
 
 
 def test_network_starts_as_a_small_correction_of_the_shortcut():
