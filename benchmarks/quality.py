@@ -72,29 +72,13 @@ def train(
         overrides: keys of ``configs/train.json``, for another recipe.
     """
     name = name or network
-    parser = ConfigParser()
-    parser.read_config("configs/train.json")
-    if network != MONAI:
-        parser.update(ConfigParser.load_config_file(f"configs/presets/{network}.json"))
-    parser.update(
-        {
-            "dataset_dir": f"data/{data}",
-            "patch_size": PATCHES[data],
-            "device": device,
-            "channels_last": device == "cpu",
-            "epochs": 10**6,
-            "num_workers": 0,
-            **overrides,
-        }
-    )
+    parser = read_recipe(network, data, device, **overrides)
     needed = ("scripts.shortcut.ShortcutFitter", "scripts.sampling.RepeatableOrder", "scripts.averaging.WeightAverage")
     parser["train#handlers"] = [
         handler
         for handler in parser["train#handlers"]
         if handler["_target_"] in needed and (network != MONAI or "Fitter" not in handler["_target_"])
     ]
-    if network == MONAI:
-        parser["network_def"] = MONAI_NETWORK
     parser.parse()
     set_determinism(seed=parser.get_parsed_content("seed"))
     trainer = parser.get_parsed_content("train#trainer")
@@ -115,6 +99,34 @@ def train(
     }
     (RESULTS / f"{data}-{name}.json").write_text(json.dumps(row, indent=2))
     print(json.dumps(row), flush=True)
+
+
+def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) -> ConfigParser:
+    """
+    The recipe of ``configs/train.json`` without an end.
+
+    Args:
+        network: name of a preset, or ``MONAI``.
+        data: ``sample`` or ``clinical``.
+        device: where to run.
+        overrides: other keys.
+    """
+    parser = ConfigParser()
+    parser.read_config("configs/train.json")
+    if network == MONAI:
+        parser["network_def"] = MONAI_NETWORK
+    else:
+        parser.update(ConfigParser.load_config_file(f"configs/presets/{network}.json"))
+    settings = {
+        "dataset_dir": f"data/{data}",
+        "patch_size": PATCHES[data],
+        "device": device,
+        "channels_last": device == "cpu",
+        "epochs": 10**6,
+        "num_workers": 0,
+    }
+    parser.update({**settings, **overrides})
+    return parser
 
 
 class Budget:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from scripts.resampling import depth_to_space, space_to_depth
 from scripts.sampling import RepeatableBatchSampler
 
-__all__ = ["LinearShortcut", "ShortcutFitter"]
+__all__ = ["LinearShortcut", "ShortcutFitter", "training_patches"]
 
 MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
 INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 voxels an edge, with 32 coefficients
@@ -343,7 +343,8 @@ class ShortcutFitter:
         if shortcut is None or engine.state.iteration > 0:
             return
         total = CODE_PATCHES + NEIGHBOUR_PATCHES
-        patches = itertools.islice(self._images(engine), total)
+        loader: Any = engine.state.dataloader
+        patches = itertools.islice(training_patches(loader.dataset, self.sampler), total)
         silent = idist.get_rank() > 0
         bar = iter(tqdm(patches, "fitting the shortcut", total, leave=False, unit="patch", disable=silent))
         with torch.random.fork_rng():  # the same code in one process and in many
@@ -355,10 +356,20 @@ class ShortcutFitter:
                 idist.broadcast(tensor, src=0)
         logger.info(f"linear shortcut: {len(shortcut.outer.analysis)} principal components of {number} blocks")
 
-    def _images(self, engine: Engine) -> Iterator[torch.Tensor]:
-        loader: Any = engine.state.dataloader
-        for epoch in itertools.count(1):
-            for draw in self.sampler.draws(epoch):
-                for sample in loader.dataset[draw]:
-                    image = sample[Keys.IMAGE]
-                    yield (image.as_tensor() if isinstance(image, MetaTensor) else image)[None]
+
+def training_patches(dataset: Any, sampler: RepeatableBatchSampler) -> Iterator[torch.Tensor]:
+    """
+    Patches as training sees them, epoch after epoch, in the order and with the augmentation that they have there.
+
+    Args:
+        dataset: a :py:class:`scripts.sampling.RepeatableDataset`.
+        sampler: of its loader.
+
+    Returns:
+        tensors ``1xCxHxWxD``, without end.
+    """
+    for epoch in itertools.count(1):
+        for draw in sampler.draws(epoch):
+            for sample in dataset[draw]:
+                image = sample[Keys.IMAGE]
+                yield (image.as_tensor() if isinstance(image, MetaTensor) else image)[None]

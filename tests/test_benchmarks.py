@@ -8,9 +8,11 @@ from ignite.engine import Engine
 
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import saved_activations
+from benchmarks.linear_code import measure
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
-from benchmarks.quality import Budget
+from benchmarks.quality import Budget, read_recipe
+from tests.conftest import save_volume
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,15 @@ def test_learning_rate_warms_up_from_the_first_step_however_long_the_preparation
     assert rates[:3] == pytest.approx([0.0, 0.390, 0.768], abs=0.01)
     assert max(rates) < 0.8 and rates[-1] == pytest.approx(0.0, abs=0.01)
     assert len(rates) == 70  # until the hundredth second
+
+
+def test_each_fit_of_the_linear_shortcut_wins_on_volumes_that_it_did_not_see(tmp_path):
+    for i in range(4):
+        save_volume(tmp_path / f"sub-{i}" / "t1.nii.gz", (48, 40, 44), seed=i)
+    parser = read_recipe("8x", "sample", dataset_dir=str(tmp_path), patch_size=[32, 32, 32], val_fraction=0.25)
+    found = measure(parser)
+    lowest, components, neighbours = (
+        sum(found[name].values()) for name in ("lowest frequencies", "principal components", "and neighbours")
+    )
+    assert all(len(by_volume) == 1 for by_volume in found.values())
+    assert lowest < components < neighbours

@@ -16,12 +16,8 @@ from tests.test_autoencoderkl import build, image_for
 
 
 def shortcut_network(**arguments):
-    return build(
-        initial_downsample_factor=2,
-        initial_mode="pixelshuffle",
-        linear_shortcut=True,
-        **{"latent_channels": 24, **arguments},
-    )
+    defaults = {"initial_downsample_factor": 2, "initial_mode": "pixelshuffle", "latent_channels": 24}
+    return build(linear_shortcut=True, **{**defaults, **arguments})
 
 
 def test_shortcut_starts_as_the_lowest_frequencies_of_the_dct():
@@ -153,6 +149,30 @@ def test_network_starts_as_a_small_correction_of_the_shortcut():
     difference = network.reconstruct(image) - network.shortcut(image)
     assert 0 < difference.abs().mean() < 0.02
     assert network.encode(image)[1].mean() < 0.1
+
+
+def test_networks_beside_a_shortcut_start_with_filters_that_see_detail_alone():
+    for arguments in ({}, {"initial_mode": "conv"}, {"initial_downsample_factor": 1}):
+        network = shortcut_network(**arguments)
+        image = image_for(network, 4)
+        for layer, name in ((network.encoder.blocks[0], "encoder"), (network.decoder.refine, "decoder")):
+            inside = (slice(None), slice(None), *[slice(1, -1)] * 3)  # zeros around the volume are an edge
+            brighter = layer(image + 1)[inside] - layer(image)[inside]
+            contrast = layer(2 * image)[inside] - layer(image)[inside]
+            assert brighter.abs().max() < 1e-4 < 0.1 < contrast.std(), name
+
+
+def test_correction_of_each_latent_channel_is_as_loud_in_the_image():
+    code = LinearShortcut(1, 24, (8, 8, 8))
+    code.fit([smooth_volume(seed)[..., :16] for seed in range(30)])
+    assert code.scale.max() > 5 * code.scale.min()
+    image = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        for channel in range(24):
+            correction = torch.zeros(1, 24, 1, 1, 1)
+            correction[:, channel] = 1
+            change = code.decode(code.encode(image, correction)) - code(image)
+            assert change.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.01)
 
 
 def test_latent_of_a_volume_has_about_unit_variance():
