@@ -98,9 +98,9 @@ class BlockTransform(nn.Module):
 class OverlappedTransform(BlockTransform):
     """
     A block transform whose decoder also looks at the blocks that share a face with a block: what a block's coefficients do
-    not say, those of its neighbours suggest, and no edge of a block is left to be seen. It adds a linear function of the
-    differences between their coefficients and the block's own, and starts with none. Beyond the border of a volume the last
-    block repeats itself.
+    not say, those of its neighbours suggest, and edges of blocks show less, as in lapped transforms (Malvar and Staelin, The
+    LOT, IEEE Trans. ASSP 37, 1989). It adds a linear function of the differences between their coefficients and the block's
+    own, and starts with none. Beyond the border of a volume the last block repeats itself.
 
     Args:
         in_channels: number of input channels.
