@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import fire
@@ -21,8 +20,7 @@ from monai.utils import set_determinism
 
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import print_table
-from benchmarks.quality import read_recipe
-from scripts.resampling import pad_to_multiple
+from benchmarks.quality import at_any_size, read_recipe, validation_volumes
 from scripts.shortcut import CODE_PATCHES, NEIGHBOUR_PATCHES, training_patches
 
 
@@ -55,16 +53,12 @@ def measure(parser: ConfigParser) -> dict[str, dict[str, float]]:
     set_determinism(seed=parser.get_parsed_content("seed"))
     network: Any = parser.get_parsed_content("network_def")
     shortcut, factors = network.shortcut, network.total_downsample_factor
-    images = {
-        Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz"): item["image"].as_tensor()[None]
-        for item in parser.get_parsed_content("validate#dataset")
-    }
+    images = {name: item.as_tensor()[None] for name, item in validation_volumes(parser)}
     loader = parser.get_parsed_content("train#dataloader")
     patches = training_patches(loader.dataset, parser.get_parsed_content("train#sampler"))
 
     def linear(image: torch.Tensor) -> torch.Tensor:
-        size = image.shape[2:]
-        return shortcut(pad_to_multiple(image, factors))[..., : size[0], : size[1], : size[2]]
+        return at_any_size(shortcut, image, factors)
 
     def strongest(image: torch.Tensor) -> torch.Tensor:
         return block_dct_reconstruction(image, factors, network.latent_channels)

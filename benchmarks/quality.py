@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
@@ -179,22 +181,27 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
     """
     factors, device = list(total_factors(network)), parser["device"]
     volumes = {}
-    for item in parser.get_parsed_content("validate#dataset"):
-        name = Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz")
-        image = item["image"].as_tensor()[None]
+    for name, item in validation_volumes(parser):
+        image = item.as_tensor()[None]
         with torch.no_grad(), torch.autocast(device, autocast_dtype(parser["amp_dtype"])):
-            reconstruction = reconstruct(network, image.to(device), factors).float().clamp(0, 1).cpu()
+            reconstruction = at_any_size(network.reconstruct, image.to(device), factors).float().clamp(0, 1).cpu()
         volumes[name] = measure(reconstruction, image, factors, parser.get_parsed_content("network_def#latent_channels"))
         if pictures is not None:
-            figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], tuple(float(s) for s in item["image"].pixdim))
+            figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], tuple(float(s) for s in item.pixdim))
             figure.savefig(f"{pictures}{name}.png", dpi=100)
     return volumes
 
 
-def reconstruct(network: Any, image: torch.Tensor, factors: list[int]) -> torch.Tensor:
-    """Reconstruct a volume of any size, with MONAI's network too, which takes multiples of its factor."""
+def validation_volumes(parser: ConfigParser) -> Iterator[tuple[str, MetaTensor]]:
+    """The validation volumes of a config, ``CxHxWxD``, each with the name of its file."""
+    for item in parser.get_parsed_content("validate#dataset"):
+        yield Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz"), item["image"]
+
+
+def at_any_size(code: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, factors: list[int]) -> torch.Tensor:
+    """The reconstruction of a volume of any size by a code that takes multiples of its factors, as MONAI's network does."""
     shape = image.shape[2:]
-    return network.reconstruct(pad_to_multiple(image, factors))[..., : shape[0], : shape[1], : shape[2]]
+    return code(pad_to_multiple(image, factors))[..., : shape[0], : shape[1], : shape[2]]
 
 
 def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int], latent_channels: int) -> dict[str, float]:
