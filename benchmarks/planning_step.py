@@ -13,7 +13,7 @@ import torch
 from monai.inferers import SimpleInferer
 
 from benchmarks.inference_peak import peak_bytes, resident
-from scripts.memory import SavedTensors
+from scripts.saved_tensors import SavedTensors
 from scripts.trainer import AutoencoderTrainer
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,28 +24,13 @@ from torch.utils.flop_counter import flop_registry
 
 from scripts.casting import autocast, casting_rules
 from scripts.losses import kl_divergence
+from scripts.saved_tensors import LevelCost, LevelListener, SavedTensors
 from scripts.workspace import workspace
 
-__all__ = ["InferenceCost", "LevelCost", "SavedTensors", "TrainingCost", "inference_cost", "training_cost"]
+__all__ = ["InferenceCost", "TrainingCost", "inference_cost", "training_cost"]
 
 ALLOCATION = {"cpu": 64, "cuda": 512}  # bytes that the allocators round up to
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LevelCost:
-    """
-    Bytes that the backward pass keeps of one level.
-
-    Args:
-        part: ``"encoder"``, ``"decoder"`` or ``"other"`` (latent, shortcut and loss).
-        spatial_shape: finest grid on which the level works, voxels; empty for ``"other"``.
-        saved: bytes.
-    """
-
-    part: str
-    spatial_shape: tuple[int, ...]
-    saved: int
 
 
 @dataclass(frozen=True)
@@ -126,8 +110,9 @@ def training_cost(
         step = _TrainingStep(network, judge, loss, optimizer, device, amp_dtype)
         step.prepare(accumulates, averaged)
         image = _image(network, batch_size, spatial_size)
-        levels, saved = _Levels(network), SavedTensors(step.parameters)
-        with _AllocationTracker(device) as tracker, casting_rules(device), levels.listening(saved):
+        saved = SavedTensors(step.parameters)
+        levels = LevelListener(network, saved)
+        with _AllocationTracker(device) as tracker, casting_rules(device), levels.listening():
             tracker.track(step.tensors(), image)
             step.run(image, tracker, saved)
             gradients = sum(p.grad.nbytes for p in step.parameters if p.grad is not None)
@@ -136,7 +121,7 @@ def training_cost(
         gradients=gradients,
         optimizer_state=step.nbytes_of_optimizers(),
         saved_activations=saved.nbytes,
-        levels=levels.costs(saved),
+        levels=levels.costs(),
         peak=tracker.peak,
         peak_phase=tracker.peak_phase,
         convolution=tracker.convolution,
@@ -235,71 +220,6 @@ class _TrainingStep:
 
     def nbytes_of_optimizers(self) -> int:
         return sum(_nbytes(dict(optimizer.state)) for optimizer in self.optimizers)
-
-
-class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """
-    Counts what a forward pass inside it keeps for the backward pass, on any device, fake or not.
-
-    ``places`` has the bytes of each place; whoever knows where the forward pass is sets ``place``. A storage counts once, at
-    the first place that keeps it.
-
-    Args:
-        apart: tensors that are not counted, such as parameters.
-    """
-
-    def __init__(self, apart: Sequence[torch.Tensor] = ()) -> None:
-        super().__init__(self._keep, lambda tensor: tensor)
-        self.place: Any = None
-        self.places: dict[Any, dict[int, int]] = {}
-        self.known = {tensor.untyped_storage()._cdata for tensor in apart}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all places."""
-        return sum(sum(storages.values()) for storages in self.places.values())
-
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.places.setdefault(self.place, {})[storage._cdata] = storage.nbytes()
-        return tensor
-
-
-class _Levels:
-    """
-    Attributes saved activations to the levels of encoder and decoder: blocks that follow each other and have the same finest
-    grid, that of their input or of their result.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.grids: dict[Any, tuple[int, ...]] = {}
-
-    @contextmanager
-    def listening(self, saved: SavedTensors) -> Iterator[None]:
-        handles = []
-        for part in ("encoder", "decoder"):
-            for i, block in enumerate(getattr(self.network, part).blocks):
-                handles.append(block.register_forward_pre_hook(lambda *_, place=(part, i): setattr(saved, "place", place)))
-                handles.append(
-                    block.register_forward_hook(lambda _, x, y, place=(part, i): self._leave(saved, place, x[0], y))
-                )
-        yield
-        for handle in handles:
-            handle.remove()
-
-    def _leave(self, saved: SavedTensors, place: Any, x: torch.Tensor, y: torch.Tensor) -> None:
-        saved.place = None
-        self.grids[place] = tuple(max(sizes) for sizes in zip(x.shape[2:], y.shape[2:]))
-
-    def costs(self, saved: SavedTensors) -> tuple[LevelCost, ...]:
-        costs = []
-        nbytes = {place: sum(storages.values()) for place, storages in saved.places.items()}
-        for (part, grid), places in itertools.groupby(self.grids, key=lambda place: (place[0], self.grids[place])):
-            costs.append(LevelCost(part, grid, sum(nbytes.pop(place, 0) for place in places)))
-        return (*costs, LevelCost("other", (), sum(nbytes.values())))
 
 
 class _AllocationTracker(TorchDispatchMode):

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.estimates import estimate_plan
 from scripts.losses import kl_divergence
-from scripts.memory import SavedTensors
 from scripts.plans import ROOT, Plan, read_plan
+from scripts.saved_tensors import SavedTensors
 
 __all__ = ["CheckResult", "Configuration", "check_all", "check_configuration", "configurations"]
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from scripts.autoencoderkl import Upsample
 from scripts.lean import GroupNorm, ResidualBlock
-from scripts.memory import SavedTensors
+from scripts.saved_tensors import SavedTensors
 from tests.test_autoencoderkl import build, image_for
 
 
