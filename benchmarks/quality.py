@@ -75,12 +75,9 @@ def train(
     """
     name = name or network
     parser = read_recipe(network, data, device, **overrides)
-    needed = ("scripts.shortcut.ShortcutFitter", "scripts.sampling.RepeatableOrder", "scripts.averaging.WeightAverage")
-    parser["train#handlers"] = [
-        handler
-        for handler in parser["train#handlers"]
-        if handler["_target_"] in needed and (network != MONAI or "Fitter" not in handler["_target_"])
-    ]
+    needed = {"ShortcutFitter", "RepeatableOrder", "WeightAverage"} - ({"ShortcutFitter"} if network == MONAI else set())
+    handlers = parser["train#handlers"]
+    parser["train#handlers"] = [handler for handler in handlers if handler["_target_"].rpartition(".")[2] in needed]
     parser.parse()
     set_determinism(seed=parser.get_parsed_content("seed"))
     trainer = parser.get_parsed_content("train#trainer")

@@ -3,6 +3,7 @@ that a run can go on in the middle of an epoch, with any number of workers or pr
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,10 +12,12 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 from monai.utils import ensure_tuple
+from monai.utils.enums import CommonKeys as Keys
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["Draw", "RepeatableBatchSampler", "RepeatableDataset", "RepeatableOrder"]
+__all__ = ["Draw", "RepeatableBatchSampler", "RepeatableDataset", "RepeatableOrder", "training_patches"]
 
 
 class Draw(NamedTuple):
@@ -123,3 +126,21 @@ class RepeatableOrder:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
+
+
+def training_patches(dataset: Any, sampler: RepeatableBatchSampler) -> Iterator[torch.Tensor]:
+    """
+    Patches as training sees them, epoch after epoch, in the order and with the augmentation that they have there.
+
+    Args:
+        dataset: a :py:class:`RepeatableDataset`.
+        sampler: of its loader.
+
+    Returns:
+        tensors ``1xCxHxWxD``, without end.
+    """
+    for epoch in itertools.count(1):
+        for draw in sampler.draws(epoch):
+            for sample in dataset[draw]:
+                image = sample[Keys.IMAGE]
+                yield (image.as_tensor() if isinstance(image, MetaTensor) else image)[None]

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import ignite.distributed as idist
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from ignite.engine import Engine, Events
-from monai.data import MetaTensor
-from monai.utils.enums import CommonKeys as Keys
-from tqdm.auto import tqdm
 
 from scripts.resampling import depth_to_space, space_to_depth
-from scripts.sampling import RepeatableBatchSampler
 
-__all__ = ["LinearShortcut", "ShortcutFitter", "training_patches"]
+__all__ = ["LinearShortcut"]
 
 MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
 INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 voxels an edge, with 32 coefficients
 CORRECTION_AMPLITUDE = 0.05  # in the image, of a network's correction of 1
 LEAST_SCALE = 1e-3  # deviations below it are noise of no interest in volumes in [0, 1]
 BLOCKS_PER_PATCH = 512
-CODE_PATCHES, NEIGHBOUR_PATCHES = 64, 128  # that a code is fitted to, and then what it decodes from neighbours
 PRIOR_BLOCKS = 1000  # how many blocks of a patch weigh as much as the belief that neighbours tell nothing
-logger = logging.getLogger(__name__)
 
 
 def lowest_frequencies(factors: Sequence[int], count: int) -> list[tuple[int, ...]]:
@@ -317,59 +307,3 @@ def _waves_per_channel(
         functions = functions * along.reshape(len(indices), len(inner_indices), *shape)
     per_channel = torch.einsum("kj...,ab->kajb...", functions, torch.eye(channels, dtype=torch.float64))
     return per_channel.flatten(2, 3).flatten(0, 1)
-
-
-class ShortcutFitter:
-    """
-    Trainer handler that fits a network's linear shortcut to the training data before the first step of a new run, see
-    :py:meth:`LinearShortcut.fit` and :py:meth:`LinearShortcut.fit_neighbours`. Without a shortcut, and in a run that is
-    resumed, it does nothing.
-
-    Args:
-        network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`, not wrapped.
-        sampler: batch sampler of the trainer's loader.
-    """
-
-    def __init__(self, network: Any, sampler: RepeatableBatchSampler) -> None:
-        self.network = network
-        self.sampler = sampler
-
-    def attach(self, engine: Engine) -> None:
-        """Register with a trainer, behind the handler that resumes."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        shortcut = self.network.shortcut
-        if shortcut is None or engine.state.iteration > 0:
-            return
-        total = CODE_PATCHES + NEIGHBOUR_PATCHES
-        loader: Any = engine.state.dataloader
-        patches = itertools.islice(training_patches(loader.dataset, self.sampler), total)
-        silent = idist.get_rank() > 0
-        bar = iter(tqdm(patches, "fitting the shortcut", total, leave=False, unit="patch", disable=silent))
-        with torch.random.fork_rng():  # the same code in one process and in many
-            torch.manual_seed(self.sampler.seed)
-            number = shortcut.fit(itertools.islice(bar, CODE_PATCHES))
-            shortcut.fit_neighbours(bar)
-        if idist.get_world_size() > 1:
-            for tensor in shortcut.state_dict().values():
-                idist.broadcast(tensor, src=0)
-        logger.info(f"linear shortcut: {len(shortcut.outer.analysis)} principal components of {number} blocks")
-
-
-def training_patches(dataset: Any, sampler: RepeatableBatchSampler) -> Iterator[torch.Tensor]:
-    """
-    Patches as training sees them, epoch after epoch, in the order and with the augmentation that they have there.
-
-    Args:
-        dataset: a :py:class:`scripts.sampling.RepeatableDataset`.
-        sampler: of its loader.
-
-    Returns:
-        tensors ``1xCxHxWxD``, without end.
-    """
-    for epoch in itertools.count(1):
-        for draw in sampler.draws(epoch):
-            for sample in dataset[draw]:
-                image = sample[Keys.IMAGE]
-                yield (image.as_tensor() if isinstance(image, MetaTensor) else image)[None]

@@ -10,7 +10,8 @@ from scipy.fft import dctn, idctn
 
 from scripts.metrics import grid_energy
 from scripts.sampling import RepeatableBatchSampler
-from scripts.shortcut import PRIOR_BLOCKS, LinearShortcut, OverlappedTransform, ShortcutFitter, beside_neighbours
+from scripts.shortcut import PRIOR_BLOCKS, LinearShortcut, OverlappedTransform, beside_neighbours
+from scripts.shortcut_fitter import ShortcutFitter
 from tests.conftest import head_like
 from tests.test_autoencoderkl import build, image_for
 
