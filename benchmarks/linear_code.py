@@ -25,15 +25,16 @@ from scripts.sampling import training_patches
 from scripts.shortcut_fitter import CODE_PATCHES, NEIGHBOUR_PATCHES
 
 
-def main(network: str = "8x", data: str = "sample") -> None:
+def main(network: str = "8x", data: str = "sample", **overrides: Any) -> None:
     """
     Print the table.
 
     Args:
         network: name of a preset with a linear shortcut.
         data: ``sample`` or ``clinical``, folders below ``data``.
+        overrides: keys of ``configs/train.json``, such as ``latent_channels``.
     """
-    found = measure(read_recipe(network, data))
+    found = measure(read_recipe(network, data, **overrides))
     volumes = next(iter(found.values()))
     rows = ([code, *(f"{psnr:.2f} dB" for psnr in by_volume.values())] for code, by_volume in found.items())
     print_table(["linear code", *volumes], rows)

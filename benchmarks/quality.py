@@ -34,6 +34,7 @@ from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import print_table
 from benchmarks.large_volumes import PRESETS, preset
 from benchmarks.networks import total_factors
+from scripts.config import check_parser
 from scripts.inferer import autocast_dtype
 from scripts.memory import training_cost
 from scripts.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
@@ -125,6 +126,8 @@ def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) 
         "num_workers": 0,
     }
     parser.update({**settings, **overrides})
+    parser.parse()
+    check_parser(parser)
     return parser
 
 
