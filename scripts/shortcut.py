@@ -19,7 +19,9 @@ INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 
 CORRECTION_AMPLITUDE = 0.05  # in the image, of a network's correction of 1
 LEAST_SCALE = 1e-3  # deviations below it are noise of no interest in volumes in [0, 1]
 BLOCKS_PER_PATCH = 512
-PRIOR_BLOCKS = 1000  # how many blocks of a patch weigh as much as the belief that neighbours tell nothing
+PRIOR_WAVES = 4  # for each latent channel: of how many waves blocks are believed to be made
+RIDGES = (1e5, 3e4, 1e4, 3e3, 1e3, 300.0, 100.0)  # blocks that weigh as much as the belief that neighbours tell nothing
+LEFT_OUT = 4  # one in so many images, to choose among them
 
 
 def lowest_frequencies(factors: Sequence[int], count: int) -> list[tuple[int, ...]]:
@@ -169,6 +171,7 @@ class LinearShortcut(nn.Module):
 
     def __init__(self, in_channels: int, latent_channels: int, factors: Sequence[int]) -> None:
         super().__init__()
+        self.in_channels = in_channels
         inner = tuple(1 for _ in factors)
         if 2 * in_channels * latent_channels * math.prod(factors) > MAX_PARAMETERS:
             inner = tuple(math.gcd(f, INNER_SIZE) for f in factors)
@@ -182,7 +185,7 @@ class LinearShortcut(nn.Module):
             )
         self.outer = _transform(in_channels * len(inner_indices), latent_channels, outer)
         indices = lowest_frequencies(factors, -(-latent_channels // in_channels))
-        functions = _waves_per_channel(indices, inner_indices, outer, inner, in_channels)[:latent_channels]
+        functions = self._lowest_waves(latent_channels)
         self.outer.start_as(functions)
         self.correction_amplitude = CORRECTION_AMPLITUDE  # TorchScript reads no globals
         self.register_buffer("scale", torch.ones(1, latent_channels, *[1] * len(factors)))
@@ -220,7 +223,9 @@ class LinearShortcut(nn.Module):
     def fit(self, images: Iterable[torch.Tensor]) -> int:
         """
         Set the code to the principal components of blocks, the best linear code for them. They are not centred: the first
-        component is close to a block's mean.
+        component is close to a block's mean. Large blocks have more values than there are blocks to learn from, so their
+        covariance is mixed with that of independent cosine waves, each as strong as it is in the blocks. It weighs as
+        much as one block for each value of a block.
 
         Args:
             images: ``BxCxHxWxD`` each, sizes divisible by the factors.
@@ -233,11 +238,14 @@ class LinearShortcut(nn.Module):
             blocks = space_to_depth(x, self.outer.factors).flatten(2).transpose(1, 2).flatten(0, 1)
             found.append(blocks[torch.randperm(len(blocks), device=blocks.device)[:BLOCKS_PER_PATCH]])
         blocks = torch.cat(found)
-        count = min(len(self.outer.analysis), *blocks.shape)
-        _, singular, components = torch.svd_lowrank(blocks, q=min(count + 16, *blocks.shape), niter=4)
-        functions = components.t()[:count] * math.sqrt(self.outer.voxels)
+        count = min(len(self.outer.analysis), blocks.shape[1])
+        waves = self._lowest_waves(PRIOR_WAVES * count).flatten(1).to(blocks) / math.sqrt(self.outer.voxels)
+        strength = (blocks @ waves.t()).square().mean(0).sqrt()
+        rows = torch.cat([blocks, math.sqrt(blocks.shape[1]) * strength[:, None] * waves])
+        components = torch.svd_lowrank(rows, q=min(count + 16, *rows.shape), niter=4)[2][:, :count]
+        functions = components.t() * math.sqrt(self.outer.voxels)
         self.outer.start_as(functions.reshape(count, *self.outer.analysis.shape[1:]))
-        deviation = singular[:count] / math.sqrt(len(blocks) * self.outer.voxels)
+        deviation = (blocks @ components).square().mean(0).sqrt() / math.sqrt(self.outer.voxels)
         self.scale.fill_(1.0)
         self.scale[0, :count] = deviation.clamp(min=LEAST_SCALE).reshape(-1, *self.scale.shape[2:])
         return len(blocks)
@@ -246,7 +254,8 @@ class LinearShortcut(nn.Module):
     def fit_neighbours(self, images: Iterable[torch.Tensor]) -> int:
         """
         Set what is decoded from a block and its neighbours to the best linear estimate of the block: least squares, with a
-        ridge that draws it to the code without neighbours. Without room for them it does nothing.
+        ridge that draws it to the code without neighbours and is as strong as does best on images that are left out. Without
+        room for neighbours it does nothing.
 
         Args:
             images: ``BxCxHxWxD`` each, sizes divisible by the factors.
@@ -260,17 +269,24 @@ class LinearShortcut(nn.Module):
         scale = self.scale.flatten()
         scale = scale.repeat(1 + len(outer.neighbours) // len(scale))[:, None]
         start = torch.cat([outer.synthesis, outer.neighbours]).flatten(1) * scale
-        gram, error, number = torch.diag(torch.full_like(scale[:, 0], PRIOR_BLOCKS)), torch.zeros_like(start), 0
-        for x in map(self._outer_input, images):
+        fitted, left_out = LeastSquares(start), LeastSquares(start)
+        for i, x in enumerate(map(self._outer_input, images)):
             seen = beside_neighbours(outer.encode(x) / self.scale).transpose(0, 1).flatten(1)
             blocks = space_to_depth(x, outer.factors).transpose(0, 1).flatten(1)
-            gram += seen @ seen.t()
-            error += seen @ (blocks - start.t() @ seen).t()
-            number += seen.shape[1]
-        functions = (start + torch.linalg.solve(gram, error)) / scale
+            (left_out if i % LEFT_OUT == LEFT_OUT - 1 else fitted).add(seen, blocks)
+        ridge = min(RIDGES, key=lambda ridge: left_out.error(fitted.solution(ridge)))
+        left_out.add_all(fitted)
+        functions = left_out.solution(ridge) / scale
         outer.synthesis.copy_(functions[: len(outer.synthesis)].view_as(outer.synthesis))
         outer.neighbours.copy_(functions[len(outer.synthesis) :].view_as(outer.neighbours))
-        return number
+        return left_out.number
+
+    def _lowest_waves(self, count: int) -> torch.Tensor:
+        """The ``count`` lowest frequencies of the block's DCT, or as many as there are, as functions of ``outer``."""
+        outer = self.outer.factors
+        inner = [1] * len(outer) if self.inner is None else self.inner.factors
+        indices = lowest_frequencies([f * i for f, i in zip(outer, inner)], -(-count // self.in_channels))
+        return _waves_per_channel(indices, lowest_frequencies(inner, INNER_COUNT), outer, inner, self.in_channels)[:count]
 
     def _outer_input(self, image: torch.Tensor) -> torch.Tensor:
         """What the second of two steps, or the only one, sees of an image."""
@@ -281,6 +297,43 @@ class LinearShortcut(nn.Module):
     def halo(self) -> int:
         """How far :py:meth:`decode` looks, in voxels of the latent."""
         return int(isinstance(self.outer, OverlappedTransform))
+
+
+class LeastSquares:
+    """
+    Linear regression with a ridge, from data that comes in pieces.
+
+    Args:
+        start: the weights that the ridge draws to, features x targets.
+    """
+
+    def __init__(self, start: torch.Tensor) -> None:
+        self.start = start
+        self.gram = start.new_zeros(len(start), len(start))
+        self.product = torch.zeros_like(start)
+        self.number = 0
+
+    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add observations, features x number and targets x number."""
+        self.gram += features @ features.t()
+        self.product += features @ (targets - self.start.t() @ features).t()
+        self.number += features.shape[1]
+
+    def add_all(self, other: LeastSquares) -> None:
+        """Add what another one with the same start has seen."""
+        self.gram += other.gram
+        self.product += other.product
+        self.number += other.number
+
+    def solution(self, ridge: float) -> torch.Tensor:
+        """The weights, where ``ridge`` observations of features with unit variance say that they are those of the start."""
+        regularised = self.gram + ridge * torch.eye(len(self.gram), device=self.gram.device)
+        return self.start + torch.linalg.solve(regularised, self.product)
+
+    def error(self, weights: torch.Tensor) -> float:
+        """Sum of squares that the weights miss, above that of the start."""
+        change = weights - self.start
+        return (change * (self.gram @ change - 2 * self.product)).sum().item()
 
 
 def _waves_per_channel(
