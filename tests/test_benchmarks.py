@@ -74,3 +74,11 @@ def test_each_fit_of_the_linear_shortcut_wins_on_volumes_that_it_did_not_see(tmp
     )
     assert all(len(by_volume) == 1 for by_volume in found.values())
     assert lowest < components < neighbours
+
+
+def test_keys_of_a_benchmark_are_checked_as_those_of_a_run(tmp_path):
+    save_volume(tmp_path / "t1.nii.gz", (16, 16, 16))
+    plain = read_recipe("8x", "sample", dataset_dir=str(tmp_path), linear_shortcut="false")
+    assert plain.get_parsed_content("network_def").shortcut is None
+    with pytest.raises(ValueError, match="latent_chanels.*latent_channels"):
+        read_recipe("8x", "sample", latent_chanels=8)
