@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -261,7 +261,7 @@ class LinearShortcut(nn.Module):
             images: ``BxCxHxWxD`` each, sizes divisible by the factors.
 
         Returns:
-            number of blocks.
+            number of blocks, those that overlap by half included.
         """
         outer = self.outer
         if not isinstance(outer, OverlappedTransform):
@@ -270,10 +270,11 @@ class LinearShortcut(nn.Module):
         scale = scale.repeat(1 + len(outer.neighbours) // len(scale))[:, None]
         start = torch.cat([outer.synthesis, outer.neighbours]).flatten(1) * scale
         fitted, left_out = LeastSquares(start), LeastSquares(start)
-        for i, x in enumerate(map(self._outer_input, images)):
-            seen = beside_neighbours(outer.encode(x) / self.scale).transpose(0, 1).flatten(1)
-            blocks = space_to_depth(x, outer.factors).transpose(0, 1).flatten(1)
-            (left_out if i % LEFT_OUT == LEFT_OUT - 1 else fitted).add(seen, blocks)
+        for i, image in enumerate(map(self._outer_input, images)):
+            seen_by = left_out if i % LEFT_OUT == LEFT_OUT - 1 else fitted
+            for x in _alignments(image, outer.factors):
+                seen = beside_neighbours(outer.encode(x) / self.scale).transpose(0, 1).flatten(1)
+                seen_by.add(seen, space_to_depth(x, outer.factors).transpose(0, 1).flatten(1))
         ridge = min(RIDGES, key=lambda ridge: left_out.error(fitted.solution(ridge)))
         left_out.add_all(fitted)
         functions = left_out.solution(ridge) / scale
@@ -297,6 +298,16 @@ class LinearShortcut(nn.Module):
     def halo(self) -> int:
         """How far :py:meth:`decode` looks, in voxels of the latent."""
         return int(isinstance(self.outer, OverlappedTransform))
+
+
+def _alignments(x: torch.Tensor, factors: Sequence[int]) -> Iterator[torch.Tensor]:
+    """``x``, and what begins half a block later along axes with three blocks or more: other blocks of the same image."""
+    starts = [(0, f // 2) if f > 1 and n >= 3 * f else (0,) for n, f in zip(x.shape[2:], factors)]
+    for start in itertools.product(*starts):
+        shifted = x
+        for axis, (first, f) in enumerate(zip(start, factors), 2):
+            shifted = shifted.narrow(axis, first, x.shape[axis] - (f if first else 0))
+        yield shifted
 
 
 class LeastSquares:

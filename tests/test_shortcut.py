@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -85,10 +86,8 @@ def test_fitted_neighbours_win_on_a_volume_that_was_not_seen(factors):
     unseen = smooth_volume(1000)
     with torch.no_grad():
         alone = code(unseen)
-        assert (
-            code.fit_neighbours([smooth_volume(seed) for seed in range(40, 140)])
-            == 100 * unseen.numel() // code.outer.voxels
-        )
+        overlapped = [2 * n // f - 1 for n, f in zip(unseen.shape[2:], factors)]  # blocks, by half of them
+        assert code.fit_neighbours([smooth_volume(seed) for seed in range(40, 140)]) == 100 * math.prod(overlapped)
         together = code(unseen)
     assert (together - unseen).square().mean() < 0.7 * (alone - unseen).square().mean()
     assert grid_energy(together, factors) < 0.8 * grid_energy(alone, factors)
@@ -97,19 +96,19 @@ def test_fitted_neighbours_win_on_a_volume_that_was_not_seen(factors):
 def test_fitted_neighbours_are_the_ridge_regression():
     torch.manual_seed(0)
     code = LinearShortcut(1, 3, (2, 2))
-    image = torch.rand(1, 1, 16, 16)
-    latent = code.encode(image).detach()
-    code.fit_neighbours([image])
+    images = torch.rand(16, 1, 4, 4)
+    latent = code.encode(images).detach()
+    code.fit_neighbours([images])
     # the same in one piece: prior rows say that each feature decodes to what it does without neighbours
     start = LinearShortcut(1, 3, (2, 2))
-    seen = beside_neighbours(latent).flatten(2)[0].t()
-    blocks = torch.nn.functional.pixel_unshuffle(image, 2).flatten(2)[0].t()
+    seen = beside_neighbours(latent).transpose(0, 1).flatten(1).t()
+    blocks = torch.nn.functional.pixel_unshuffle(images, 2).transpose(0, 1).flatten(1).t()
     functions = torch.zeros(15, 4)
     functions[:3] = (start.outer.synthesis * start.scale.view(3, 1, 1, 1)).flatten(1).detach()
     weight = RIDGES[0] ** 0.5  # with nothing left out to judge by, the strongest
     rows = torch.cat([seen, weight * torch.eye(15)])
     solution = torch.linalg.lstsq(rows, torch.cat([blocks, weight * functions])).solution
-    expected = torch.nn.functional.pixel_shuffle((seen @ solution).t().reshape(1, 4, 8, 8), 2)
+    expected = torch.nn.functional.pixel_shuffle((seen @ solution).t().reshape(4, 16, 2, 2).transpose(0, 1), 2)
     assert torch.allclose(code.decode(latent), expected, atol=1e-5)
 
 
