@@ -271,10 +271,10 @@ class LinearShortcut(nn.Module):
         start = torch.cat([outer.synthesis, outer.neighbours]).flatten(1) * scale
         fitted, left_out = LeastSquares(start), LeastSquares(start)
         for i, image in enumerate(map(self._outer_input, images)):
-            seen_by = left_out if i % LEFT_OUT == LEFT_OUT - 1 else fitted
+            equations = left_out if i % LEFT_OUT == LEFT_OUT - 1 else fitted
             for x in _alignments(image, outer.factors):
                 seen = beside_neighbours(outer.encode(x) / self.scale).transpose(0, 1).flatten(1)
-                seen_by.add(seen, space_to_depth(x, outer.factors).transpose(0, 1).flatten(1))
+                equations.add(seen, space_to_depth(x, outer.factors).transpose(0, 1).flatten(1))
         ridge = min(RIDGES, key=lambda ridge: left_out.error(fitted.solution(ridge)))
         left_out.add_all(fitted)
         functions = left_out.solution(ridge) / scale
