@@ -144,8 +144,8 @@ def _refuse(unexpected: Sequence[Any]) -> None:
 def _what_would_fit(spatial_size: Any, memory_gb: float, device: str, overrides: dict[str, Any]) -> str:
     """Why nothing was found, with what would fit instead."""
     least, changes = leanest(spatial_size, memory_gb, device, **overrides)
-    factors = {key: least.overlay[key] for key in FACTOR_KEYS}
-    return f"nothing fits, not even {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"
+    factors = ", ".join(f"{key} {least.overlay[key]}" for key in FACTOR_KEYS)
+    return f"nothing fits, not even with {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"
 
 
 def _as_dict(estimate: Estimate) -> dict[str, Any]:

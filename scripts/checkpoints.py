@@ -27,6 +27,7 @@ __all__ = ["TrainingResumer", "TrainingSaver", "claim_ckpt_dir", "find_checkpoin
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
+EVALUATOR_STATE: dict[str, type] = {"best_metric": float, "best_metric_epoch": int, "psnr_before": float}
 SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,9 @@ class TrainingSaver:
             "scaler": trainer.scaler.state_dict(),
             "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
             "evaluator": {
-                "best_metric": float(self.evaluator.state.best_metric),
-                "best_metric_epoch": self.evaluator.state.best_metric_epoch,
+                name: kind(getattr(self.evaluator.state, name))
+                for name, kind in EVALUATOR_STATE.items()
+                if hasattr(self.evaluator.state, name)
             },
             "random": _random_states(),
             **{name: item.state_dict() for name, item in self.to_save.items()},

@@ -24,6 +24,7 @@ from scripts.weights import write_atomically
 
 __all__ = ["find_problem", "problem_of_header", "usable_volumes"]
 
+LISTED = 5  # volumes in the log
 SHOWN = 20  # problems in an error message; the log has all
 Lists = dict[str, list[dict[str, str]]]
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def usable_volumes(
         log(f"going on without {len(problems)} of {len(paths)} volumes, because `skip_bad_files` is set")
     for name, items in good.items():
         logger.info(f"{name}: {describe(items)}")
+    logger.info(f"validated on {_listed(good['validation'])}")
     return good
 
 
@@ -131,6 +133,12 @@ def _problem_of_shape(shape: Sequence[int], image_channels: int) -> str | None:
         f"{'is' if image_channels == 1 else 'are'} expected; split it along the fourth axis, or set `image_channels` "
         f"to {channels} if all volumes have as many."
     )
+
+
+def _listed(items: Sequence[dict[str, str]]) -> str:
+    """The first few volumes, each with its folder."""
+    names = ["/".join(Path(item["image"]).parts[-2:]) for item in items[:LISTED]]
+    return ", ".join(names) + f" and {len(items) - LISTED} more" * (len(items) > LISTED)
 
 
 def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_threads: int) -> dict[str, str | None]:

@@ -184,11 +184,17 @@ def what_would_fit(
         the changes that fit, or if none does, those that help, least memory first.
     """
     changes = []
+    needed = _needed(estimate_plan(plan, spatial_size, volume_size, device))
     for what, changed, patch in _changes(plan, tuple(spatial_size)):
         estimate = estimate_plan(changed, patch, volume_size, device)
-        changes.append(Change(what, max(estimate.training_bytes, estimate.inference_bytes)))
+        if _needed(estimate) < needed:
+            changes.append(Change(what, _needed(estimate)))
     fitting = [change for change in changes if change.nbytes <= memory_gb * GIB]
     return fitting or sorted(changes, key=lambda change: change.nbytes)
+
+
+def _needed(estimate: Estimate) -> int:
+    return max(estimate.training_bytes, estimate.inference_bytes)
 
 
 def _changes(plan: Plan, size: tuple[int, ...]) -> Iterator[tuple[str, Plan, tuple[int, ...]]]:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Events
@@ -178,7 +179,6 @@ class BeforeAndAfter:
         self.validator = validator
         self.picture = picture
         self.weights = weights
-        self.before: dict[str, float] = {}
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self._validate_before)
@@ -189,8 +189,9 @@ class BeforeAndAfter:
         if engine.state.iteration > 0:  # resumed
             return
         self.validator.run()
-        self.before = dict(self.validator.state.metrics)
-        logger.info(f"before the first step: validation PSNR {self.before['psnr']:.2f} dB")
+        state: Any = self.validator.state
+        state.psnr_before = state.metrics["psnr"]  # checkpoints hold it
+        logger.info(f"before the first step: validation PSNR {state.psnr_before:.2f} dB")
         # an untrained network is not the best one, and the next validation is the first
         self.validator.state.best_metric = self.validator.state.best_metric_epoch = -1
         self.validator.state.epoch = 0
@@ -202,10 +203,10 @@ class BeforeAndAfter:
     def _report(self, engine: Trainer) -> None:
         if self.validator.state.epoch != engine.state.epoch:  # resumed after the last epoch
             self.validator.run(engine.state.epoch)
-        state = self.validator.state
+        state: Any = self.validator.state
         lines = ["training is complete"]
-        if self.before:
-            lines.append(f"validation PSNR before the first step: {self.before['psnr']:.2f} dB")
+        if hasattr(state, "psnr_before"):
+            lines.append(f"validation PSNR before the first step: {state.psnr_before:.2f} dB")
         lines += [
             f"validation PSNR at the end:            {state.metrics['psnr']:.2f} dB "
             f"(best {state.best_metric:.2f} dB at epoch {state.best_metric_epoch})",

@@ -219,6 +219,11 @@ class LinearShortcut(nn.Module):
         """Image to linear reconstruction."""
         return self.decode(self.encode(x))
 
+    def is_as_built(self) -> bool:
+        """Whether its code is still that of cosine waves: nobody has fitted, trained or loaded it."""
+        waves = self._lowest_waves(len(self.outer.analysis)).to(self.outer.analysis)
+        return torch.equal(self.outer.analysis[: len(waves)], waves)
+
     @torch.no_grad()
     def fit(self, images: Iterable[torch.Tensor]) -> int:
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from typing import Any
 
 import ignite.distributed as idist
@@ -23,7 +24,7 @@ class ShortcutFitter:
     """
     Trainer handler that fits a network's linear shortcut to the training data before the first step of a new run, by
     :py:meth:`scripts.shortcut.LinearShortcut.fit` and :py:meth:`~scripts.shortcut.LinearShortcut.fit_neighbours`. Without a
-    shortcut, and in a run that is resumed, it does nothing.
+    shortcut, with one that was taken over from other weights, and in a run that is resumed, it does nothing.
 
     Args:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`, not wrapped.
@@ -35,12 +36,12 @@ class ShortcutFitter:
         self.sampler = sampler
 
     def attach(self, engine: Engine) -> None:
-        """Register with a trainer, behind the handler that resumes."""
+        """Register with a trainer, behind the handlers that resume and that load weights."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
         shortcut = self.network.shortcut
-        if shortcut is None or engine.state.iteration > 0:
+        if shortcut is None or engine.state.iteration > 0 or not shortcut.is_as_built():
             return
         total = CODE_PATCHES + NEIGHBOUR_PATCHES
         loader: Any = engine.state.dataloader
@@ -54,4 +55,6 @@ class ShortcutFitter:
         if idist.get_world_size() > 1:
             for tensor in shortcut.state_dict().values():
                 idist.broadcast(tensor, src=0)
-        logger.info(f"linear shortcut: {len(shortcut.outer.analysis)} principal components of {number} blocks")
+        components, *block = shortcut.outer.analysis.shape
+        scarce = "; larger patches would tell it more" if number < math.prod(block) else ""
+        logger.info(f"linear shortcut: {components} principal components of {number} blocks{scarce}")

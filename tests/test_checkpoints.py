@@ -135,11 +135,10 @@ def run_with_checkpoints(
     )
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     state = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
-    report = BeforeAndAfter(evaluator, picture="p.png", weights="model.pt")
     handlers = [
         TrainingResumer(str(folder), resume, network, state, evaluator),
         ValidationHandler(interval=2, validator=evaluator),
-        report,
+        BeforeAndAfter(evaluator, picture="p.png", weights="model.pt"),
         TrainingSaver(str(folder), network, state, evaluator),
     ]
     trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs, **arguments)
@@ -147,23 +146,23 @@ def run_with_checkpoints(
     if at_start is not None:
         trainer.add_event_handler(Events.STARTED, at_start)
     trainer.run()
-    return trainer, evaluator, report
+    return trainer, evaluator
 
 
 def test_resumed_training_goes_on_where_it_stopped(tmp_path):
-    _, evaluator, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    best = evaluator.state.best_metric
+    _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    best, before = evaluator.state.best_metric, evaluator.state.psnr_before
     network = small_network()
-    resumed, evaluator, report = run_with_checkpoints(tmp_path, network, epochs=4, resume=True)
+    resumed, evaluator = run_with_checkpoints(tmp_path, network, epochs=4, resume=True)
     assert resumed.state.epoch == 4 and resumed.state.iteration == 12
     assert evaluator.state.best_metric >= best
-    assert report.before == {}  # the network that resumes is not the one before the first step
+    assert evaluator.state.psnr_before == before  # of the network before the very first step
     steps = [s["step"].item() for s in resumed.optimizer.state.values()]
     assert set(steps) == {12.0}
 
 
 def test_resumed_run_has_the_scale_of_the_gradients(tmp_path):
-    first, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, amp=True, amp_dtype="float16")
+    first, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, amp=True, amp_dtype="float16")
     assert first.scaler.state_dict()["_growth_tracker"] > 0 or first.scaler.get_scale() < 65536
     found = []
 
@@ -179,7 +178,7 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path, caplog):
     run_with_checkpoints(tmp_path, network, epochs=2)
     before = find_checkpoints(tmp_path)[0].read_bytes()
     caplog.set_level("INFO")
-    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
+    trainer, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
     assert trainer.state.iteration == 6
     assert find_checkpoints(tmp_path)[0].read_bytes() == before
     assert "all 2 epochs are done" in caplog.text and "validation PSNR at the end" in caplog.text
@@ -218,7 +217,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog
     newest, before = find_checkpoints(tmp_path)
     damage(newest, how)
     caplog.set_level("INFO")
-    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
+    trainer, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
     assert trainer.state.epoch == 3
     assert f"{newest} {'holds code (' if how == 'payload' else 'is damaged'}" in caplog.text
     assert f"resumed {before} after iteration 3" in caplog.text
@@ -249,7 +248,7 @@ def test_longer_run_stretches_the_schedule(tmp_path):
 
 def test_other_number_of_batches_goes_on_at_an_epoch(tmp_path, caplog):
     run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    trainer, _, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True, num_images=5)
+    trainer, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True, num_images=5)
     assert "an epoch has 5 batches and had 3: going on after epoch 2" in caplog.text
     assert (trainer.state.epoch, trainer.state.iteration) == (3, 15)
 
@@ -273,9 +272,9 @@ def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_p
         save_weights(network, path)
 
     monkeypatch.setattr("scripts.checkpoints.save_weights", record)
-    _, evaluator, report = run_with_checkpoints(tmp_path, small_network(), epochs=5)
+    _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=5)
     assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (30.0, 4)
-    assert report.before["psnr"] == 40.0
+    assert evaluator.state.psnr_before == 40.0
     assert len(saved) == 2
     best = small_network()
     load_weights(best, tmp_path / WEIGHTS)

@@ -74,6 +74,7 @@ def test_all_bad_volumes_are_listed_before_the_run_stops_or_goes_on_without_them
     good = usable_volumes(lists, 1, True, cache)
     assert good == {"training": lists["training"][:3], "validation": lists["validation"]}
     assert "going on without 2 of 6" in caplog.text and "training: 3 volumes, size 8x9x10" in caplog.text
+    assert f"validated on {tmp_path.name}/0.nii" in caplog.text
     lists["validation"] = lists["training"][3:]
     with pytest.raises(ValueError, match="nothing is left for validation"):
         usable_volumes(lists, 1, True, cache)

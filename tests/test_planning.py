@@ -22,6 +22,7 @@ from scripts.planning import estimate_memory, recommend_downsample_factors
 from scripts.plans import TRAIN
 from scripts.recommendations import leanest, write_overlay
 from scripts.self_test import Configuration, check_all, check_configuration, configurations
+from scripts.tables import verdict
 from tests.conftest import ROOT, SMALL, bundle_run
 
 TINY = {"channels": [4, 8, 8], "latent_channels": 8}
@@ -194,9 +195,16 @@ def test_voxels_per_latent_set_the_latent_channels():
 
 def test_what_fits_nowhere_comes_with_what_would():
     assert recommend_downsample_factors(192, memory_gb=0.7, **TINY) == []
-    _, changes = leanest(192, 0.7, **TINY)
-    assert changes
+    least, changes = leanest(192, 0.7, **TINY)
+    assert changes and all(change.nbytes < least.estimate.training_bytes for change in changes)
     assert any("patch_size" in change.what for change in changes)
+
+
+def test_verdict_says_when_no_change_helps():
+    estimate = estimate_memory(16, **TINY)
+    said = verdict(estimate, 0.1, [])
+    assert "training does not fit into 0.1 GiB" in said and "makes it smaller" in said
+    assert "smaller" not in verdict(estimate, 8, [])
 
 
 def test_verdict_names_changes_that_are_enough(capsys):

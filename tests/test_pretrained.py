@@ -103,6 +103,7 @@ def test_validation_before_the_first_step_is_that_of_monais_network(of_monai, da
     torch.save(of_monai.state_dict(), tmp_path / "monai.pt")
     flow = training(data, tmp_path / "eval", "presets/4x.json", pretrained=str(tmp_path / "monai.pt"), fast_dev_run=True)
     flow.run()
+    assert "principal components" not in caplog.text
     image, prediction = flow.first
     with torch.no_grad():
         expected = of_monai.reconstruct(image)
@@ -129,10 +130,11 @@ def test_weights_of_monais_network_are_found_in_every_form(form, tmp_path, caplo
     assert not messages(caplog)
 
 
-def test_shipped_weights_keep_their_shortcut_though_another_is_fitted_and_resuming_wins(data, tmp_path, caplog):
+def test_shipped_weights_keep_their_shortcut_though_a_run_fits_it_and_resuming_wins(data, tmp_path, caplog):
     keys = {"pretrained": "true", "fit_shortcut": True, "epochs": 2}  # the first step has a learning rate of 0
     flow = training(data, tmp_path / "eval", **keys)
     flow.run()
+    assert "principal components" not in caplog.text
     image, prediction = flow.first
     shipped = AutoencoderKL(**flow.network_def.arguments).eval()
     load_weights(shipped, ROOT / "models/model.pt")

@@ -166,6 +166,16 @@ def test_fitter_fits_a_new_run_alike_in_every_process_and_leaves_a_resumed_one(m
         assert not torch.equal(weights[0][name], weights[2][name])
 
 
+def test_a_code_that_was_fitted_or_loaded_is_not_fitted_again():
+    fitted = shortcut_network()
+    fitted.shortcut.fit([torch.rand(1, 1, 16, 16, 16)])
+    loaded = shortcut_network()
+    assert loaded.shortcut.is_as_built() and LinearShortcut(2, 20, (2, 2)).is_as_built()
+    loaded.load_state_dict(fitted.state_dict())
+    ShortcutFitter(loaded, sampler=None)(SimpleNamespace(state=SimpleNamespace(iteration=0)))
+    assert all(torch.equal(weight, fitted.state_dict()[name]) for name, weight in loaded.state_dict().items())
+
+
 def test_network_starts_as_a_small_correction_of_the_shortcut():
     network = shortcut_network()
     image = image_for(network, 4)
