@@ -74,7 +74,7 @@ def train(
         name: of the row; None is the network's.
         overrides: keys of ``configs/train.json``, for another recipe.
     """
-    name = name or network
+    name = str(name or network)  # the command line reads [4,2] as a list
     parser = read_recipe(network, data, device, **overrides)
     needed = {"ShortcutFitter", "RepeatableOrder", "WeightAverage"} - ({"ShortcutFitter"} if network == MONAI else set())
     handlers = parser["train#handlers"]
