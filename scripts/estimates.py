@@ -206,7 +206,7 @@ def _changes(plan: Plan, size: tuple[int, ...]) -> Iterator[tuple[str, Plan, tup
                 size,
             )
         if not plan.network.use_checkpoint:
-            yield "activation checkpointing (network_def#use_checkpoint true)", plan.with_network(use_checkpoint=True), size
+            yield "activation checkpointing (use_checkpoint true)", plan.with_network(use_checkpoint=True), size
         for divisor in (2, 4):
             factors = plan.network.total_downsample_factor
             patch = tuple(max(n // divisor // f, 1) * f for n, f in zip(size, factors))
