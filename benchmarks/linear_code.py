@@ -46,12 +46,11 @@ def measure(parser: ConfigParser) -> dict[str, dict[str, float]]:
     Fit the shortcut as training does.
 
     Args:
-        parser: of a config that trains.
+        parser: of :py:func:`benchmarks.quality.read_recipe`.
 
     Returns:
         PSNR by the name of the code, then by that of the validation volume.
     """
-    parser.parse()
     set_determinism(seed=parser.get_parsed_content("seed"))
     network: Any = parser.get_parsed_content("network_def")
     shortcut, factors = network.shortcut, network.total_downsample_factor

@@ -66,9 +66,14 @@ class Estimate:
         """Memory that reconstruction needs, the same margin included."""
         return _with_margin(self.inference, self.device)
 
+    @property
+    def needed_bytes(self) -> int:
+        """The larger of the two."""
+        return max(self.training_bytes, self.inference_bytes)
+
     def fits(self, memory_gb: float) -> bool:
         """Whether training and reconstruction both fit into ``memory_gb`` GiB."""
-        return max(self.training_bytes, self.inference_bytes) <= memory_gb * GIB
+        return self.needed_bytes <= memory_gb * GIB
 
 
 @dataclass(frozen=True)
@@ -184,17 +189,13 @@ def what_would_fit(
         the changes that fit, or if none does, those that help, least memory first.
     """
     changes = []
-    needed = _needed(estimate_plan(plan, spatial_size, volume_size, device))
+    needed = estimate_plan(plan, spatial_size, volume_size, device).needed_bytes
     for what, changed, patch in _changes(plan, tuple(spatial_size)):
         estimate = estimate_plan(changed, patch, volume_size, device)
-        if _needed(estimate) < needed:
-            changes.append(Change(what, _needed(estimate)))
+        if estimate.needed_bytes < needed:
+            changes.append(Change(what, estimate.needed_bytes))
     fitting = [change for change in changes if change.nbytes <= memory_gb * GIB]
     return fitting or sorted(changes, key=lambda change: change.nbytes)
-
-
-def _needed(estimate: Estimate) -> int:
-    return max(estimate.training_bytes, estimate.inference_bytes)
 
 
 def _changes(plan: Plan, size: tuple[int, ...]) -> Iterator[tuple[str, Plan, tuple[int, ...]]]:

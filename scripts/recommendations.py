@@ -123,7 +123,7 @@ def leanest(
     coarse = [candidate for candidate in every if max(candidate.initial) >= MAX_INITIAL]
     bar = tqdm(coarse, desc="looking for the leanest", leave=False)
     lean = [_recommendation(candidate, plan, None, device, overrides) for candidate in bar]
-    least = min(lean, key=lambda item: max(item.estimate.training_bytes, item.estimate.inference_bytes))
+    least = min(lean, key=lambda item: item.estimate.needed_bytes)
     factors = {key: least.overlay[key] for key in FACTOR_KEYS}
     padded = least.padded_size
     return least, what_would_fit(plan.with_network(**factors), padded, padded, memory_gb, device)

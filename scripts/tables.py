@@ -65,7 +65,6 @@ def estimate_table(estimate: Estimate) -> str:
 def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change]) -> str:
     """Whether an estimate fits into a budget, and what would."""
     lines = []
-    fits_all = max(estimate.training_bytes, estimate.inference_bytes) <= memory_gb * GIB
     for what, needed in (("training", estimate.training_bytes), ("reconstruction", estimate.inference_bytes)):
         if needed:
             fits = "fits" if needed <= memory_gb * GIB else "does not fit"
@@ -75,7 +74,7 @@ def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change]) -> 
             "what would fit:" if changes[0].nbytes <= memory_gb * GIB else "no single change is enough; what helps:"
         )
         lines += [f"  {change.what}: {memory(change.nbytes)}" for change in changes]
-    elif not fits_all:
+    elif not estimate.fits(memory_gb):
         lines.append("no change of batch, patch, checkpointing or initial factor makes it smaller")
     return "\n".join(lines)
 
