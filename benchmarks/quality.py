@@ -1,10 +1,12 @@
 """How good the reconstructions are after equal training time from scratch, on volumes that training never saw.
 
+    python -m benchmarks.quality rows
     python -m benchmarks.quality train --network 8x --data sample --minutes 20
     python -m benchmarks.quality tables
     python -m benchmarks.quality plot
 
-`train` takes a preset's name or `MONAI` and leaves a row, the weights and a picture per volume in eval/quality; `tables`
+`train` takes a preset's name or `MONAI` and leaves a row, the weights and a picture per volume in eval/quality; `rows` does
+so for all rows of quality_rows.json that are not there yet, each by one thread in a process of its own; `tables`
 prints the rows that are there in Markdown, beside what needs no training: the block-wise cosine transform with as many
 numbers, and trilinear shrinking; `plot` draws them against the memory of training. Training time is the processor time of
 the training process over the number of its threads, so that whatever else runs on the machine takes nothing away; on a GPU
@@ -15,8 +17,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +48,8 @@ from scripts.picture import draw_reconstruction
 from scripts.resampling import pad_to_multiple
 
 RESULTS = Path("eval/quality")
+ROWS = Path(__file__).with_name("quality_rows.json")
+MINUTES = 12.0  # of training, for a row that names no other time
 MONAI = "MONAI"
 LEVELS = {"channels": [32, 64, 128], "num_res_blocks": 1, "norm_num_groups": 1, "attention_levels": [False] * 3}
 MONAI_NETWORK = {
@@ -58,7 +66,7 @@ PATCHES = {"sample": [64, 64, 64], "clinical": [96, 96, 32]}  # about as many vo
 def train(
     network: str,
     data: str = "sample",
-    minutes: float = 20.0,
+    minutes: float = MINUTES,
     device: str = "cpu",
     name: str | None = None,
     **overrides: Any,
@@ -74,7 +82,7 @@ def train(
         name: of the row; None is the network's.
         overrides: keys of ``configs/train.json``, for another recipe.
     """
-    name = str(name or network)  # the command line reads [4,2] as a list
+    name = str(name or network)
     parser = read_recipe(network, data, device, **overrides)
     needed = {"ShortcutFitter", "RepeatableOrder", "WeightAverage"} - ({"ShortcutFitter"} if network == MONAI else set())
     handlers = parser["train#handlers"]
@@ -97,8 +105,32 @@ def train(
         "latent_channels": parser.get_parsed_content("network_def#latent_channels"),
         "volumes": measure_volumes(parser, trained, f"{RESULTS}/{data}-{name}-"),
     }
-    (RESULTS / f"{data}-{name}.json").write_text(json.dumps(row, indent=2))
+    result_path({"data": data, "name": name}).write_text(json.dumps(row, indent=2))
     print(json.dumps(row), flush=True)
+
+
+def rows(jobs: int = 1) -> None:
+    """
+    Train every row of ``quality_rows.json`` that has no result yet.
+
+    Args:
+        jobs: rows that are trained at the same time.
+    """
+    missing = [row for row in json.loads(ROWS.read_text()) if not result_path(row).exists()]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train_apart, missing))
+
+
+def train_apart(row: dict[str, Any]) -> None:
+    """Train a row by one thread in a process of its own."""
+    arguments = [f"--{key}={value!r}" for key, value in row.items()]
+    command = [sys.executable, "-m", "benchmarks.quality", "train", *arguments]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def result_path(row: dict[str, Any]) -> Path:
+    """Where the numbers of a row are."""
+    return RESULTS / f"{row['data']}-{row.get('name', row['network'])}.json"
 
 
 def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) -> ConfigParser:
@@ -293,4 +325,4 @@ def table_row(row: dict[str, Any], volume: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    fire.Fire({"train": train, "tables": tables, "plot": plot})
+    fire.Fire({"rows": rows, "train": train, "tables": tables, "plot": plot})
