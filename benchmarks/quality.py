@@ -130,7 +130,7 @@ def train_apart(row: dict[str, Any]) -> None:
 
 def result_path(row: dict[str, Any]) -> Path:
     """Where the numbers of a row are."""
-    return RESULTS / f"{row['data']}-{row.get('name', row['network'])}.json"
+    return RESULTS / f"{row['data']}-{row.get('name') or row['network']}.json"
 
 
 def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) -> ConfigParser:

@@ -1,9 +1,7 @@
-"""Shared pieces: the bundle's root, small volumes on disk, and the command line as a user types it."""
+"""Shared pieces: the bundle's root, and small volumes on disk."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -42,30 +40,3 @@ def volumes(tmp_path: Path) -> Path:
         save_volume(folder / f"sub-{i:02d}" / f"sub-{i:02d}_T1w.nii.gz", shape, seed=i)
     save_volume(folder / "sub-00" / "sub-00_dseg.nii.gz", (24, 24, 24))
     return folder
-
-
-def bundle_run(run_id: str, *config_files: str, cwd: Path = ROOT, check: bool = True, **overrides: str):
-    """``python -m monai.bundle run`` in a process of its own; returns it, with its output in ``stdout``."""
-    root = ROOT if cwd != ROOT else Path(".")
-    files = [str(root / "configs" / name) for name in config_files]
-    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
-    command += [
-        "--meta_file",
-        str(root / "configs/metadata.json"),
-        "--logging_file",
-        str(root / "configs/logging.conf"),
-    ]
-    for key, value in overrides.items():
-        command += [f"--{key}", value]
-    process = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    if check and process.returncode != 0:
-        pytest.fail(f"{' '.join(command)}\nended with {process.returncode}:\n{process.stdout[-5000:]}")
-    return process

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, SMALL, bundle_run, save_volume
+from tests.conftest import ROOT, SMALL, save_volume
+from tests.processes import bundle_run
 
 EVALUATE = ("train.json", "evaluate.json")
 NETWORK = {key: SMALL[key] for key in ("channels", "latent_channels", "device", "num_workers")}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from scripts.checks import find_problem, usable_volumes
-from tests.conftest import bundle_run, head_like, save_volume
+from tests.conftest import head_like, save_volume
+from tests.processes import bundle_run
 
 SHAPE = (8, 9, 10)
 

@@ -130,11 +130,10 @@ def test_process_that_dies_takes_the_job_down_with_an_error(data, tmp_path):
             until(lambda: list(tmp_path.glob("checkpoints/checkpoint_*")))
             victim = int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1])
             os.kill(victim, signal.SIGKILL)
-            start = time.monotonic()
             output, _ = job.communicate(timeout=60)
         finally:
             job.kill()
-    assert job.returncode == 1 and time.monotonic() - start < 60
+    assert job.returncode == 1
     assert "SIGKILL" in output
 
 

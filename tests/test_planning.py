@@ -23,7 +23,8 @@ from scripts.plans import TRAIN
 from scripts.recommendations import leanest, write_overlay
 from scripts.self_test import Configuration, check_all, check_configuration, configurations
 from scripts.tables import verdict
-from tests.conftest import ROOT, SMALL, bundle_run
+from tests.conftest import ROOT, SMALL
+from tests.processes import bundle_run
 
 TINY = {"channels": [4, 8, 8], "latent_channels": 8}
 
@@ -194,10 +195,17 @@ def test_voxels_per_latent_set_the_latent_channels():
 
 
 def test_what_fits_nowhere_comes_with_what_would():
-    assert recommend_downsample_factors(192, memory_gb=0.7, **TINY) == []
-    least, changes = leanest(192, 0.7, **TINY)
+    two_levels = {"channels": [4, 8], "downsample_factors": [2], "latent_channels": 8}
+    assert recommend_downsample_factors(48, memory_gb=0.6, **two_levels) == []
+    least, changes = leanest(48, 0.6, **two_levels)
+    assert max(least.initial_downsample_factor) >= 4
     assert changes and all(change.nbytes < least.estimate.training_bytes for change in changes)
     assert any("patch_size" in change.what for change in changes)
+
+
+def test_leanest_of_a_volume_too_small_for_large_factors():
+    least, _ = leanest(8, 0.6, channels=[4, 8], downsample_factors=[2], latent_channels=8)
+    assert least.initial_downsample_factor == (2, 2, 2)
 
 
 def test_verdict_says_when_no_change_helps():

@@ -1,8 +1,4 @@
-"""Training runs of configs/train.json for tests, each in a fresh process of its own.
-
-The processes come from a fork server that has imported everything and computed nothing: forking a process in which autograd
-or OpenMP threads have run leaves the child with their locks and without their threads.
-"""
+"""Training runs of configs/train.json for tests, each in a fresh process of its own."""
 
 from __future__ import annotations
 
@@ -14,14 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.utils.tensorboard  # imported once, in the server
 from monai.bundle import ConfigWorkflow
 
 from scripts.checkpoints import find_checkpoints
 from tests.conftest import ROOT
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__])
+from tests.processes import SERVER
 
 KEYS = {
     "channels": [4, 8, 8],

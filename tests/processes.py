@@ -1,0 +1,59 @@
+"""Commands as a user types them, each in a fresh process that does not pay for the imports again.
+
+The processes come from a fork server that has imported everything and computed nothing: forking a process in which autograd
+or OpenMP threads have run leaves the child with their locks and without their threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import monai.bundle  # noqa: F401  imported once, in the server
+import pytest
+import torch.utils.tensorboard  # noqa: F401  ditto
+
+from tests.conftest import ROOT
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])
+
+
+def bundle_run(run_id: str, *config_files: str, cwd: Path = ROOT, check: bool = True, **overrides: str) -> SimpleNamespace:
+    """``python -m monai.bundle run``; returns what came of it: its ``returncode``, and all that it printed in ``stdout``."""
+    root = ROOT if cwd != ROOT else Path(".")
+    files = [str(root / "configs" / name) for name in config_files]
+    command = ["run", run_id, "--config_file", str(files)]
+    command += ["--meta_file", str(root / "configs/metadata.json"), "--logging_file", str(root / "configs/logging.conf")]
+    command += [word for key, value in overrides.items() for word in (f"--{key}", value)]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = SERVER.Process(target=_run_module, args=("monai.bundle", command, cwd, log))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        printed = log.read_text()
+    if check and process.exitcode != 0:
+        pytest.fail(f"monai.bundle {' '.join(command)}\nended with {process.exitcode}:\n{printed[-5000:]}")
+    return SimpleNamespace(returncode=process.exitcode, stdout=printed)
+
+
+def _run_module(name: str, arguments: list[str], cwd: Path, log: Path) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, sys.stdout.fileno())
+    os.dup2(output, sys.stderr.fileno())
+    os.chdir(cwd)
+    sys.argv = [name, *arguments]
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
