@@ -112,15 +112,16 @@ def leanest(
     spatial_size: int | Sequence[int], memory_gb: float, device: str = "cuda", **overrides: Any
 ) -> tuple[Recommendation, list[Change]]:
     """
-    For a request that nothing fits: of the configurations with an initial factor of 4 or more the one that needs least, and
-    :py:func:`what_would_fit` for it.
+    For a request that nothing fits: of the configurations with an initial factor of 4 or more (or the largest, where the
+    volume is too small for 4), the one that needs least, and :py:func:`what_would_fit` for it.
 
     The arguments are those of :py:func:`recommend_downsample_factors`.
     """
     plan = read_plan(**overrides)
     size = voxels("spatial_size", spatial_size, plan.network.arguments["spatial_dims"])
     every = candidates(size, None, len(plan.network.downsample_factors), target=1)
-    coarse = [candidate for candidate in every if max(candidate.initial) >= MAX_INITIAL]
+    largest = max(max(candidate.initial) for candidate in every)
+    coarse = [candidate for candidate in every if max(candidate.initial) >= min(MAX_INITIAL, largest)]
     bar = tqdm(coarse, desc="looking for the leanest", leave=False)
     lean = [_recommendation(candidate, plan, None, device, overrides) for candidate in bar]
     least = min(lean, key=lambda item: item.estimate.needed_bytes)
