@@ -56,7 +56,7 @@ def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
     names = [path.name for path in (*present, folder / WEIGHTS) if path.exists()]
     if names and not resume and not overwrite:
         raise FileExistsError(
-            f"`ckpt_dir` {ckpt_dir!r} holds {' and '.join(names)} of another run. Go on with it (`--resume true`), "
+            f"`ckpt_dir` {ckpt_dir!r} holds {' and '.join(names)} of an earlier run. Go on with it (`--resume true`), "
             "replace it (`--overwrite true`), or choose another `ckpt_dir` or `output_dir`."
         )
     if idist.get_rank() > 0:

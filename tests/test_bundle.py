@@ -86,7 +86,7 @@ def test_second_run_into_the_folder_is_refused_and_resume_goes_on(trained):
     weights = (folder / "eval/checkpoints/checkpoint_00000004.pt").read_bytes()
     refused = bundle_run("training", "train.json", check=False, **arguments)
     assert refused.returncode != 0
-    assert "checkpoint_00000004.pt and checkpoint_00000002.pt and model.pt of another run" in refused.stdout
+    assert "checkpoint_00000004.pt and checkpoint_00000002.pt and model.pt of an earlier run" in refused.stdout
     assert (folder / "eval/checkpoints/checkpoint_00000004.pt").read_bytes() == weights
 
     resumed = bundle_run("run", "train.json", resume="true", epochs="3", val_interval="2", **arguments)
