@@ -1,4 +1,5 @@
 # make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
+# make quality: train every row of the quality tables.
 # make release: the bundle as one file to share, in dist/.
 # Further config keys go through ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
 
@@ -8,7 +9,7 @@ CONFIGS := --meta_file configs/metadata.json --logging_file configs/logging.conf
 ARGS ?=
 DEVICE ?= cpu
 
-.PHONY: train test bench lint clinical-data release
+.PHONY: train test bench quality lint clinical-data release
 
 train: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
@@ -22,6 +23,11 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.planning_requests
 	$(BIN)/python -m benchmarks.loop --device $(DEVICE)
+
+quality: .venv/installed
+	$(BIN)/python -m benchmarks.quality rows $(ARGS)
+	$(BIN)/python -m benchmarks.quality tables
+	$(BIN)/python -m benchmarks.quality plot
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from ignite.engine import Engine
@@ -11,7 +13,7 @@ from benchmarks.cost import saved_activations
 from benchmarks.linear_code import measure
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
-from benchmarks.quality import Budget, read_recipe
+from benchmarks.quality import ROWS, Budget, read_recipe, result_path
 from tests.conftest import save_volume
 
 
@@ -82,3 +84,17 @@ def test_keys_of_a_benchmark_are_checked_as_those_of_a_run(tmp_path):
     assert plain.get_parsed_content("network_def").shortcut is None
     with pytest.raises(ValueError, match="latent_chanels.*latent_channels"):
         read_recipe("8x", "sample", latent_chanels=8)
+
+
+def test_rows_of_quality_are_what_their_names_say_and_overwrite_none():
+    rows = json.loads(ROWS.read_text())
+    assert len({result_path(row) for row in rows}) == len(rows)
+    for row in rows:
+        overrides = {key: value for key, value in row.items() if key not in ("network", "data", "name", "minutes")}
+        config = read_recipe(row["network"], row["data"], **overrides).config  # checks the keys
+        name = row.get("name", row["network"])
+        if "[" in name:
+            levels = [int(f) for f in name[name.index("[") + 1 : -1].split(",")]
+            initial = int(name.split()[1]) if name.startswith("initial") else 1
+            assert (config["initial_downsample_factor"], config["downsample_factors"]) == (initial, levels)
+            assert config["initial_mode"] == "conv" and not config["linear_shortcut"]
