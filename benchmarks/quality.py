@@ -277,13 +277,16 @@ def plot(path: str = "docs/quality.png") -> None:
     names = {"psnr": "network", "dct_psnr": "block DCT of equal size", "trilinear_psnr": "trilinear shrinking"}
     rows = [row for row in read_rows() if row["network"] in (MONAI, *PRESETS)]  # those of another recipe are left out
     volumes = sorted({name for row in rows for name in row["volumes"]})
+    highest: dict[str, tuple[float, float]] = {}  # dB and GiB, where a network's name is written
     for row in rows:
         network = preset(row["network"]) if row["network"] != MONAI else MonaiAutoencoderKL(**monai_arguments())
         memory = training_cost(network, (256, 256, 256)).peak / 2**30
         for name, volume in row["volumes"].items():
             for key, marker in markers.items():
                 axes.scatter(memory, volume[key], marker=marker, color=f"C{volumes.index(name)}", s=60)
-            axes.annotate(row["network"], (memory, volume["psnr"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+            highest[row["network"]] = max(highest.get(row["network"], (0.0, 0.0)), (volume["psnr"], memory))
+    for name, (psnr, memory) in highest.items():
+        axes.annotate(name, (memory, psnr), xytext=(6, 4), textcoords="offset points", fontsize=8)
     for index, name in enumerate(volumes):
         axes.scatter([], [], marker="s", color=f"C{index}", label=name)
     for key, marker in markers.items():
