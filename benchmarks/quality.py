@@ -133,6 +133,16 @@ def result_path(row: dict[str, Any]) -> Path:
     return RESULTS / f"{row['data']}-{row.get('name') or row['network']}.json"
 
 
+def recipe_of_row(name: str, data: str) -> ConfigParser:
+    """The recipe of a row of ``quality_rows.json``."""
+    listed = {result_path(row): row for row in json.loads(ROWS.read_text())}
+    row = listed.get(result_path({"data": data, "name": name}))
+    if row is None:
+        raise ValueError(f"{ROWS.name} has no row {name!r} trained on {data!r}; it has {', '.join(p.stem for p in listed)}.")
+    overrides = {key: value for key, value in row.items() if key not in ("network", "data", "name", "minutes")}
+    return read_recipe(row["network"], data, **overrides)
+
+
 def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) -> ConfigParser:
     """
     The recipe of ``configs/train.json`` without an end.

@@ -16,7 +16,8 @@ from monai.inferers import SlidingWindowInferer
 from monai.metrics import PSNRMetric
 
 from benchmarks.cost import print_table
-from benchmarks.quality import RESULTS, read_recipe, validation_volumes
+from benchmarks.networks import total_factors
+from benchmarks.quality import RESULTS, at_any_size, recipe_of_row, validation_volumes
 
 NEAREST = 0.03  # of a crop's size, the width of a Gaussian window that leaves next to nothing to the other crops
 
@@ -27,17 +28,18 @@ def main(network: str = "8x", data: str = "sample") -> None:
     Print the table.
 
     Args:
-        network: name of a preset.
+        network: name of a row of ``quality_rows.json``.
         data: ``sample`` or ``clinical``, folders below ``data``.
     """
-    parser = read_recipe(network, data)
+    network = str(network)
+    parser = recipe_of_row(network, data)
     trained: Any = parser.get_parsed_content("network_def")
     trained.load_state_dict(torch.load(RESULTS / f"{data}-{network}.pt", weights_only=True))
     trained.eval()
 
     def whole(image: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return trained.reconstruct(image).float()
+            return at_any_size(trained.reconstruct, image, list(total_factors(trained))).float()
 
     crops = SlidingWindowInferer(parser["patch_size"], overlap=0.5, mode="gaussian", sigma_scale=NEAREST)
     metric: Any = PSNRMetric(max_val=1.0)

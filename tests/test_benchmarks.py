@@ -13,7 +13,7 @@ from benchmarks.cost import saved_activations
 from benchmarks.linear_code import measure
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
-from benchmarks.quality import ROWS, Budget, read_recipe, result_path
+from benchmarks.quality import ROWS, Budget, read_recipe, recipe_of_row, result_path
 from tests.conftest import save_volume
 
 
@@ -90,11 +90,12 @@ def test_rows_of_quality_are_what_their_names_say_and_overwrite_none():
     rows = json.loads(ROWS.read_text())
     assert len({result_path(row) for row in rows}) == len(rows)
     for row in rows:
-        overrides = {key: value for key, value in row.items() if key not in ("network", "data", "name", "minutes")}
-        config = read_recipe(row["network"], row["data"], **overrides).config  # checks the keys
         name = row.get("name", row["network"])
+        config = recipe_of_row(name, row["data"]).config  # checks the keys
         if "[" in name:
             levels = [int(f) for f in name[name.index("[") + 1 : -1].split(",")]
             initial = int(name.split()[1]) if name.startswith("initial") else 1
             assert (config["initial_downsample_factor"], config["downsample_factors"]) == (initial, levels)
             assert config["initial_mode"] == "conv" and not config["linear_shortcut"]
+    with pytest.raises(ValueError, match="no row '9x' trained on 'sample'; it has sample-8x, "):
+        recipe_of_row("9x", "sample")
