@@ -109,7 +109,7 @@ def train(
     print(json.dumps(row), flush=True)
 
 
-def rows(jobs: int = 1) -> None:
+def train_rows(jobs: int = 1) -> None:
     """
     Train every row of ``quality_rows.json`` that has no result yet.
 
@@ -338,4 +338,4 @@ def table_row(row: dict[str, Any], volume: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    fire.Fire({"rows": rows, "train": train, "tables": tables, "plot": plot})
+    fire.Fire({"rows": train_rows, "train": train, "tables": tables, "plot": plot})

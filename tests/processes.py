@@ -33,27 +33,27 @@ def bundle_run(run_id: str, *config_files: str, cwd: Path = ROOT, check: bool = 
     command += [word for key, value in overrides.items() for word in (f"--{key}", value)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        process = SERVER.Process(target=_run_module, args=("monai.bundle", command, cwd, log))
+        process = SERVER.Process(target=_run_bundle, args=(command, cwd, log))
         process.start()
         process.join(300)
+        printed = log.read_text()
         if process.exitcode is None:
             process.kill()
-            process.join()
-        printed = log.read_text()
+            pytest.fail(f"monai.bundle {' '.join(command)}\nhangs:\n{printed[-5000:]}")
     if check and process.exitcode != 0:
         pytest.fail(f"monai.bundle {' '.join(command)}\nended with {process.exitcode}:\n{printed[-5000:]}")
     return SimpleNamespace(returncode=process.exitcode, stdout=printed)
 
 
-def _run_module(name: str, arguments: list[str], cwd: Path, log: Path) -> None:
+def _run_bundle(arguments: list[str], cwd: Path, log: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
     os.chdir(cwd)
-    sys.argv = [name, *arguments]
+    sys.argv = ["monai.bundle", *arguments]
     try:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

@@ -47,5 +47,6 @@ def test_interrupted_preparation_is_not_taken_for_whole(tissues, tmp_path, monke
 
 def test_training_volumes_differ_and_come_out_the_same_again(tissues):
     heads = [sample_data._synthesise_head(tissues[:, 60:90, 100:130, 80:110], seed) for seed in (0, 1, 0)]
+    assert heads[0].shape == (30, 30, 30) and np.unique(heads[0].astype(np.uint8)).size > 50
     assert np.array_equal(heads[0], heads[2])
     assert abs(heads[0] - heads[1]).mean() > 10
