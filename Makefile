@@ -35,10 +35,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clinical-data: .venv/installed
-	$(BIN)/python -m scripts.clinical_data $(ARGS)
+	$(BIN)/python -m scripts.data.clinical_volumes $(ARGS)
 
 release: .venv/installed
-	$(BIN)/python -m scripts.release $(ARGS)
+	$(BIN)/python -m scripts.bundle.release $(ARGS)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

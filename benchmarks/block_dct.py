@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from scipy.fft import dctn, idctn
 
-from scripts.resampling import pad_to_multiple
+from scripts.layers.resampling import pad_to_multiple
 
 
 def block_dct_reconstruction(image: torch.Tensor, factors: Sequence[int], count: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ import fire
 import torch
 
 from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factors
-from scripts.saved_tensors import SavedTensors
+from scripts.planning.saved_tensors import SavedTensors
 
 MIB = 2**20
 REPEATS = 3

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.cost import print_table
 from benchmarks.networks import FACTORS, MONAI, build_with, total_factors
-from scripts.memory import inference_cost, training_cost
-from scripts.plans import read_plan
+from scripts.planning.plans import read_plan
+from scripts.planning.step_costs import inference_cost, training_cost
 
 SIZES = ((256, 256, 64), (256, 256, 256), (512, 512, 512))
 FIELD = {"channels": (64, 128, 256), "num_res_blocks": 2}  # the width that the field uses

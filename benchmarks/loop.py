@@ -21,7 +21,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
-from scripts.losses import kl_divergence
+from scripts.training.losses import kl_divergence
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_VOLUMES = 6  # of them one is for validation

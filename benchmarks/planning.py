@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.cost import MIB, print_table
 from benchmarks.networks import MONAI, build_with, total_factors
-from scripts.memory import training_cost
+from scripts.planning.step_costs import training_cost
 
 # glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import fire
 
-from scripts.planning import estimate_memory, recommend_downsample_factors
-from scripts.plans import TRAIN
-from scripts.recommendations import Recommendation, write_overlay
-from scripts.self_test import Configuration, check_configuration
+from scripts.planning.estimates import estimate_memory
+from scripts.planning.plans import TRAIN
+from scripts.planning.recommendations import Recommendation, recommend_downsample_factors, write_overlay
+from scripts.planning.self_test import Configuration, check_configuration
 
 SIZES = (48, 64, 96, 100, 128, 180, 192, 256, 320, 384, 512)
 SPACINGS = (None, 0.6, 0.8, 1.0, 2.0, 3.0, 5.0)

@@ -13,8 +13,8 @@ import torch
 from monai.inferers import SimpleInferer
 
 from benchmarks.inference_peak import peak_bytes, resident
-from scripts.saved_tensors import SavedTensors
-from scripts.trainer import AutoencoderTrainer
+from scripts.planning.saved_tensors import SavedTensors
+from scripts.training.trainer import AutoencoderTrainer
 
 
 class CountingTrainer(AutoencoderTrainer):

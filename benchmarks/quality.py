@@ -40,12 +40,12 @@ from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import print_table
 from benchmarks.large_volumes import PRESETS, preset
 from benchmarks.networks import total_factors
-from scripts.config import check_parser
-from scripts.inferer import autocast_dtype
-from scripts.memory import training_cost
-from scripts.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
-from scripts.picture import draw_reconstruction
-from scripts.resampling import pad_to_multiple
+from scripts.bundle.config import check_parser
+from scripts.bundle.precision import autocast_dtype
+from scripts.evaluation.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
+from scripts.evaluation.pictures import draw_reconstruction
+from scripts.layers.resampling import pad_to_multiple
+from scripts.planning.step_costs import training_cost
 
 RESULTS = Path("eval/quality")
 ROWS = Path(__file__).with_name("quality_rows.json")

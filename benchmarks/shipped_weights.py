@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 
 from benchmarks.cost import print_table
 from benchmarks.quality import measure_volumes
-from scripts.weights import load_weights
+from scripts.bundle.weights import load_weights
 
 CONFIGS = ["configs/train.json", "configs/shipped_weights.json"]
 

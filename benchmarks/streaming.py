@@ -14,8 +14,8 @@ import torch
 from monai.bundle import ConfigParser
 
 from benchmarks.inference_peak import peak_bytes, restart_peak
-from scripts.memory import inference_cost
-from scripts.streaming import StreamingInferer
+from scripts.inference.streaming import StreamingInferer
+from scripts.planning.step_costs import inference_cost
 
 GIB = 2**30
 

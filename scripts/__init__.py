@@ -1,66 +1,10 @@
-"""The Python of the bundle. Configs say ``scripts.<module>.<name>``, so every module that they name is imported;
-so is the planner, which people call."""
+"""The Python of the bundle, imported as ``scripts``. Configs name what a package re-exports, such as
+``scripts.training.TrainingSaver``.
 
-from . import (
-    adversary,
-    autoencoderkl,
-    averaging,
-    checkpoints,
-    checks,
-    config,
-    data,
-    errors,
-    estimates,
-    evaluation,
-    exported,
-    inferer,
-    latents,
-    losses,
-    metrics,
-    picture,
-    planning,
-    pretrained,
-    progress,
-    restoring,
-    sample_data,
-    sampling,
-    shortcut,
-    signals,
-    streaming,
-    trainer,
-    transforms,
-    volumes,
-    weights,
-)
+Imports between packages run one way: ``layers``, ``autoencoderkl``, ``bundle``, ``data``, ``training``, ``evaluation``,
+``planning``, ``inference``, each of those before it alone.
+"""
 
-__all__ = [
-    "adversary",
-    "autoencoderkl",
-    "averaging",
-    "checkpoints",
-    "checks",
-    "config",
-    "data",
-    "errors",
-    "estimates",
-    "evaluation",
-    "exported",
-    "inferer",
-    "latents",
-    "losses",
-    "metrics",
-    "picture",
-    "planning",
-    "pretrained",
-    "progress",
-    "restoring",
-    "sample_data",
-    "sampling",
-    "shortcut",
-    "signals",
-    "streaming",
-    "trainer",
-    "transforms",
-    "volumes",
-    "weights",
-]
+from . import autoencoderkl, bundle, data, evaluation, inference, layers, planning, training
+
+__all__ = ["autoencoderkl", "bundle", "data", "evaluation", "inference", "layers", "planning", "training"]

@@ -17,12 +17,12 @@ from typing import Any
 
 import fire
 
-from scripts import tables
-from scripts.arguments import positive
-from scripts.estimates import Estimate, estimate_plan, what_would_fit
-from scripts.plans import TRAIN, read_plan
-from scripts.recommendations import FACTOR_KEYS, leanest, recommend_downsample_factors, write_overlay
-from scripts.self_test import check_all
+from scripts.planning import tables
+from scripts.planning.estimates import Estimate, estimate_plan, what_would_fit
+from scripts.planning.plans import TRAIN, read_plan
+from scripts.planning.recommendations import FACTOR_KEYS, leanest, recommend_downsample_factors, write_overlay
+from scripts.planning.request_checks import positive
+from scripts.planning.self_test import check_all
 
 
 def estimate(

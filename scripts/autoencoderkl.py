@@ -18,10 +18,10 @@ from monai.networks.blocks import Upsample as MonaiUpsample
 from monai.networks.nets import autoencoderkl as monai_autoencoderkl
 from torch.utils.checkpoint import checkpoint
 
-from scripts.factors import per_axis, per_transition
-from scripts.lean import use_lean_blocks
-from scripts.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
-from scripts.shortcut import LinearShortcut
+from scripts.layers.factors import per_axis, per_transition
+from scripts.layers.lean_blocks import use_lean_blocks
+from scripts.layers.linear_shortcut import LinearShortcut
+from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
 
 __all__ = ["AutoencoderKL", "Decoder", "Downsample", "Encoder", "Reconstructor", "Upsample"]
 
@@ -247,7 +247,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         initial_mode: ``"conv"``: a strided convolution in, nearest-neighbour enlargement and a convolution out;
             ``"pixelshuffle"``: space-to-depth and a convolution in, a convolution and depth-to-space out, so that no
             feature map has full resolution.
-        linear_shortcut: add a linear code beside the network, see :py:class:`scripts.shortcut.LinearShortcut`. The decoder
+        linear_shortcut: add a linear code beside the network, see :py:class:`scripts.layers.LinearShortcut`. The decoder
             sees its image and adds what it lacks.
 
     Raises:

@@ -9,7 +9,7 @@ from monai.networks.nets.autoencoderkl import Decoder as MonaiDecoder
 from monai.networks.nets.autoencoderkl import Encoder as MonaiEncoder
 
 from scripts.autoencoderkl import AutoencoderKL, Decoder, Downsample, Encoder, Reconstructor, Upsample
-from scripts.lean import ResidualBlock
+from scripts.layers.lean_blocks import ResidualBlock
 
 PLAIN = {
     "spatial_dims": 3,

@@ -21,9 +21,9 @@ from monai.networks.nets import PatchDiscriminator
 
 from scripts.__main__ import COMMANDS
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.config import check_parser
+from scripts.bundle.config import check_parser
 from tests.conftest import ROOT, save_volume
-from tests.test_training import small_network
+from tests.training.test_training import small_network
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from monai.bundle import ConfigWorkflow
 
-from scripts.checkpoints import find_checkpoints
+from scripts.training.checkpoints import find_checkpoints
 from tests.conftest import ROOT
 from tests.processes import SERVER
 

@@ -1,0 +1,19 @@
+"""What every run needs, whatever it does: checks of its config, readable errors, files that are written whole, weights
+that know their network, precision, the machine and its processes, progress, and the release of the bundle as one file.
+"""
+
+from scripts.bundle.config import check_config
+from scripts.bundle.errors import show_reason_last
+from scripts.bundle.precision import autocast_dtype
+from scripts.bundle.progress import VolumeProgress
+from scripts.bundle.weights import WeightsLoader, load_weights, save_weights
+
+__all__ = [
+    "VolumeProgress",
+    "WeightsLoader",
+    "autocast_dtype",
+    "check_config",
+    "load_weights",
+    "save_weights",
+    "show_reason_last",
+]

@@ -1,0 +1,64 @@
+"""Files that are whole at any moment: written in one step, and known by their hash."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["UNFINISHED", "file_hash", "serialise", "write_atomically"]
+
+UNFINISHED = ".unfinished"  # suffix of a file that is being written
+
+
+def write_atomically(content: bytes, path: Path) -> None:
+    """
+    Replace ``path`` by ``content`` in one step: after a crash at any moment it holds the old content or the new.
+
+    Raises:
+        OSError: when it cannot be written (full disk, read-only folder); the old content stays.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror or error}); what was there before is untouched. "
+            "Make room, or choose a folder that can be written to (`output_dir`, `ckpt_dir`)",
+        ) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@functools.lru_cache
+def file_hash(path: str) -> str:
+    """SHA-256 of a file that does not change during the run, such as the weights."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def serialise(content: Any) -> bytes:
+    """What ``torch.save`` would write."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,100 @@
+"""The bundle as one file to share, which ``python -m monai.bundle download`` takes.
+
+    python -m scripts.bundle.release [--output_dir dist]
+
+The same content gives the same bytes, on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import fire
+import safetensors.torch
+
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.config import ROOT
+from scripts.bundle.files import write_atomically
+from scripts.bundle.weights import load_weights
+
+__all__ = ["build_release"]
+
+NAME = "factor_aware_autoencoderkl"  # the folder that the file unpacks to; MONAI asks for it as `name`
+CONTENT = (
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "configs/**/*.json",
+    "configs/logging.conf",
+    "docs/*.md",
+    "docs/*.png",
+    "docs/*.txt",
+    "models/model.json",
+    "models/model.pt",
+    "scripts/**/*.py",
+    "scripts/**/*.jinja",
+)
+EPOCH = (1980, 1, 1, 0, 0, 0)  # where time begins in a zip file
+MODE = 0o644
+
+
+def build_release(output_dir: str = "dist") -> str:
+    """
+    Write ``NAME_vVERSION.zip``: what a user of the bundle needs, the weights also as safetensors, and the hashes of both.
+
+    Args:
+        output_dir: folder to write to; it is made.
+
+    Returns:
+        path and SHA-256 of the file, for a person to read.
+
+    Raises:
+        FileNotFoundError: when there are no weights in ``models``.
+        ValueError: when the weights are damaged, or not those that ``model.json`` describes.
+    """
+    files = {str(path.relative_to(ROOT)): path.read_bytes() for pattern in CONTENT for path in ROOT.glob(pattern)}
+    files["models/model.safetensors"] = _safetensors(ROOT / "models" / "model.pt")
+    files["models/SHA256SUMS"] = _sums({name: files[f"models/{name}"] for name in ("model.pt", "model.safetensors")})
+    version = json.loads(files["configs/metadata.json"])["version"]
+    target = Path(output_dir) / f"{NAME}_v{version}.zip"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    archive = _zip(files)
+    write_atomically(archive, target)
+    return f"{target}: {len(files)} files, {len(archive) / 2**20:.0f} MiB, SHA-256 {hashlib.sha256(archive).hexdigest()}"
+
+
+def _safetensors(weights: Path) -> bytes:
+    """The same weights in a format that cannot hold code; the arguments of their network are in its metadata."""
+    description = weights.with_suffix(".json")
+    if not description.is_file():
+        raise FileNotFoundError(f"{description} is missing: nobody knows which network the weights are of.")
+    arguments = json.loads(description.read_text())["network"]
+    network = AutoencoderKL(**arguments)
+    load_weights(network, weights)
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    return safetensors.torch.save(state, metadata={"network": json.dumps(arguments)})
+
+
+def _sums(files: dict[str, bytes]) -> bytes:
+    """What ``sha256sum --check`` reads."""
+    return "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()).encode()
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    # stored, since compressed bytes differ between versions of zlib, and weights hardly shrink
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(f"{NAME}/{name}", EPOCH)
+            entry.create_system = 3  # Unix, on which the permissions depend
+            entry.external_attr = MODE << 16
+            archive.writestr(entry, files[name])
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    fire.Fire(build_release)

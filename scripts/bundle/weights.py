@@ -1,0 +1,178 @@
+"""``model.pt`` and the ``model.json`` beside it: weights that know their network.
+
+``model.pt`` is a plain state dict, as the bundle tools want it. Factors do not show in the shapes of all weights, so
+``[2, 2]`` would load into ``[2, 1]`` and give nonsense; ``model.json`` keeps the network's arguments and the weights'
+SHA-256, and loading checks both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.files import serialise, write_atomically
+
+__all__ = [
+    "WeightsLoader",
+    "check_arguments",
+    "load_weights",
+    "read_weights",
+    "save_weights",
+    "what_differs",
+    "what_is_wrong",
+]
+
+FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # how torch refuses what is not data
+logger = logging.getLogger(__name__)
+
+
+def save_weights(network: AutoencoderKL, path: str | Path) -> None:
+    """
+    Write ``network``'s weights to ``path`` and its arguments to the JSON file beside it, each in one step.
+
+    Args:
+        network: the network.
+        path: of the weights, e.g. ``models/model.pt``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = serialise(network.state_dict())
+    # The description goes first and also vouches for the weights that it finds, so that no moment is without a valid pair.
+    hashes = [hashlib.sha256(content).hexdigest()]
+    if path.is_file():
+        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    description = {"network": network.arguments, "sha256": hashes[0], "sha256_before": hashes[-1]}
+    write_atomically(json.dumps(description, indent=2).encode(), path.with_suffix(".json"))
+    write_atomically(content, path)
+
+
+def load_weights(network: AutoencoderKL, path: str | Path) -> None:
+    """
+    Load ``path`` into ``network``, after checking that the weights were made for it.
+
+    Args:
+        network: the network.
+        path: a state dict that :py:func:`save_weights` wrote, or another one (which is loaded with a warning).
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is damaged, or was made for another network, with the arguments that differ.
+    """
+    content, arguments = read_weights(path)
+    if arguments is None:
+        description = Path(path).with_suffix(".json").name
+        logger.warning(f"{path} has no {description} beside it: nobody knows whether it fits this network.")
+    else:
+        check_arguments(arguments, network.arguments, path)
+    try:
+        network.load_state_dict(content)
+    except Exception as error:  # whatever is in the file
+        raise ValueError(f"{path} cannot be loaded into this network: {error}") from error
+    logger.info(f"loaded the weights {path}")
+
+
+def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
+    """
+    Read a file of weights. No code in it is run.
+
+    Args:
+        path: of the weights.
+
+    Returns:
+        what the file holds, on the CPU, and the arguments of its network from the JSON file beside it, None without one.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is damaged, holds code, or is not the one that the JSON file describes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        advice = f"{_advice(path)}, or set `ckpt_dir` or `pretrained` to others."
+        raise FileNotFoundError(f"there are no weights at {path}. {advice}")
+    content = path.read_bytes()
+    description = _read_description(path.with_suffix(".json"))
+    if description and hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
+        raise ValueError(
+            f"{path} is not the file that {path.with_suffix('.json')} describes: it was changed or damaged. "
+            "Restore the pair, or remove the description if you trust the weights."
+        )
+    arguments = description["network"] if description else None
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), arguments
+    except Exception as error:  # damaged archives raise whatever the unpickler stumbles over
+        raise ValueError(f"{path} cannot be loaded: it {what_is_wrong(error)}.") from error
+
+
+def _advice(path: Path) -> str:
+    if any(path.parent.glob("checkpoint_*.pt")):
+        return (
+            f"The training run there has not written {path.name} yet, it does at its next validation: go on with it "
+            "(`--resume true`)"
+        )
+    return "Train first"
+
+
+def _read_description(path: Path) -> dict[str, Any] | None:
+    """What :py:func:`save_weights` wrote; None without it, or where another program's file has its name."""
+    if not path.is_file():
+        return None
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}). Restore it, or remove it if you trust the weights.") from error
+    return description if isinstance(description, dict) and {"network", "sha256"} <= description.keys() else None
+
+
+def what_is_wrong(error: Exception) -> str:
+    """What a file that torch refused to read does or is. Torch's own text advises to read it without a check."""
+    payload = FOREIGN.search(str(error))
+    if payload:
+        return f"holds code ({payload[1]}), which was not run"
+    if isinstance(error, pickle.UnpicklingError):
+        return "is damaged (it holds no checkpoint)"
+    return f"is damaged ({(str(error).splitlines() or [type(error).__name__])[0]})"
+
+
+def what_differs(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The arguments in which two networks differ, with both values; empty if in none."""
+    differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    return "; ".join(f"`{name}` is {saved.get(name)} there and {wanted.get(name)} here" for name in differing)
+
+
+def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
+    """
+    Compare the arguments of two networks.
+
+    Raises:
+        ValueError: when they differ, with the arguments that do and both values.
+    """
+    details = what_differs(saved, wanted)
+    if details:
+        raise ValueError(f"{path} was made for another network: {details}. Use the config that it was trained with.")
+
+
+class WeightsLoader:
+    """
+    Handler that loads weights before the engine reads its first batch; see :py:func:`load_weights`.
+
+    Args:
+        network: the network.
+        path: of the weights.
+    """
+
+    def __init__(self, network: AutoencoderKL, path: str) -> None:
+        self.network = network
+        self.path = path
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda: load_weights(self.network, self.path))

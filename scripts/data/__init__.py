@@ -1,0 +1,25 @@
+"""Which volumes a run uses, what is done to them before the network sees them, and how they go back to files: lists and
+splits, checks, the intensity window, restored volumes, latents, sample and clinical volumes.
+"""
+
+from scripts.data.intensity_window import ScaleIntensityWindowd
+from scripts.data.latents import LoadLatentd, SaveLatentd, find_latents, save_latent_scale, without_whole_latents
+from scripts.data.restored_volumes import DescribeSourced, SaveVolumed
+from scripts.data.sample_volumes import prepare_sample_volumes
+from scripts.data.volume_checks import usable_volumes
+from scripts.data.volume_lists import affordable_cache_rate, training_and_validation
+
+__all__ = [
+    "DescribeSourced",
+    "LoadLatentd",
+    "SaveLatentd",
+    "SaveVolumed",
+    "ScaleIntensityWindowd",
+    "affordable_cache_rate",
+    "find_latents",
+    "prepare_sample_volumes",
+    "save_latent_scale",
+    "training_and_validation",
+    "usable_volumes",
+    "without_whole_latents",
+]

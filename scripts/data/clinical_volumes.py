@@ -1,0 +1,87 @@
+"""Clinical volumes on demand: two lung CTs, two brain MRs and a breast MR from the source distribution of pyradiomics.
+
+    python -m scripts.data.clinical_volumes [--output_dir data/clinical]
+
+The images come with pyradiomics 3.0.1 (van Griethuysen et al., https://doi.org/10.1158/0008-5472.CAN-17-0339), whose
+licence is the 3-clause BSD licence. The package states no other licence and no origin for its images, so check before you
+publish them or anything made of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import fire
+import numpy as np
+from monai.transforms import LoadImage, SaveImage
+from tqdm import tqdm
+
+__all__ = ["prepare_clinical_volumes"]
+
+PACKAGE = "pyradiomics==3.0.1"
+# one CT and one brain MR are for validation; no training may meet them
+VOLUMES = {
+    "training": {"mr/brain2": "brain2_image", "mr/breast1": "breast1_image", "ct/lung2": "lung2_image"},
+    "validation": {"mr/brain1": "brain1_image", "ct/lung1": "lung1_image"},
+}
+logger = logging.getLogger(__name__)
+
+
+def prepare_clinical_volumes(output_dir: str = "data/clinical") -> None:
+    """
+    Download the volumes (34 MB) and convert them to NIfTI.
+
+    Below ``output_dir`` lie ``ct/`` and ``mr/`` and, for each and for both together, a ``dataset.json`` that holds one lung
+    CT (512x512x48 voxels of 0.6x0.6x5 mm) and one brain MR (256x256x25 of 0.8x0.8x6.5 mm) back for validation.
+
+    Args:
+        output_dir: folder to write.
+    """
+    target = Path(output_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        _download(Path(folder))
+        pairs = [(name, source) for volumes in VOLUMES.values() for name, source in volumes.items()]
+        for name, source in tqdm(pairs, desc="clinical volumes", unit="volume"):
+            _convert(Path(folder) / f"{source}.nrrd", target / f"{name}.nii.gz")
+    for modality in ("ct/", "mr/", ""):
+        lists = {
+            split: [{"image": f"{name.removeprefix(modality)}.nii.gz"} for name in names if name.startswith(modality)]
+            for split, names in VOLUMES.items()
+        }
+        (target / modality / "dataset.json").write_text(json.dumps(lists, indent=2))
+    logger.info(f"the clinical volumes are in {target}")
+
+
+def _download(folder: Path) -> None:
+    # pip runs the package's set-up script to read its name; it needs numpy, so no isolated build environment
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder)]
+    try:
+        subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            f"pip could not download the source of {PACKAGE}, its words are above. It takes a network, and Python 3.10 or "
+            "3.11, since the package's set-up script does not run on later ones."
+        ) from error
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        for member in archive.getmembers():
+            name = Path(member.name).name
+            if member.isfile() and name.endswith("_image.nrrd"):
+                (folder / name).write_bytes(archive.extractfile(member).read())  # type: ignore[union-attr]
+
+
+def _convert(source: Path, target: Path) -> None:
+    image = LoadImage(reader="NrrdReader", ensure_channel_first=True)(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save = SaveImage(output_dtype=np.int16, resample=False, print_log=False)  # all of them are int16
+    save(image, filename=str(target).removesuffix(".nii.gz"))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    fire.Fire(prepare_clinical_volumes)

@@ -1,0 +1,201 @@
+"""From the network's range and grid back to the file that a volume came from: its shape, affine, intensities and data type.
+
+What has to be known for that is a record, plain JSON: made of a preprocessed volume, kept beside a latent.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Orientation, SpatialResample, Transform
+from monai.utils import ImageMetaKey
+
+from scripts.bundle.files import write_atomically
+from scripts.data.intensity_window import intensity_window, unscaled
+from scripts.data.volume_lists import is_nifti
+
+__all__ = ["DescribeSourced", "SaveVolumed", "clipped_shares", "nifti_bytes", "output_path", "restore"]
+
+RECORD = "record"  # key of a volume's record, as JSON text
+COMPRESSION = 1  # voxels of noise hardly shrink further
+logger = logging.getLogger(__name__)
+
+
+class DescribeSourced(MapTransform):
+    """
+    Add the record of a volume, from which :py:func:`restore` works, as JSON text with the key ``record``. To be the last
+    transform.
+
+    Args:
+        keys: key of the image, which ``ScaleIntensityWindowd`` has scaled.
+        dataset_dir: folder that the file's path is noted relative to.
+    """
+
+    def __init__(self, keys: KeysCollection, dataset_dir: str) -> None:
+        super().__init__(keys)
+        self.dataset_dir = dataset_dir
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[RECORD] = json.dumps(_record(d[key], Path(self.dataset_dir)))
+        return d
+
+
+class SaveVolumed(Transform):
+    """
+    Restore a prediction to the file that its record describes, and write it as compressed NIfTI in one step.
+
+    Args:
+        key: of the prediction, ``CxHxWxD`` in [0, 1].
+        output_dir: folder; the file gets the place and name in it that the source has in its own.
+        postfix: added to the name.
+    """
+
+    def __init__(self, key: str, output_dir: str, postfix: str) -> None:
+        self.key, self.output_dir, self.postfix = key, output_dir, postfix
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        record = json.loads(data[RECORD])
+        path = output_path(self.output_dir, record["source"], self.postfix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(nifti_bytes(restore(data[self.key], record), record), path)
+        logger.info(f"{path}: {clipped_shares(record)}")
+        return dict(data)
+
+
+def clipped_shares(record: Mapping[str, Any]) -> str:
+    """In words, how much of a volume the intensity window cut off: air below is expected, bone above is not."""
+    total = f"{record['clipped']:.2%} of the voxels were outside the intensity window"
+    if "clipped_below" not in record:  # of a latent that an older version made
+        return total
+    return f"{total} ({record['clipped_below']:.2%} below, {record['clipped_above']:.2%} above)"
+
+
+def output_path(output_dir: str, source: str, postfix: str) -> Path:
+    """
+    ``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``. What is no NIfTI loses its suffix too, unless
+    that is a number, which belongs to the name: the folders of DICOM series are called ``1.2.840.10008``.
+    """
+    relative = Path(source)
+    name = relative.name
+    suffixes = () if relative.suffix[1:].isdigit() else (relative.suffix,)
+    for suffix in (".gz", ".nii") if is_nifti(source) else suffixes:
+        name = name.removesuffix(suffix)
+    return Path(output_dir) / relative.parent / f"{name}_{postfix}.nii.gz"
+
+
+def restore(image: torch.Tensor, record: Mapping[str, Any]) -> np.ndarray:
+    """
+    Undo the preprocessing of a volume.
+
+    Args:
+        image: ``CxHxWxD`` in [0, 1], possibly padded at the end of each axis. What lies outside [0, 1] is clipped.
+        record: of the volume.
+
+    Returns:
+        ``HxWxD``, or ``HxWxDxC`` for several channels, in the file's data type, as it is stored (before its slope).
+    """
+    image = image.detach().as_subclass(torch.Tensor).cpu()
+    for dim, size in enumerate(record["preprocessed_shape"], start=1):
+        image = image.narrow(dim, 0, size)
+    image = unscaled(image.clamp(0, 1), record["intensity_low"], record["intensity_high"])
+    values = _to_source_grid(image, record).double().numpy()
+    values = (values - record["scl_inter"]) / record["scl_slope"]
+    data_type = np.dtype(record["data_type"])
+    if np.issubdtype(data_type, np.integer):
+        limits = np.iinfo(data_type)
+        values = np.clip(np.rint(values), limits.min, limits.max)
+    values = values.astype(data_type)
+    return values[0] if len(values) == 1 else np.moveaxis(values, 0, -1)
+
+
+def nifti_bytes(stored: np.ndarray, record: Mapping[str, Any]) -> bytes:
+    """
+    A compressed NIfTI file, the same bytes for the same content.
+
+    Args:
+        stored: voxels as they are stored, ``HxWxD`` or ``HxWxDxC``.
+        record: with ``affine``, ``data_type``, ``scl_slope``, ``scl_inter``, ``xyzt_units``, ``qform_code`` and
+            ``sform_code``.
+    """
+    affine = np.array(record["affine"])
+    data_type = np.dtype(record["data_type"])
+    header = nib.Nifti1Header(endianness=">" if data_type.byteorder == ">" else "<")
+    header.set_data_dtype(data_type)
+    image = nib.Nifti1Image(stored, affine, header)
+    image.set_sform(affine, record["sform_code"])
+    image.set_qform(affine, record["qform_code"])
+    image.header["xyzt_units"] = record["xyzt_units"]
+    image.header.set_slope_inter(record["scl_slope"], record["scl_inter"])  # nibabel then writes the voxels as they are
+    return gzip.compress(image.to_bytes(), COMPRESSION, mtime=0)
+
+
+def _record(image: MetaTensor, dataset_dir: Path) -> dict[str, Any]:
+    path = str(image.meta[ImageMetaKey.FILENAME_OR_OBJ])
+    window = intensity_window(image)
+    return {
+        "source": str(Path(path).relative_to(dataset_dir)),
+        **(_nifti_header(path) if is_nifti(path) else _plain_header(image)),
+        "preprocessed_shape": list(image.shape[1:]),
+        "preprocessed_affine": torch.as_tensor(image.affine).tolist(),
+        "intensity_low": window["low"],
+        "intensity_high": window["high"],
+        "clipped": window["clipped"],
+        "clipped_below": window["clipped_below"],
+        "clipped_above": window["clipped_above"],
+    }
+
+
+def _nifti_header(path: str) -> dict[str, Any]:
+    image: Any = nib.load(path)
+    header = image.header
+    return {
+        "shape": [int(n) for n in image.shape[:3]],
+        "affine": image.affine.tolist(),
+        "data_type": header.get_data_dtype().str,
+        # those of the header are gone as soon as nibabel has read it
+        "scl_slope": float(image.dataobj.slope),
+        "scl_inter": float(image.dataobj.inter),
+        "xyzt_units": int(header["xyzt_units"]),
+        "qform_code": int(header["qform_code"]),
+        "sform_code": int(header["sform_code"]),
+    }
+
+
+def _plain_header(image: MetaTensor) -> dict[str, Any]:
+    """Of a volume that another reader of MONAI's read, in mm."""
+    return {
+        "shape": [int(n) for n in image.meta["spatial_shape"]],
+        "affine": torch.as_tensor(image.meta["original_affine"]).tolist(),
+        "data_type": "<f4",
+        "scl_slope": 1.0,
+        "scl_inter": 0.0,
+        "xyzt_units": 2,
+        "qform_code": 0,
+        "sform_code": 1,
+    }
+
+
+def _to_source_grid(image: torch.Tensor, record: Mapping[str, Any]) -> torch.Tensor:
+    """Turn and resample ``CxHxWxD`` back; without resampling, voxels are moved and nothing else."""
+    affine = np.array(record["affine"])
+    volume: Any = MetaTensor(image, affine=torch.tensor(record["preprocessed_affine"], dtype=torch.float64))
+    volume = Orientation(axcodes="".join(nib.aff2axcodes(affine)), labels=None)(volume)
+    shape: Sequence[int] = record["shape"]
+    moved = not np.allclose(volume.affine, affine, atol=1e-3 * math.sqrt(np.square(affine[:3, :3]).sum()))
+    if list(volume.shape[1:]) != list(shape) or moved:
+        resample = SpatialResample(mode="bilinear", padding_mode="border")
+        volume = resample(volume, dst_affine=torch.tensor(affine), spatial_size=shape)
+    return volume.as_tensor()

@@ -1,0 +1,195 @@
+"""Whether volumes can be trained on: every file is read to its end before the first epoch, so that a run does not die of one
+of two thousand at night."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import nibabel as nib
+import numpy as np
+import torch
+from monai.transforms import LoadImage
+from tqdm.auto import tqdm
+
+from scripts.bundle.files import write_atomically
+from scripts.bundle.processes import merged, share_of
+from scripts.data.volume_lists import describe, is_nifti
+
+__all__ = ["find_problem", "problem_of_header", "usable_volumes"]
+
+LISTED = 5  # volumes in the log
+SHOWN = 20  # problems in an error message; the log has all
+Lists = dict[str, list[dict[str, str]]]
+logger = logging.getLogger(__name__)
+
+
+def usable_volumes(
+    lists: Lists, image_channels: int, skip_bad_files: bool, cache: str, max_volumes: int | None = None, num_threads: int = 4
+) -> Lists:
+    """
+    Check all volumes (:py:func:`find_problem`), in parallel, and log what there is. Distributed processes share the work.
+
+    Args:
+        lists: ``{"training": [{"image": path}, ...], "validation": [...]}``.
+        image_channels: number of channels that every volume must have.
+        skip_bad_files: leave out the volumes that cannot be used, instead of stopping.
+        cache: path of a JSON file that remembers which files were checked; one that changed is checked again.
+        max_volumes: of each list, check and return only so many.
+        num_threads: files to read at the same time; each is in memory as float32 for that time.
+
+    Returns:
+        the lists without what cannot be used.
+
+    Raises:
+        ValueError: when volumes cannot be used and are not to be skipped, or when a list would be empty without them; with
+            every file, the reason, and what to do.
+    """
+    lists = {name: items[:max_volumes] for name, items in lists.items()}
+    paths = sorted({item["image"] for items in lists.values() for item in items})
+    problems = {path: problem for path, problem in _check_all(paths, image_channels, cache, num_threads).items() if problem}
+    log = logger.warning if idist.get_rank() == 0 else logger.debug
+    for path, problem in problems.items():
+        log(f"{path} {problem}")
+    good = {name: [item for item in items if item["image"] not in problems] for name, items in lists.items()}
+    empty = [name for name, items in good.items() if not items]
+    if problems and (not skip_bad_files or empty):
+        raise ValueError(_summary(problems, len(paths), empty if skip_bad_files else []))
+    if problems:
+        log(f"going on without {len(problems)} of {len(paths)} volumes, because `skip_bad_files` is set")
+    for name, items in good.items():
+        logger.info(f"{name}: {describe(items)}")
+    logger.info(f"validated on {_listed(good['validation'])}")
+    return good
+
+
+def find_problem(path: str, image_channels: int) -> str | None:
+    """
+    Read a volume to its end.
+
+    Args:
+        path: of the volume; NIfTI, or anything that MONAI's ``LoadImage`` reads.
+        image_channels: number of channels that it must have.
+
+    Returns:
+        None when it can be trained on, otherwise what is wrong and what to do, to be read after the path.
+    """
+    try:
+        if is_nifti(path):
+            image: Any = nib.load(path)
+            problem = _problem_of_shape(image.shape, image_channels)
+            if problem is not None:
+                return problem
+            values = image.get_fdata(dtype=np.float32, caching="unchanged")
+        else:
+            values = np.asarray(LoadImage(image_only=True)(path), dtype=np.float32)
+    except Exception as error:  # readers raise whatever they stumble over
+        return f"cannot be read to its end ({type(error).__name__}: {error}); copy it again, or remove it."
+    low, high = values.min(), values.max()  # NaN as soon as one voxel is
+    if not np.isfinite(low) or not np.isfinite(high):
+        count = values.size - np.count_nonzero(np.isfinite(values))
+        return f"has {count} voxels that are NaN or infinite; repair it, or remove it."
+    if low == high:
+        return f"is constant ({low:g}); remove it."
+    return None
+
+
+def problem_of_header(path: str, image_channels: int) -> str | None:
+    """
+    What is wrong with a NIfTI file, as far as its header tells; see :py:func:`find_problem`. Other formats pass.
+
+    Args:
+        path: of the volume.
+        image_channels: number of channels that it must have.
+    """
+    if not is_nifti(path):
+        return None
+    try:
+        image: Any = nib.load(path)
+    except Exception as error:
+        return f"cannot be read as NIfTI ({error}); copy it again, or remove it."
+    return _problem_of_shape(image.shape, image_channels)
+
+
+def _problem_of_shape(shape: Sequence[int], image_channels: int) -> str | None:
+    found = f"has the shape {tuple(shape)}"
+    if len(shape) == 2 or (len(shape) == 3 and 1 in shape):
+        return f"{found}: a 2D slice; stack the slices of a series to one volume, or remove it."
+    channels = 1 if len(shape) == 3 else shape[-1]
+    if len(shape) not in (3, 4) or min(shape, default=0) < 1:
+        return f"{found}; a volume has three axes, and the channels as a fourth. Convert it, or narrow `image_glob`."
+    if channels == image_channels:
+        return None
+    if len(shape) == 3:
+        return f"{found}: one channel where {image_channels} are expected; set `image_channels` to 1, or remove it."
+    return (
+        f"{found}: a 4D series, or {channels} channels where {image_channels} "
+        f"{'is' if image_channels == 1 else 'are'} expected; split it along the fourth axis, or set `image_channels` "
+        f"to {channels} if all volumes have as many."
+    )
+
+
+def _listed(items: Sequence[dict[str, str]]) -> str:
+    """The first few volumes, each with its folder."""
+    names = ["/".join(Path(item["image"]).parts[-2:]) for item in items[:LISTED]]
+    return ", ".join(names) + f" and {len(items) - LISTED} more" * (len(items) > LISTED)
+
+
+def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_threads: int) -> dict[str, str | None]:
+    file = Path(cache)
+    known = _of_leader(_read_cache(file))
+    keys = {path: _state(path, image_channels) for path in paths}
+    unknown = [path for path, key in keys.items() if known.get(path, {}).get("state") != key]
+    if unknown:
+        share = share_of(unknown)
+        bar = tqdm(total=len(share), desc="checking volumes", unit="file", disable=idist.get_rank() > 0)
+        with bar, ThreadPoolExecutor(num_threads) as pool:
+
+            def check(path: str) -> str | None:
+                problem = find_problem(path, image_channels)
+                bar.update()
+                return problem
+
+            results = merged(dict(zip(share, pool.map(check, share))))
+        known |= {path: {"state": keys[path], "problem": problem} for path, problem in results.items()}
+        if idist.get_rank() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(json.dumps(known, indent=1).encode(), file)
+    return {path: known[path]["problem"] for path in paths}
+
+
+def _read_cache(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: check again
+        return {}
+
+
+def _state(path: str, image_channels: int) -> list[int]:
+    """What a result depends on."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, image_channels]
+
+
+def _of_leader(content: dict[str, Any]) -> dict[str, Any]:
+    """What the first process has; another machine may see another file."""
+    shared = [content]
+    if idist.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _summary(problems: dict[str, str], total: int, empty: Sequence[str]) -> str:
+    lines = [f"{path} {problem}" for path, problem in list(problems.items())[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"... and {len(problems) - SHOWN} more, all of them in the log")
+    advice = (
+        f"nothing is left for {' and '.join(empty)}." if empty else "Set `skip_bad_files` to true to go on without them."
+    )
+    return "\n  ".join([f"{len(problems)} of {total} volumes cannot be used:", *lines, advice])

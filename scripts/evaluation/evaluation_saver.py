@@ -1,0 +1,169 @@
+"""What an evaluation leaves behind: the metrics of every volume as CSV and as JSON, and a report to look at."""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Events
+from monai.data import MetaTensor
+from monai.engines import Evaluator
+from monai.utils import ImageMetaKey
+from monai.utils.enums import CommonKeys as Keys
+
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.files import file_hash, write_atomically
+from scripts.bundle.processes import merged
+from scripts.data.intensity_window import intensity_window
+from scripts.evaluation.html_report import render_report
+from scripts.evaluation.pictures import draw_panels
+
+__all__ = ["EvaluationSaver"]
+
+Panels = dict[str, dict[str, bytes]]
+logger = logging.getLogger(__name__)
+
+
+class EvaluationSaver:
+    """
+    Evaluator handler that writes, below a folder,
+
+    - ``metrics.csv``: a row for each volume, a column for each metric;
+    - ``metrics.json``: the same with the means, the sizes of the volumes and what the run was made with;
+    - ``report.html``: both to look at, with pictures of the worst volumes.
+
+    Every metric of the engine is taken. One that is not defined for a volume is empty in the table, null in JSON, and left
+    out of the mean. All processes of a distributed run need the handler, because they share the volumes; the first writes.
+
+    Args:
+        output_dir: the folder; it is made.
+        dataset_dir: folder that the volumes are named relative to.
+        network: that is evaluated.
+        weights: path of its weights.
+        settings: further config keys that the numbers depend on, for the report.
+        max_pictures: of how many volumes to show pictures, those with the largest error.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        dataset_dir: str,
+        network: AutoencoderKL,
+        weights: str,
+        settings: Mapping[str, Any],
+        max_pictures: int = 20,
+    ) -> None:
+        self.output_dir, self.dataset_dir = Path(output_dir), dataset_dir
+        self.network, self.weights, self.settings = network, weights, dict(settings)
+        self.max_pictures = max_pictures
+
+    def attach(self, engine: Evaluator) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._remember)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _start(self) -> None:
+        self.volumes: dict[str, dict[str, Any]] = {}
+        self.worst: list[tuple[float, str, Panels]] = []  # a heap of squared errors, the smallest on top
+
+    def _remember(self, engine: Evaluator) -> None:
+        for output in engine.state.output:
+            image, pred = output[Keys.IMAGE], output[Keys.PRED]
+            name = os.path.relpath(image.meta[ImageMetaKey.FILENAME_OR_OBJ], self.dataset_dir)
+            self.volumes[name] = _describe(image)
+            error = (pred - image).square().mean().item()
+            if len(self.worst) < self.max_pictures:
+                heapq.heappush(self.worst, (error, name, draw_panels(image[0], pred[0])))
+            elif error > self.worst[0][0]:
+                heapq.heapreplace(self.worst, (error, name, draw_panels(image[0], pred[0])))
+
+    def _save(self, engine: Evaluator) -> None:
+        # The engine's scores are those of all processes, one after the other, and so are the volumes. Where there are fewer
+        # of them than processes each has all, and the scores of the first stand in front.
+        volumes = merged(self.volumes)
+        pictures = merged({name: (error, panels) for error, name, panels in self.worst})
+        if idist.get_rank() > 0:
+            return
+        scores = {metric: _flat(values)[: len(volumes)] for metric, values in engine.state.metric_details.items()}
+        for i, (name, volume) in enumerate(volumes.items()):
+            volume["metrics"] = {metric: _finite(values[i]) for metric, values in scores.items()}
+            logger.info(f"{name}: {_readable(volume['metrics'])}")
+        mean = {metric: _mean(values) for metric, values in scores.items()}
+        logger.info(f"mean of {len(volumes)}: {_readable(mean)}")
+        for metric, values in scores.items():
+            undefined = sum(not math.isfinite(value) for value in values)
+            if undefined:
+                logger.info(f"{metric} is not defined for {undefined} of {len(volumes)} volumes")
+        shown = sorted(pictures, key=lambda name: -pictures[name][0])[: self.max_pictures]
+        self._write({**self._configuration(), "mean": mean, "volumes": volumes}, {name: pictures[name][1] for name in shown})
+
+    def _configuration(self) -> dict[str, Any]:
+        return {
+            "network": self.network.arguments,
+            "total_downsample_factor": list(self.network.total_downsample_factor),
+            "weights": self.weights,
+            "weights_sha256": file_hash(self.weights),
+            "settings": {"dataset_dir": self.dataset_dir, **self.settings},
+        }
+
+    def _write(self, evaluation: dict[str, Any], pictures: dict[str, Panels]) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        files = {
+            "metrics.csv": _table(evaluation["volumes"]),
+            "metrics.json": json.dumps(evaluation, indent=2),
+            "report.html": render_report(evaluation, pictures),
+        }
+        for name, content in files.items():
+            write_atomically(content.encode(), self.output_dir / name)
+        logger.info(f"report: {self.output_dir / 'report.html'}")
+
+
+def _describe(image: MetaTensor) -> dict[str, Any]:
+    window = intensity_window(image)
+    return {
+        "shape": list(image.shape[1:]),
+        "spacing": [round(float(size), 4) for size in image.pixdim],
+        "intensity_low": window["low"],
+        "intensity_high": window["high"],
+        "clipped": window["clipped"],
+        "clipped_below": window["clipped_below"],
+        "clipped_above": window["clipped_above"],
+    }
+
+
+def _flat(values: torch.Tensor) -> list[float]:
+    """One score for each volume, of a metric that may have one for each channel."""
+    return values.flatten(1).mean(1).tolist()
+
+
+def _finite(value: float) -> float | None:
+    """With six digits, as many as a float32 has."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _mean(values: list[float]) -> float | None:
+    defined = [value for value in values if math.isfinite(value)]
+    return _finite(math.fsum(defined) / len(defined)) if defined else None
+
+
+def _readable(metrics: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{metric} {'-' if value is None else f'{value:.4g}'}" for metric, value in metrics.items())
+
+
+def _table(volumes: Mapping[str, Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    rows = [{"volume": name, **volume["metrics"]} for name, volume in volumes.items()]
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,188 @@
+"""Quality of a reconstruction, beyond the metrics that MONAI has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.metrics import MultiScaleSSIMMetric, PSNRMetric, SSIMMetric
+from monai.metrics.regression import RegressionMetric
+from monai.utils.enums import CommonKeys as Keys
+
+from scripts.data.intensity_window import intensity_window, unscaled
+
+__all__ = [
+    "ForegroundPSNRMetric",
+    "GridEnergyMetric",
+    "LargeVolumeMSSSIMMetric",
+    "LargeVolumeSSIMMetric",
+    "SharpnessMetric",
+    "grid_energy",
+    "in_file_units",
+    "shrunk_and_image",
+    "trilinear_reconstruction",
+]
+
+
+class ForegroundPSNRMetric(PSNRMetric):
+    """
+    Peak signal-to-noise ratio over the voxels of the target that are not air. Volumes are mostly air, which anything
+    reconstructs well, so the ratio over all voxels flatters.
+
+    Args:
+        threshold: voxels of the target above it are foreground.
+        kwargs: arguments of MONAI's ``PSNRMetric``.
+    """
+
+    def __init__(self, threshold: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        foregrounds = [target > self.threshold for target in y]
+        pairs = [(p[f], t[f]) for p, t, f in zip(y_pred, y, foregrounds)]
+        return torch.cat([super(ForegroundPSNRMetric, self)._compute_metric(p[None], t[None]) for p, t in pairs])
+
+
+class _DefinedForLargeVolumes(RegressionMetric):
+    """A metric that is not a number for a volume of less than ``least_size`` along an axis, where MONAI's would raise."""
+
+    least_size: tuple[int, ...]
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if any(size < least for size, least in zip(y.shape[2:], self.least_size)):
+            return torch.full((len(y), 1), torch.nan, device=y.device)
+        return super()._compute_metric(y_pred, y)  # type: ignore[safe-super]
+
+    def aggregate(self, reduction: Any = None) -> torch.Tensor:
+        """The mean of the volumes that are large enough; MONAI's would be 0 where none is."""
+        return torch.as_tensor(self.get_buffer()).nanmean()
+
+
+class LargeVolumeSSIMMetric(_DefinedForLargeVolumes, SSIMMetric):
+    """
+    MONAI's structural similarity, which is not a number for a volume smaller than its kernel (11 voxels along each axis),
+    instead of an error.
+
+    Args:
+        kwargs: arguments of MONAI's ``SSIMMetric``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.least_size = tuple(self.kernel_size)
+
+
+class LargeVolumeMSSSIMMetric(_DefinedForLargeVolumes, MultiScaleSSIMMetric):
+    """
+    Ditto for MONAI's multi-scale structural similarity. With the defaults a volume needs 176 voxels along each axis: it is
+    halved four times, and the kernel of 11 voxels must still fit in.
+
+    Args:
+        kwargs: arguments of MONAI's ``MultiScaleSSIMMetric``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        shrunk = max(1, len(self.weights) - 1) ** 2  # as MONAI counts, also where it is not 2 ** halvings
+        self.least_size = tuple(kernel * shrunk for kernel in self.kernel_size)
+
+
+class GridEnergyMetric(RegressionMetric):
+    """
+    :py:func:`grid_energy` of the prediction.
+
+    Args:
+        factors: size of a block along each axis.
+        kwargs: arguments of MONAI's ``RegressionMetric``.
+    """
+
+    def __init__(self, factors: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.factors = factors
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[grid_energy(image[None], self.factors)] for image in y_pred], device=y_pred.device)
+
+
+def grid_energy(image: torch.Tensor, factors: Sequence[int]) -> float:
+    """
+    How much a volume's energy of detail varies with the position in the blocks that the latent's grid cuts it into. Blocks
+    show as more of it at their borders, a checkerboard at every second voxel; an anatomy knows no grid.
+
+    For each axis the squared differences between neighbours are averaged for each position in a block: the deviation of
+    these averages, over their mean, is zero for a volume without a grid.
+
+    Args:
+        image: ``BxCxHxWxD`` (2D: ``BxCxHxW``).
+        factors: size of a block along each axis.
+
+    Returns:
+        the largest of the axes. That of the original, which is not quite zero, is the one to compare with.
+    """
+    energies = [0.0]
+    for axis, factor in enumerate(factors):
+        blocks = (image.shape[axis + 2] - 1) // factor
+        if factor == 1 or blocks == 0:
+            continue
+        energy = image.diff(dim=axis + 2).square().double().transpose(axis + 2, 0).flatten(1).mean(1)
+        at_position = energy[: blocks * factor].reshape(blocks, factor).mean(0)
+        energies.append(float(at_position.std(correction=0) / at_position.mean()))
+    return max(energies)
+
+
+class SharpnessMetric(RegressionMetric):
+    """
+    How sharp a reconstruction is: the mean magnitude of the differences between neighbouring voxels, relative to that of
+    the image. 1 is as sharp as the image, less is blurred.
+
+    Args:
+        kwargs: arguments of MONAI's ``RegressionMetric``.
+    """
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return _mean_difference(y_pred) / _mean_difference(y)
+
+
+def _mean_difference(image: torch.Tensor) -> torch.Tensor:
+    differences = [image.diff(dim=axis).abs().flatten(1).mean(1, keepdim=True) for axis in range(2, image.ndim)]
+    return torch.stack(differences).mean(0)
+
+
+def trilinear_reconstruction(image: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:
+    """
+    Shrink by ``factors`` and enlarge again with linear interpolation: what a code must beat to be of any use.
+
+    Args:
+        image: ``BxCxHxWxD``.
+        factors: shrink factor along each axis; a size that it does not divide is rounded up, as the network pads it.
+
+    Returns:
+        the same shape.
+    """
+    shape = image.shape[2:]
+    small = F.interpolate(image, size=[-(-n // f) for n, f in zip(shape, factors)], mode="trilinear")
+    return F.interpolate(small, size=shape, mode="trilinear")
+
+
+def in_file_units(output: Sequence[dict[str, MetaTensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """An ``output_transform`` that gives a metric predictions and images in the units of their files, HU for CT."""
+    windows = [intensity_window(item[Keys.IMAGE]) for item in output]
+    preds, images = (
+        [unscaled(item[key], window["low"], window["high"]) for item, window in zip(output, windows)]
+        for key in (Keys.PRED, Keys.IMAGE)
+    )
+    return preds, images
+
+
+def shrunk_and_image(factors: Sequence[int]) -> Callable[[Any], tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """An ``output_transform`` that gives a metric :py:func:`trilinear_reconstruction` in place of the prediction."""
+
+    def transform(output: list[dict[str, torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        images = [item[Keys.IMAGE] for item in output]
+        return [trilinear_reconstruction(image[None], factors)[0] for image in images], images
+
+    return transform

@@ -1,0 +1,285 @@
+"""A network run layer by layer, each layer in slabs, exactly.
+
+Feature maps lie on the host, or in files when the host is short as well, and go through the device in slabs along one axis.
+A slab takes along the neighbours that a convolution looks at, and what they give is cut off again; norms take their
+statistics over the whole map. So the result is that of the whole volume, to rounding: no tiles, no overlap, no seams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import math
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.networks.blocks import Convolution
+from monai.networks.blocks import Upsample as MonaiUpsample
+from monai.networks.nets.autoencoderkl import AEKLDownsample
+
+from scripts.bundle.machine import free_memory
+from scripts.inference.feature_maps import FeatureMap, PaddedImage
+from scripts.layers.lean_blocks import ResidualBlock, SpatialAttention
+from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
+
+__all__ = ["stream"]
+
+MIB, GIB = 2**20, 2**30
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; larger maps go to files
+# What a value of a slab takes, in bytes, whatever its type: itself, its normed form, the library's reordered copies, float32
+# in part, and what the allocator keeps of slabs that are gone
+INPUT_BYTES, RESULT_BYTES = 14, 10
+# Values of a convolution's slab, where the budget has room for them: PyTorch's CPU takes another way for fewer in float32,
+# four times slower and with more memory (between 1.3 and 1.6 million, PyTorch 2.14.1)
+LEAST_VALUES = 1_600_000
+Slabwise = Callable[[torch.Tensor], torch.Tensor]
+
+
+def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float) -> torch.Tensor:
+    """
+    Run ``network`` slab by slab. Slabs are never thinner than one row of the layer's coarser side, and attention takes its
+    map whole: where that alone needs more than ``memory_gb``, so does the run.
+
+    Args:
+        network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`, on the device where it is to run.
+        x: images ``BxCxHxWxD`` (or 1D, 2D) of any size, or latents to decode; on any device.
+        operation: ``"reconstruct"``, ``"encode"`` or ``"decode"``.
+        memory_gb: budget, see :py:class:`scripts.inference.StreamingInferer`.
+
+    Returns:
+        float32 on the host: what ``network.reconstruct``, the mean of ``network.encode`` or ``network.decode`` return, to
+        rounding. Sizes that the total factor does not divide are padded to encode.
+    """
+    x = x.detach().as_subclass(torch.Tensor).cpu()
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="feature-maps-") as folder:
+        run = _Run(network, x, operation, int(memory_gb * GIB), Path(folder))
+        if operation == "decode":
+            return run.decode(FeatureMap(x, run.dim)).tensor()
+        sizes = x.shape
+        padded = PaddedImage(x, network.total_downsample_factor, run.dim)
+        del x
+        z_mu = run.encode(padded)
+        if operation == "encode":
+            return z_mu.tensor().clone()  # one in a file goes with its folder
+        del padded
+        image = run.decode(z_mu).tensor()
+    for dim in range(2, image.ndim):
+        image = image.narrow(dim, 0, sizes[dim])
+    return image
+
+
+class _Run:
+    """One pass through a network; see :py:func:`stream`."""
+
+    def __init__(self, network: Any, x: torch.Tensor, operation: str, budget: int, folder: Path) -> None:
+        self.network, self.folder = network, folder
+        self.device = next(network.parameters()).device
+        factors = network.total_downsample_factor
+        latent = [n if operation == "decode" else -(-n // f) for n, f in zip(x.shape[2:], factors)]
+        self.axis = latent.index(max(latent))  # the longest, for thin slabs
+        self.dim = self.axis + 2
+        self.total = factors[self.axis]
+        self.image_shape = [len(x), network.arguments["out_channels"], *(n * f for n, f in zip(latent, factors))]
+        self._names = itertools.count()
+        self._held = 0  # bytes of maps in memory
+        if self.device.type == "cpu":
+            _return_freed_memory()
+            # slabs, maps and the result share one memory
+            budget -= 4 * math.prod(self.image_shape)  # to encode as well, so that slabs are cut as they are to reconstruct
+            self.for_maps = int(SHARE_FOR_MAPS * budget)
+            self.for_slabs = budget - self.for_maps
+        else:
+            self.for_maps = int(SHARE_FOR_MAPS * (free_memory() or 0))
+            self.for_slabs = budget - sum(tensor.nbytes for tensor in network.state_dict().values())
+
+    def encode(self, image: FeatureMap) -> FeatureMap:
+        """``z_mu`` of a padded image, float32."""
+        network = self.network
+        x = image
+        norm: Slabwise = _identity
+        for block in network.encoder.blocks:
+            x, norm = self._block(block, x, norm)
+        if network.shortcut is None:
+            return self._stream(lambda h: network.quant_conv_mu(h).float(), [(x, 1)], halo=0)
+        return self._stream(
+            lambda h, x: network.shortcut.encode(x, network.quant_conv_mu(h)).float(),
+            [(x, 1), (image, self.total)],
+            halo=0,
+        )
+
+    def decode(self, z: FeatureMap) -> FeatureMap:
+        """The image of a latent, float32."""
+        network, decoder = self.network, self.network.decoder
+        image = FeatureMap(torch.empty(self.image_shape, dtype=torch.float32), self.dim)
+        linear = None
+        if network.shortcut is not None:
+            linear = self._stream(network.shortcut.decode, [(z, 1)], self.total, halo=network.shortcut.halo)
+        x = self._stream(network.post_quant_conv, [(z, 1)], halo=0)
+        norm: Slabwise = _identity
+        *blocks, last = decoder.blocks
+        for i, block in enumerate(blocks):
+            if i == decoder.last_level and linear is not None:
+                x = self._refine(decoder.refine, x, linear)
+            x, norm = self._block(block, x, norm)
+        _, rows_out = _rates(last, self.axis)
+        if linear is None:
+            return self._stream(lambda x: last(norm(x)), [(x, 1)], rows_out, into=image)
+        return self._stream(lambda x, linear: last(norm(x)) + linear, [(x, 1), (linear, rows_out)], rows_out, into=image)
+
+    def _block(self, block: nn.Module, x: FeatureMap, norm: Slabwise) -> tuple[FeatureMap, Slabwise]:
+        """A map after ``block``, and the norm that is still to come: it is left to the reader of the map."""
+        if isinstance(block, nn.GroupNorm):
+            return x, _norm_of(block, x)
+        if isinstance(block, ResidualBlock):
+            return self._residual(block, x), _identity
+        if isinstance(block, SpatialAttention):
+            return self._stream(block, [(x, 1)], halo=x.rows), _identity  # each slab would see the whole map
+        rows_in, rows_out = _rates(block, self.axis)
+        return self._stream(lambda slab: block(norm(slab)), [(x, rows_in)], rows_out), _identity
+
+    def _residual(self, block: Any, x: FeatureMap) -> FeatureMap:
+        first = _norm_of(block.norm1, x)
+        h = self._stream(lambda x: block.conv1(F.silu(first(x), inplace=True)), [(x, 1)])
+        second = _norm_of(block.norm2, h)
+        return self._stream(
+            lambda h, x: block.conv2(F.silu(second(h), inplace=True)) + block.nin_shortcut(x),
+            [(h, 1), (x, 1)],
+            into=x if block.in_channels == block.out_channels else None,
+        )
+
+    def _refine(self, refine: Any, x: FeatureMap, linear: FeatureMap) -> FeatureMap:
+        factor = refine.factors[self.axis]
+        return self._stream(lambda x, linear: x + refine(linear), [(x, 1), (linear, factor)], into=x)
+
+    def _stream(
+        self,
+        operation: Callable[..., torch.Tensor],
+        sources: Sequence[tuple[FeatureMap, int]],
+        rows_out: int = 1,
+        *,
+        halo: int = 1,
+        into: FeatureMap | None = None,
+    ) -> FeatureMap:
+        """
+        Run ``operation`` over maps in slabs.
+
+        Args:
+            operation: takes a slab of each map and gives one of the result.
+            sources: maps, each with its number of rows for a unit: what is cut from all of them at the same places.
+            rows_out: rows of the result for a unit.
+            halo: units to the left and right of a slab that its result depends on.
+            into: where to write. It may be a source that ``operation`` reads voxel by voxel, without the halo.
+        """
+        units = sources[0][0].rows // sources[0][1]
+        unit_bytes = INPUT_BYTES * sum(source.row_values * rows for source, rows in sources)
+        least = 1
+        if halo > 0 and self.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            values = sources[0][0].shape.numel() // units
+            least = max(1, min(-(-LEAST_VALUES // values), self.for_slabs // unit_bytes))
+        result = into
+        moments: torch.Tensor | None = None
+        start, thickness = 0, max(1, least - 2 * halo)  # the first slab shows what the result is
+        while start < units:
+            stop = units if halo >= units else min(start + thickness, units)
+            last = min(max(stop + halo, least), units)
+            first = max(min(start - halo, last - least), 0)
+            slab = operation(*(x.read(first * rows, last * rows).to(self.device) for x, rows in sources))
+            slab = slab.narrow(self.dim, (start - first) * rows_out, (stop - start) * rows_out)
+            if result is None:
+                result = self._new_map([*slab.shape[: self.dim], units * rows_out, *slab.shape[self.dim + 1 :]], slab.dtype)
+            result.write(start * rows_out, slab)
+            moments = _moments(slab) if moments is None else moments + _moments(slab)
+            if start == 0:
+                unit_bytes += RESULT_BYTES * rows_out * result.row_values
+                thickness = max(thickness, self.for_slabs // unit_bytes - 2 * halo)
+            start = stop
+            del slab  # before the next one is made
+        assert result is not None  # a map has at least one row
+        result.moments = moments
+        return result
+
+    def _new_map(self, shape: Sequence[int], dtype: torch.dtype) -> FeatureMap:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._held + nbytes <= self.for_maps:
+            self._held += nbytes
+            made = FeatureMap(torch.empty(shape, dtype=dtype), self.dim)
+            weakref.finalize(made, self._release, nbytes)
+            return made
+        path = self.folder / str(next(self._names))
+        made = FeatureMap(path, self.dim, shape, dtype)
+        weakref.finalize(made, path.unlink, missing_ok=True)
+        return made
+
+    def _release(self, nbytes: int) -> None:
+        self._held -= nbytes
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give blocks of more than a MiB back at once, where it would keep those of up to 32 MiB for later."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _moments(slab: torch.Tensor) -> torch.Tensor:
+    """
+    Number of voxels, sum and sum of squares for each channel, ``3xBxC`` in float64. Each channel's squares are taken around
+    its mean in the slab: in float32, large ones would drown small deviations.
+    """
+    found = []
+    for channel in slab.flatten(0, 1):
+        values = channel.float()
+        mean = values.mean()
+        variance = (values - mean).square_().mean()
+        found.append(torch.stack([mean, variance]))
+    mean, variance = torch.stack(found, dim=1).double().cpu().view(2, *slab.shape[:2])
+    count = slab[0, 0].numel()
+    return count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+
+
+def _norm_of(norm: nn.GroupNorm, x: FeatureMap) -> Slabwise:
+    """``norm`` with the statistics of the whole of ``x``, for slabs of it."""
+    assert x.moments is not None
+    by_group = x.moments.unflatten(2, (norm.num_groups, -1)).sum(3)
+    mean = by_group[1] / by_group[0]
+    variance = (by_group[2] / by_group[0] - mean.square()).clamp(min=0)
+    size, channels = x.shape[:2]
+    per_group = channels // norm.num_groups
+    weight, bias = norm.weight.repeat(size), norm.bias.repeat(size)
+    mean, variance = (s.repeat_interleave(per_group, dim=1).flatten().to(norm.weight) for s in (mean, variance))
+
+    def normalise(slab: torch.Tensor) -> torch.Tensor:
+        # with given statistics, batch norm is the affine map of each channel that is wanted, in the slab's own type
+        merged = slab.reshape(1, -1, *slab.shape[2:])
+        return F.batch_norm(merged, mean, variance, weight, bias, eps=norm.eps).view(slab.shape)
+
+    return normalise
+
+
+def _rates(block: Any, axis: int) -> tuple[int, int]:
+    """Rows along ``axis`` that a layer takes, and gives for them. No layer looks further than one such unit."""
+    if isinstance(block, Downsample):
+        stride: Any = block.conv.conv.stride
+        return stride[axis], 1
+    if isinstance(block, AEKLDownsample):
+        return 2, 1
+    if isinstance(block, SubpixelDownsample):
+        return block.factors[axis], 1
+    if isinstance(block, (Upsample, SubpixelUpsample)):
+        return 1, block.factors[axis]
+    if isinstance(block, MonaiUpsample):
+        return 1, 2
+    if isinstance(block, Convolution):
+        return 1, 1
+    raise TypeError(f"no rule says how to run a {type(block).__name__} in slabs; add one to {__name__}.")

@@ -1,0 +1,107 @@
+"""Encoding and decoding of volumes of any size within a budget of memory, exactly: in one pass, or in slabs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from scripts.bundle.machine import processes_on_host, total_memory
+from scripts.inference.inferers import ReconstructionInferer
+from scripts.inference.slabs import stream
+from scripts.layers.factors import padded_size
+from scripts.layers.resampling import pad_to_multiple
+from scripts.planning.step_costs import inference_cost
+
+__all__ = ["StreamingInferer", "available_memory_gb"]
+
+GIB = 2**30
+OPERATIONS = ("reconstruct", "encode", "decode")
+SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; others use it too
+
+
+def available_memory_gb(device: str | torch.device) -> float:
+    """
+    What a run may use of a device's memory when ``memory_gb`` is not set: the same in every run on one machine, so that the
+    same volumes are streamed.
+
+    Args:
+        device: where the network runs.
+
+    Returns:
+        GiB; of the host's memory, each of several processes on it gets its part.
+
+    Raises:
+        OSError: where the system does not say how much memory there is.
+    """
+    total = total_memory(device)
+    if total is None:
+        raise OSError(f"this system does not say how much memory {device} has: set `memory_gb`.")
+    processes = 1 if torch.device(device).type == "cuda" else processes_on_host()
+    return SHARE_OF_MEMORY * total / processes / GIB
+
+
+class StreamingInferer(ReconstructionInferer):
+    """
+    Encode, decode or reconstruct volumes of any size: in one pass when that fits into ``memory_gb``, otherwise in slabs,
+    with the same result to rounding. See :py:func:`scripts.inference.slabs.stream`.
+
+    Args:
+        amp: whether to use mixed precision.
+        amp_dtype: ``"bfloat16"`` or ``"float16"``.
+        memory_gb: GiB that may be used: on a GPU of its memory, the network included; on the CPU by how much the process may
+            grow. The memory of the given volume is not counted. None for what :py:func:`available_memory_gb` says.
+        operation: ``"reconstruct"``, ``"encode"`` (to ``z_mu``) or ``"decode"``.
+
+    Raises:
+        ValueError: for a budget that is not positive, or an unknown operation or data type.
+    """
+
+    def __init__(self, amp: bool, amp_dtype: str, memory_gb: float | None = None, operation: str = "reconstruct") -> None:
+        super().__init__(amp, amp_dtype)
+        if memory_gb is not None and (isinstance(memory_gb, (bool, str)) or not memory_gb > 0):
+            raise ValueError(f"`memory_gb` is {memory_gb!r}; it must be a positive number of GiB.")
+        if operation not in OPERATIONS:
+            raise ValueError(f"`operation` is {operation!r}; it must be one of {', '.join(OPERATIONS)}.")
+        self.memory_gb = memory_gb
+        self.operation = operation
+        self._peaks: dict[tuple[int, ...], int] = {}
+
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        Args:
+            inputs: images ``BxCxHxWxD`` of any size, or latents to decode. They can stay on the host when the network is on
+                a GPU.
+            network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`.
+
+        Returns:
+            float32 on the device of ``inputs``: reconstructions of the same shape, latents, or decoded images whose sizes
+            are multiples of the total factor.
+        """
+        device = next(network.parameters()).device
+        budget = self.memory_gb or available_memory_gb(device)
+        with torch.no_grad(), torch.autocast(device.type, self.dtype, enabled=self.amp):
+            if self._whole_volume_peak(inputs, network, device) <= budget * GIB:
+                return self._in_one_pass(inputs.to(device), network).float().to(inputs.device)
+            return stream(network, inputs, self.operation, budget).to(inputs.device)
+
+    def _in_one_pass(self, x: torch.Tensor, network: Any) -> torch.Tensor:
+        if self.operation == "reconstruct":
+            return network.reconstruct(x)
+        if self.operation == "decode":
+            return network.decode(x)
+        return network.encode(pad_to_multiple(x, network.total_downsample_factor))[0]
+
+    def _whole_volume_peak(self, inputs: torch.Tensor, network: Any, device: torch.device) -> int:
+        """Bytes of a reconstruction in one pass, for each operation: a latent is decoded as it would be in that."""
+        sizes, factors = inputs.shape[2:], network.total_downsample_factor
+        if self.operation == "decode":
+            sizes = torch.Size(n * f for n, f in zip(sizes, factors))
+        key = (inputs.shape[0], *padded_size(sizes, factors))
+        if key not in self._peaks:
+            with torch.autocast(device.type, enabled=False):
+                dtype = self.dtype if self.amp else None
+                cost = inference_cost(network, key[1:], batch_size=key[0], amp_dtype=dtype, device=device.type)
+            # cuDNN may need as much again as the largest convolution
+            self._peaks[key] = cost.peak + (cost.convolution if device.type == "cuda" else 0)
+        return self._peaks[key]

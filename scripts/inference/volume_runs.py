@@ -1,0 +1,163 @@
+"""Runs over many volumes that one bad file does not end: it is named, the others are done, and the exit code says it."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from monai.data import Dataset
+from monai.engines import SupervisedEvaluator
+
+from scripts.bundle.processes import merged, share_of
+from scripts.data.restored_volumes import output_path
+from scripts.data.volume_checks import problem_of_header
+from scripts.data.volume_lists import find_images
+
+__all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes"]
+
+PROBLEM = "problem"  # key of an item that could not be loaded
+PATIENCE = datetime.timedelta(days=7)  # of a process that waits for the others to finish their volumes
+logger = logging.getLogger(__name__)
+
+
+def join_processes(output_dir: str) -> None:
+    """
+    Find the other processes of a run under ``torchrun``, and see to it that results can be written.
+
+    Args:
+        output_dir: folder of the results; it is made.
+
+    Raises:
+        OSError: when it cannot be written to.
+    """
+    if "RANK" in os.environ and idist.get_world_size() == 1 and int(os.environ["WORLD_SIZE"]) > 1:
+        idist.initialize("gloo", timeout=PATIENCE)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(idist.get_local_rank())
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"`output_dir` {output_dir!r} cannot be written to ({error.strerror}); choose a folder that can, or change its "
+            "permissions",
+        ) from error
+
+
+def find_share(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
+    """
+    This process's share of the volumes below a folder, labels and segmentations left out. They are not opened.
+
+    Args:
+        dataset_dir: folder to search.
+        image_glob: pattern relative to it.
+
+    Returns:
+        ``[{"image": path}, ...]``
+
+    Raises:
+        FileNotFoundError: when the folder does not exist or nothing in it matches.
+        ValueError: when two volumes would have one name in the output.
+    """
+    items = find_images(dataset_dir, image_glob)
+    sources: dict[Path, str] = {}
+    for item in items:
+        name = output_path("", str(Path(item["image"]).relative_to(dataset_dir)), "")
+        if name in sources:
+            raise ValueError(f"{sources[name]} and {item['image']} would have the same output; rename one of them.")
+        sources[name] = item["image"]
+    return share_of(items)
+
+
+class VolumeDataset(Dataset):
+    """
+    MONAI's ``Dataset`` that hands on what is wrong with a volume in its place, for :py:class:`VolumeEvaluator`.
+
+    Args:
+        data: ``[{"image": path}, ...]``.
+        transform: of the volumes.
+        image_channels: number of channels that every volume must have; None to leave that to ``transform``.
+    """
+
+    def __init__(
+        self, data: Sequence[dict[str, str]], transform: Callable[..., Any], image_channels: int | None = None
+    ) -> None:
+        super().__init__(data, transform)
+        self.image_channels = image_channels
+
+    def _transform(self, index: int) -> dict[str, Any]:
+        path = self.data[index]["image"]
+        problem = None
+        if self.image_channels is not None:
+            problem = problem_of_header(path, self.image_channels)
+        if problem is not None:
+            return {"path": path, PROBLEM: problem}
+        try:
+            return {**super()._transform(index), "path": path}
+        except Exception as error:  # readers raise whatever they stumble over
+            cause = _first_cause(error)
+            if not isinstance(cause, ValueError):
+                problem = f"cannot be read to its end ({type(cause).__name__}: {cause}); copy it again, or remove it."
+            return {"path": path, PROBLEM: problem or str(cause)}
+
+
+class VolumeEvaluator(SupervisedEvaluator):
+    """
+    MONAI's ``SupervisedEvaluator`` for a :py:class:`VolumeDataset`: a volume that cannot be read, run or written is logged
+    and the next one taken.
+
+    Args:
+        kwargs: arguments of ``SupervisedEvaluator``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.problems: dict[str, str] = {}
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """Take all volumes; none is fine too."""
+        if len(self.data_loader) == 0:  # type: ignore[arg-type]
+            logger.info("there is nothing left to do")
+            return
+        super().run(global_epoch)
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict:
+        path = batchdata["path"][0]
+        try:
+            if PROBLEM in batchdata:
+                raise ValueError(batchdata[PROBLEM][0])
+            return super()._iteration(engine, batchdata)
+        except Exception as error:
+            reason = _first_cause(error)
+            kind = "" if isinstance(reason, (ValueError, OSError)) else f"{type(reason).__name__}: "
+            self.problems[path] = " ".join(f"{kind}{reason}".removeprefix(path).split())
+            logger.error(f"{path}: {self.problems[path]}")
+            return {}
+
+    def finish(self) -> None:
+        """
+        Say which volumes could not be done, of all processes.
+
+        Raises:
+            SystemExit: with exit code 1, if there are any.
+        """
+        problems = merged(self.problems)
+        if problems:
+            lines = [f"{path}: {problem}" for path, problem in sorted(problems.items())]
+            raise SystemExit("\n  ".join([f"could not be done ({len(lines)}):", *lines]))
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What a transform raised, without what MONAI puts around it."""
+    while error.__cause__ is not None and "applying transform" in str(error):
+        error = error.__cause__
+    return error

@@ -1,0 +1,239 @@
+"""Fine-tuning and migration: a run that starts from weights, this bundle's or MONAI's, of the same or another network."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.weights import read_weights, what_differs
+
+__all__ = ["PretrainedLoader", "load_pretrained"]
+
+LAYER = re.compile(r"((?:encoder|decoder)\.blocks\.\d+|decoder\.refine|\w+)\.(.+)")  # and the name of a tensor in it
+BLOCK = re.compile(r"(encoder|decoder)\.blocks\.(\d+)")
+# What a block is can be told from the names of its tensors
+KINDS = {"conv1.": "residual", "attn.": "attention", "conv.conv.": "step", "postconv.": "step", "deconv.": "step"}
+GENERATIVE_MODELS = (  # its names, and those of MONAI
+    (re.compile(r"(\.blocks\.\d+)\.to_([qkv])\."), r"\1.attn.to_\2."),
+    (re.compile(r"\.proj_attn\."), ".attn.out_proj."),
+    (re.compile(r"^(decoder\.blocks\.\d+)\.conv\.conv\."), r"\1.postconv.conv."),
+)
+# What makes the latent and the image of the features; of a linear shortcut's latent and image it only makes a correction
+ENDS = ("encoder norm", "decoder norm", "decoder last", "quant_conv_mu", "quant_conv_log_sigma")
+logger = logging.getLogger(__name__)
+
+Layer = tuple[str, dict[str, torch.Tensor]]  # its name in the state dict, and its tensors
+
+
+class PretrainedLoader:
+    """
+    Trainer handler that starts a new run from weights, see :py:func:`load_pretrained`. In a run that is resumed it does
+    nothing.
+
+    Args:
+        network: the network, not wrapped.
+        path: of the weights.
+    """
+
+    def __init__(self, network: AutoencoderKL, path: str) -> None:
+        self.network = network
+        self.path = path
+
+    def attach(self, engine: Engine) -> None:
+        """Register with a trainer, behind the handler that resumes."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration == 0:
+            load_pretrained(self.network, self.path)
+
+
+def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
+    """
+    Take over weights, of the same network strictly, of another one layer by layer. A layer is taken over when one of its
+    place and kind is there, with the same factor and the same shapes; each that is not is logged with the reason.
+
+    Without a description beside them, weights are taken as those of MONAI's network, with a factor of 2 at every step, under
+    today's names or under those of GenerativeModels. They may lie in a dictionary of a checkpoint, under any name.
+
+    Args:
+        network: the network.
+        path: of the weights.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is damaged, holds code, or no AutoencoderKL, or one of which nothing fits.
+    """
+    content, arguments = read_weights(path)
+    state = _autoencoder_in(content, path)
+    if arguments is None:
+        arguments = content.get("arguments")  # of a checkpoint of this bundle
+    if arguments is None:
+        logger.info(
+            f"{path} does not tell its arguments: it is taken as MONAI's network, with a factor of 2 at every step, and "
+            f"`norm_num_groups` {network.arguments['norm_num_groups']} as here"
+        )
+        arguments = _as_monai(network.arguments)
+        state = {_name_of_today(key): value for key, value in state.items()}
+    elif what_differs(arguments, network.arguments):
+        logger.info(f"{path} was made for another network: {what_differs(arguments, network.arguments)}")
+    target = _layers(network.state_dict())
+    taken, reasons = _match(_layers(state), arguments, target, network.arguments)
+    if reasons and not what_differs(arguments, network.arguments):
+        raise ValueError(f"{path} is not what its arguments say, which are this network's: {_listed(reasons)}.")
+    for reason in reasons:
+        logger.info(f"not taken over: {reason}")
+    if not taken:
+        raise ValueError(f"nothing in {path} fits this network: {_listed(reasons)}.")
+    network.load_state_dict({**network.state_dict(), **_merged(taken)})
+    logger.info(f"training starts from {path}: {len(taken)} of {len(target)} layers taken over")
+
+
+def _listed(reasons: list[str]) -> str:
+    return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+
+
+def _autoencoder_in(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file: the whole of it, or the first value that is one; names may have a prefix (``module.``)."""
+    dictionaries = [content, *content.values()] if isinstance(content, dict) else []
+    for found in dictionaries:
+        keys = [key for key in found if isinstance(key, str)] if isinstance(found, dict) else []
+        prefixes = [key.partition("encoder.blocks.")[0] for key in keys if "encoder.blocks." in key]
+        if prefixes:
+            named = {key.removeprefix(prefixes[0]): found[key] for key in keys if key.startswith(prefixes[0])}
+            return {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
+    held = (
+        f"a dictionary of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else type(content).__name__
+    )
+    raise ValueError(f"{path} holds no weights of an AutoencoderKL (none is called encoder.blocks...); it is {held}.")
+
+
+def _name_of_today(key: str) -> str:
+    for old, new in GENERATIVE_MODELS:
+        key = old.sub(new, key)
+    return key
+
+
+def _as_monai(arguments: dict[str, Any]) -> dict[str, Any]:
+    axes = arguments["spatial_dims"]
+    factors = [[2] * axes for _ in arguments["downsample_factors"]]
+    monai = {"initial_downsample_factor": [1] * axes, "initial_mode": "conv", "linear_shortcut": False}
+    return {**arguments, "downsample_factors": factors, **monai}
+
+
+# --- layers by their place ---------------------------------------------------------------------------------------------
+
+
+def _layers(state: dict[str, torch.Tensor]) -> dict[str, Layer]:
+    """
+    The layers of a state dict by their place, such as ``"encoder level 1 residual 0"``, which stays the same when other
+    levels have more blocks: the number in a name (``encoder.blocks.3``) does not.
+    """
+    tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in state.items():
+        match = LAYER.fullmatch(key)
+        layer, name = (match[1], match[2]) if match else (key, "")
+        tensors[layer][name] = value
+    places = {name: name for name in tensors}
+    for part in ("encoder", "decoder"):
+        blocks = sorted((int(match[2]), name) for name in tensors if (match := BLOCK.fullmatch(name)) and match[1] == part)
+        names = [name for _, name in blocks]
+        places.update(zip(names, _places(part, [_kind(tensors[name]) for name in names])))
+    return {places[name]: (name, tensors[name]) for name in tensors}
+
+
+def _kind(tensors: dict[str, torch.Tensor]) -> str:
+    return next((kind for start, kind in KINDS.items() if any(name.startswith(start) for name in tensors)), "layer")
+
+
+def _places(part: str, kinds: list[str]) -> Iterator[str]:
+    """A place for each block; levels count from the finest."""
+    inner = kinds[1:-2]
+    nonlocal_attention = _nonlocal_attention(part, inner)
+    level = 0 if part == "encoder" else inner.count("step")
+    counts: Counter[str] = Counter()
+    yield f"{part} first"
+    for i, kind in enumerate(inner):
+        if kind == "step":
+            level -= part == "decoder"
+            yield f"{part} step {level}"
+            level += part == "encoder"
+            counts.clear()
+        else:
+            place = "nonlocal" if i in nonlocal_attention else f"level {level}"
+            yield f"{part} {place} {kind} {counts[place + kind]}"
+            counts[place + kind] += 1
+    yield f"{part} norm"
+    yield f"{part} last"
+
+
+def _nonlocal_attention(part: str, inner: list[str]) -> range:
+    """
+    Where the attention between the two halves is: residual, attention, residual at the encoder's end or the decoder's start.
+    In a level with attention every residual block has its own.
+    """
+    triple = ["residual", "attention", "residual"]
+    if part == "encoder" and inner[-3:] == triple:
+        return range(len(inner) - 3, len(inner))
+    if part == "decoder" and inner[:3] == triple and inner[3:4] != ["attention"]:
+        return range(3)
+    return range(0)
+
+
+# --- which of them fit -------------------------------------------------------------------------------------------------
+
+
+def _match(
+    source: dict[str, Layer], source_arguments: dict[str, Any], target: dict[str, Layer], arguments: dict[str, Any]
+) -> tuple[dict[str, Layer], list[str]]:
+    """The layers that fit, by place, under the names of ``target``; and for each other one its name and why it does not."""
+    taken = {}
+    reasons = [f"{source[place][0]} of the file, which has no place here" for place in source if place not in target]
+    for place, (name, tensors) in target.items():
+        if place not in source:
+            reasons.append(f"{name}, which is missing there")
+        elif (before := _factor(place, source_arguments)) != (now := _factor(place, arguments)):
+            reasons.append(f"{name}, whose factor is {before} there and {now} here")
+        elif difference := _difference(source[place][1], tensors):
+            reasons.append(f"{name}, where {difference}")
+        else:
+            taken[place] = (name, source[place][1])
+    if "shortcut" in target and "shortcut" not in source:
+        for place in [place for place in ENDS if place in taken]:
+            name, _ = taken.pop(place)
+            reasons.append(f"{name}, which is a small correction of the linear shortcut here")
+    return taken, reasons
+
+
+def _factor(place: str, arguments: dict[str, Any]) -> Any:
+    """The factor of a layer that changes the resolution. It does not always show in a shape."""
+    if place in ("encoder first", "decoder last", "decoder.refine"):
+        initial = arguments["initial_downsample_factor"]
+        return initial if max(initial) == 1 else (initial, arguments["initial_mode"])
+    _, _, step = place.partition(" step ")
+    return arguments["downsample_factors"][int(step)] if step else None
+
+
+def _difference(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> str:
+    for name in sorted(target.keys() ^ source.keys()):
+        return f"`{name}` is only {'here' if name in target else 'there'}"
+    for name, tensor in target.items():
+        if source[name].shape != tensor.shape:
+            return f"`{name}` is {_by(source[name].shape)} there and {_by(tensor.shape)} here"
+    return ""
+
+
+def _by(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "a number"
+
+
+def _merged(layers: dict[str, Layer]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{key}" if key else name: value for name, tensors in layers.values() for key, value in tensors.items()}

@@ -1,0 +1,62 @@
+"""An exponential moving average of the weights, which validation and ``model.pt`` use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from torch.optim.swa_utils import AveragedModel
+
+from scripts.training.trainer import AutoencoderTrainer
+
+__all__ = ["WeightAverage", "moving_average"]
+
+
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """
+    A ``multi_avg_fn`` for PyTorch's ``AveragedModel``. The average starts short and grows with the run, up to ``decay``, so
+    that the first weights are soon forgotten and short runs gain from it too.
+
+    Args:
+        decay: share of the average that a step keeps, at most; between 0 (no average) and 1, both as in [0, 1).
+
+    Raises:
+        ValueError: for another ``decay``.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"`ema_decay` is {decay!r}; it must be at least 0 and below 1.")
+
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor | int) -> None:
+        steps = int(num_averaged)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
+
+    return average
+
+
+class WeightAverage:
+    """
+    Trainer handler that updates the average after every optimizer step. In a new run it starts as the network does, so the
+    handler must come behind those that give the network its first weights.
+
+    Args:
+        average: of the network, with :py:func:`moving_average`.
+        network: that is trained, not wrapped.
+    """
+
+    def __init__(self, average: AveragedModel, network: torch.nn.Module) -> None:
+        self.average = average
+        self.network = network
+
+    def attach(self, engine: AutoencoderTrainer) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _start(self, engine: AutoencoderTrainer) -> None:
+        if engine.state.iteration == 0:
+            self.average.module.load_state_dict(self.network.state_dict())
+
+    def __call__(self, engine: AutoencoderTrainer) -> None:
+        if engine.step_is_complete:
+            self.average.update_parameters(self.network)

@@ -1,0 +1,111 @@
+"""Volumes that cannot be trained on are found before the first epoch, all of them, with the reason."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from scripts.data.volume_checks import find_problem, usable_volumes
+from tests.conftest import head_like, save_volume
+from tests.processes import bundle_run
+
+SHAPE = (8, 9, 10)
+
+
+def save(path: Path, values: np.ndarray) -> str:
+    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    return str(path)
+
+
+def truncated(path: Path) -> str:
+    save_volume(path, (30, 30, 30))
+    path.write_bytes(path.read_bytes()[:-500])
+    return str(path)
+
+
+def with_voxel(path: Path, value: float) -> str:
+    values = head_like(SHAPE).astype(np.float32)
+    values[1, 2, 3] = value
+    return save(path, values)
+
+
+FAULTS = {
+    "truncated.nii.gz": (truncated, "cannot be read to its end"),
+    "truncated.nii": (truncated, "cannot be read to its end"),
+    "text.nii": (lambda path: (path.write_text("no volume"), str(path))[1], "cannot be read to its end"),
+    "nan.nii.gz": (lambda path: with_voxel(path, np.nan), "has 1 voxels that are NaN or infinite"),
+    "infinite.nii": (lambda path: with_voxel(path, -np.inf), "has 1 voxels that are NaN or infinite"),
+    "constant.nii": (lambda path: save(path, np.full(SHAPE, 7, np.int16)), "is constant (7)"),
+    "slice.nii": (lambda path: save(path, head_like((9, 9, 1))), "a 2D slice; stack"),
+    "flat.nii": (lambda path: save(path, head_like((9, 9, 1))[..., 0]), "a 2D slice; stack"),
+    "series.nii": (lambda path: save(path, np.ones((5, 6, 7, 20), np.int16)), "a 4D series, or 20 channels where 1 is"),
+    "vectors.nii": (lambda path: save(path, np.ones((5, 6, 7, 1, 3), np.int16)), "a volume has three axes"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_volume_that_cannot_be_used_is_told_why(name, tmp_path):
+    make, words = FAULTS[name]
+    assert words in (find_problem(make(tmp_path / name), image_channels=1) or "")
+
+
+def test_volume_that_can_be_used_has_no_problem(tmp_path):
+    assert find_problem(str(save_volume(tmp_path / "a.nii.gz", SHAPE)), 1) is None
+    two = np.stack([head_like(SHAPE), head_like(SHAPE)], axis=-1)
+    assert find_problem(save(tmp_path / "two.nii", two), 2) is None
+    assert "one channel where 2 are expected" in (find_problem(str(tmp_path / "a.nii.gz"), 2) or "")
+
+
+def volumes_with_two_bad(folder: Path) -> dict[str, list[dict[str, str]]]:
+    paths = [str(save_volume(folder / f"{i}.nii", SHAPE, seed=i)) for i in range(4)]
+    paths += [truncated(folder / "bad.nii.gz"), with_voxel(folder / "nan.nii", np.nan)]
+    return {"training": [{"image": path} for path in paths[1:]], "validation": [{"image": paths[0]}]}
+
+
+def test_all_bad_volumes_are_listed_before_the_run_stops_or_goes_on_without_them(tmp_path, caplog):
+    lists, cache = volumes_with_two_bad(tmp_path), str(tmp_path / "checked.json")
+    with pytest.raises(ValueError, match=r"2 of 6 volumes(?s:.)*bad.nii.gz cannot(?s:.)*nan.nii has 1(?s:.)*skip_bad_files"):
+        usable_volumes(lists, 1, False, cache)
+    caplog.set_level(logging.INFO)
+    good = usable_volumes(lists, 1, True, cache)
+    assert good == {"training": lists["training"][:3], "validation": lists["validation"]}
+    assert "going on without 2 of 6" in caplog.text and "training: 3 volumes, size 8x9x10" in caplog.text
+    assert f"validated on {tmp_path.name}/0.nii" in caplog.text
+    lists["validation"] = lists["training"][3:]
+    with pytest.raises(ValueError, match="nothing is left for validation"):
+        usable_volumes(lists, 1, True, cache)
+
+
+def test_checked_volumes_are_remembered_until_they_change(tmp_path, monkeypatch):
+    lists, cache = volumes_with_two_bad(tmp_path), tmp_path / "checked.json"
+    read = []
+    monkeypatch.setattr(
+        "scripts.data.volume_checks.find_problem", lambda path, c: (read.append(Path(path).name), find_problem(path, c))[1]
+    )
+    usable_volumes(lists, 1, True, str(cache))
+    assert len(read) == 6
+    usable_volumes(lists, 1, True, str(cache))
+    assert len(read) == 6
+    save_volume(tmp_path / "bad.nii.gz", SHAPE)
+    assert len(usable_volumes(lists, 1, True, str(cache))["training"]) == 4
+    assert read[6:] == ["bad.nii.gz"]
+    cache.write_text("{ damaged")
+    usable_volumes(lists, 1, True, str(cache), max_volumes=1)
+    assert sorted(read[7:]) == ["0.nii", "1.nii"]
+    assert len(json.loads(cache.read_text())) == 2
+
+
+def test_truncated_volume_stops_training_before_the_first_step(volumes, tmp_path):
+    truncated(volumes / "sub-09" / "broken.nii.gz")
+    process = bundle_run(
+        "training", "train.json", check=False, dataset_dir=str(volumes), output_dir=str(tmp_path / "eval"), device="cpu"
+    )
+    assert process.returncode == 1
+    assert "1 of 5 volumes cannot be used" in process.stdout
+    assert "sub-09/broken.nii.gz cannot be read to its end" in process.stdout
+    assert "before the first step" not in process.stdout and not list(tmp_path.rglob("*.pt"))

@@ -1,0 +1,346 @@
+"""The planner: what it counts without computing is what a real step needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+
+import pytest
+import torch
+from monai.networks.nets import PatchDiscriminator
+
+from benchmarks.inference_peak import peak_bytes, restart_peak
+from benchmarks.networks import MONAI, build_with
+from benchmarks.planning_step import saved_in_a_step
+from scripts.__main__ import main
+from scripts.planning.estimates import GIB, estimate_memory, log_estimate
+from scripts.planning.plans import TRAIN
+from scripts.planning.recommendations import leanest, recommend_downsample_factors, write_overlay
+from scripts.planning.self_test import Configuration, check_all, check_configuration, configurations
+from scripts.planning.step_costs import inference_cost, training_cost
+from scripts.planning.tables import verdict
+from tests.conftest import ROOT, SMALL
+from tests.processes import bundle_run
+
+TINY = {"channels": [4, 8, 8], "latent_channels": 8}
+
+
+def on_meta(name: str, **arguments) -> torch.nn.Module:
+    with torch.device("meta"):
+        return build_with(name, **arguments)
+
+
+@pytest.mark.parametrize(
+    "name, batch_size, amp, arguments",
+    [
+        (MONAI, 1, True, {}),
+        ("initial 2 (conv), [4,2]", 1, True, {"use_checkpoint": True}),
+        ("initial 2, [2,2]", 1, True, {"attention_levels": (False, False, True), "use_flash_attention": True}),
+        ("initial 2, [2,2]", 3, False, {"linear_shortcut": True}),
+    ],
+)
+def test_saved_activations_are_those_of_a_real_step(name, batch_size, amp, arguments):
+    network = build_with(name, **arguments)
+    amp_dtype = torch.bfloat16 if amp else None
+    estimate = training_cost(network, (32,) * 3, batch_size=batch_size, amp_dtype=amp_dtype, device="cpu")
+    assert estimate.saved_activations == pytest.approx(saved_in_a_step(network, (32,) * 3, batch_size, amp), rel=0.02)
+    assert sum(level.saved for level in estimate.levels) == estimate.saved_activations
+
+
+def test_parts_of_the_estimate_are_exact_where_they_can_be_counted_by_hand():
+    network = on_meta("initial 2, [2,2]")
+    parameters = sum(4 * p.numel() for p in network.parameters())
+    estimate = training_cost(network, (64,) * 3)
+    assert estimate.parameters == estimate.gradients == parameters
+    assert 2 * parameters <= estimate.optimizer_state <= 2 * parameters + 4 * len(list(network.parameters()))
+    assert estimate.peak > estimate.saved_activations + 3 * parameters
+    levels = [(level.part, level.spatial_shape[0]) for level in estimate.levels[:-1]]
+    assert levels == [("encoder", n) for n in (64, 32, 16, 8)] + [("decoder", n) for n in (8, 16, 32, 64)]
+
+
+def test_pytorch_still_has_the_private_parts_that_the_planner_needs():
+    layer = torch.nn.Linear(1000, 500, bias=False)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.layer = torch.nn.Module(), layer
+            self.encoder.in_channels = 1
+
+        def reconstruct(self, x):
+            return self.layer(x)
+
+    cost = inference_cost(Net(), (1000,), batch_size=10, amp_dtype=None)
+    image, result, weight = 40_000, 20_000, 2_000_000
+    counted = (cost.parameters, cost.flops, cost.peak)
+    expected = (weight, 2 * 10 * 1000 * 500, pytest.approx(weight + image + result, abs=3 * 512))
+    assert counted == expected, "an upgrade of PyTorch changed FakeTensorMode, TorchDispatchMode or flop_registry"
+
+
+def test_cuda_keeps_norms_of_plain_modules_in_float32_and_those_of_this_network_not():
+    size = (64,) * 3
+    plain, lean = ([training_cost(on_meta(n), size, device=d) for d in ("cuda", "cpu")] for n in (MONAI, "[2,2]"))
+    assert plain[0].saved_activations > 1.4 * plain[1].saved_activations
+    assert lean[0].saved_activations == lean[1].saved_activations
+
+
+def test_checkpointing_saves_activations_and_costs_operations():
+    kept, recomputed = (training_cost(on_meta("[2,2]", use_checkpoint=c), (64,) * 3) for c in (False, True))
+    assert recomputed.saved_activations < 0.1 * kept.saved_activations
+    assert recomputed.peak < kept.peak
+    assert recomputed.flops > 1.2 * kept.flops
+
+
+def test_estimate_leaves_the_network_as_it_is():
+    network = on_meta("initial 4, [2,2]").to_empty(device="cpu").eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    training_cost(network, (32,) * 3)
+    assert not network.training and not network.encoder.blocks[0]._forward_hooks
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(tensor.nan_to_num(), before[name].nan_to_num()) for name, tensor in network.state_dict().items())
+
+
+def test_adversarial_training_costs_a_discriminator():
+    with torch.device("meta"):
+        discriminator = PatchDiscriminator(spatial_dims=3, channels=16, in_channels=1, num_layers_d=2)
+    plain, adversarial = (
+        training_cost(on_meta("initial 2, [2,2]"), (32,) * 3, discriminator=d) for d in (None, discriminator)
+    )
+    weights = sum(4 * p.numel() for p in discriminator.parameters())
+    assert adversarial.parameters >= plain.parameters + weights
+    assert adversarial.gradients == plain.gradients + weights
+    assert adversarial.saved_activations > plain.saved_activations
+
+
+def test_average_of_the_weights_is_counted():
+    plain, averaged = (training_cost(on_meta("initial 4, [2,2]"), (32,) * 3, averaged=a) for a in (False, True))
+    assert averaged.parameters == 2 * plain.parameters
+    assert averaged.peak >= plain.peak + plain.parameters
+
+
+def test_accumulated_gradients_are_there_during_the_step():
+    plain, accumulating = (training_cost(on_meta("initial 2, [2,2]"), (64,) * 3, accumulates=a) for a in (False, True))
+    assert accumulating.peak > plain.peak + 0.5 * plain.gradients
+
+
+def test_optimizer_makes_its_temporaries_for_all_parameters_at_once_on_cuda_only():
+    tiny_volume = (16,) * 3  # the optimizer is what needs most
+    cuda, cpu = (training_cost(on_meta("initial 4, [2,2]"), tiny_volume, device=d) for d in ("cuda", "cpu"))
+    assert cuda.peak_phase == "optimizer"
+    assert cuda.peak > cpu.peak
+
+
+def test_volume_of_512_takes_seconds_and_next_to_no_memory():
+    start, before = time.process_time(), restart_peak()
+    estimate = estimate_memory(512)
+    assert estimate.training.peak > 10 * GIB
+    assert time.process_time() - start < 5
+    assert peak_bytes("cpu") - before < GIB
+
+
+def test_estimate_follows_config_overlay_and_arguments(tmp_path):
+    overlay = tmp_path / "overlay.json"
+    overlay.write_text(
+        json.dumps({"initial_downsample_factor": [2, 2, 1], "latent_channels": 12, "patch_size": [32, 32, 16]})
+    )
+    estimate = estimate_memory(
+        channels=[4, 8, 8], downsample_factors=[4, 2], batch_size=2, config_file=[TRAIN, str(overlay)]
+    )
+    assert estimate.downsample_factor == (16, 16, 8)
+    assert estimate.spatial_size == (32, 32, 16)
+    assert estimate.latent_shape == (12, 2, 2, 2)
+    assert estimate.voxels_per_latent == pytest.approx(16 * 16 * 8 / 12)
+    assert estimate.batch_size == 2
+
+
+def test_inference_config_has_no_training():
+    estimate = estimate_memory(20, config_file=str(ROOT / "configs" / "inference.json"))
+    assert estimate.training is None
+    assert estimate.inference.peak > estimate.inference.parameters
+    assert estimate.latent_shape == (24, 3, 3, 3)
+
+
+def test_recommendations_keep_what_they_promise(tmp_path):
+    found = recommend_downsample_factors([64, 64, 16], 8, 4, spacing=[1, 1, 3.2], count=2, **TINY)
+    assert found and [r.score for r in found] == sorted(r.score for r in found)
+    for recommendation in found:
+        factors = [*recommendation.initial_downsample_factor, *sum(recommendation.downsample_factors, ())]
+        assert all(math.log2(factor).is_integer() for factor in factors)
+        assert max(recommendation.initial_downsample_factor) <= 4
+        assert all(n % f == 0 for n, f in zip(recommendation.padded_size, recommendation.estimate.downsample_factor))
+        assert recommendation.estimate.fits(4)
+        write_overlay(recommendation, tmp_path / "overlay.json")
+        again = estimate_memory(config_file=[TRAIN, str(tmp_path / "overlay.json")])
+        assert again == recommendation.estimate
+    assert max(found[0].latent_spacing) / min(found[0].latent_spacing) < 1.3
+    assert max(found[0].estimate.latent_shape[1:]) == 8
+    assert found[0].overlay["channels"] == [4, 8, 8]
+
+
+def test_recommendation_says_to_what_size_to_pad():
+    best = recommend_downsample_factors([60, 64, 64], 8, count=1, **TINY)[0]
+    assert best.padded_size == (64, 64, 64)
+    assert "pad to 64x64x64" in best.reason
+    assert best.overlay["patch_size"] == [64, 64, 64]
+
+
+def test_voxels_per_latent_set_the_latent_channels():
+    best = recommend_downsample_factors(64, 8, voxels_per_latent=64, count=1, channels=[4, 8, 8])[0]
+    assert best.estimate.voxels_per_latent == 64
+    assert best.overlay["latent_channels"] == 8
+
+
+def test_what_fits_nowhere_comes_with_what_would():
+    two_levels = {"channels": [4, 8], "downsample_factors": [2], "latent_channels": 8}
+    assert recommend_downsample_factors(48, memory_gb=0.6, **two_levels) == []
+    least, changes = leanest(48, 0.6, **two_levels)
+    assert max(least.initial_downsample_factor) >= 4
+    assert changes and all(change.nbytes < least.estimate.training_bytes for change in changes)
+    assert any("patch_size" in change.what for change in changes)
+
+
+def test_leanest_of_a_volume_too_small_for_large_factors():
+    least, _ = leanest(8, 0.6, channels=[4, 8], downsample_factors=[2], latent_channels=8)
+    assert least.initial_downsample_factor == (2, 2, 2)
+
+
+def test_verdict_says_when_no_change_helps():
+    estimate = estimate_memory(16, **TINY)
+    said = verdict(estimate, 0.1, [])
+    assert "training does not fit into 0.1 GiB" in said and "makes it smaller" in said
+    assert "smaller" not in verdict(estimate, 8, [])
+
+
+def test_verdict_names_changes_that_are_enough(capsys):
+    main(["estimate", "--spatial_size", "128", "--batch_size", "4", "--memory_gb", "1.4"])
+    printed = capsys.readouterr().out
+    assert "training does not fit into 1.4 GiB" in printed
+    assert "what would fit" in printed and "batch_size 1 with gradient_accumulation_steps 4" in printed
+
+
+def test_json_holds_the_estimate(capsys):
+    main(["estimate", "--spatial_size", "32", "--channels", "[4,8,8]", "--memory_gb", "8", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["fits"] is True
+    assert printed["latent_shape"] == [24, 4, 4, 4]
+    assert printed["training"]["peak"] < printed["training_bytes"]
+
+
+@pytest.mark.parametrize(
+    "request_, words",
+    [
+        ("estimate --spatial_size [0,64,64]", "`spatial_size` is [0, 64, 64]"),
+        ("estimate --spatial_size [64,64]", "it needs 3 whole numbers"),
+        ("estimate --memory_gb -3", "`memory_gb` is -3"),
+        ("recommend --spatial_size 64 --memory_gb -1", "`memory_gb` is -1"),
+        ("recommend --spatial_size 64 --spacing [1,0,1]", "`spacing` is 0"),
+        ("recommend", "needs the size"),
+        ("estimate --config_file nowhere.json", "there is no config nowhere.json"),
+        ("estimate --network_def#_target_ monai.networks.nets.UNet", "is UNet"),
+        ("estimate --chanels [4,8]", "no config key 'chanels'"),
+        ("estimate --channels [4,8]", "need 1, one between two levels"),
+        ("estimate --batch_size 1.5", "`batch_size` is 1.5"),
+        ("estimate --channels 8", "object of type 'int' has no len()"),
+        ("estimate --device tpu", "`device` is 'tpu'"),
+        ("check --presets 4x", "unexpected argument: --presets"),
+        ("estimates", "there is no command 'estimates'"),
+    ],
+)
+def test_bad_request_gets_one_line_and_exit_code_2(capsys, request_, words):
+    with pytest.raises(SystemExit) as exit_:
+        main(request_.split())
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command, words", [("check", "every preset"), ("estimate", "--memory_gb"), ("recommend", "--spacing")]
+)
+def test_every_command_has_a_help(capsys, command, words):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err
+
+
+def test_presets_and_documented_configurations_are_checked():
+    names = [configuration.name for configuration in configurations()]
+    assert {f"train + presets/{path.stem}" for path in (ROOT / "configs/presets").glob("*.json")} <= set(names)
+    assert {"train", "train + evaluate", "inference", "train --downsample_factors (4,2) --latent_channels 64"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+def test_check_counts_what_was_estimated():
+    small = Configuration(("configs/train.json", "configs/presets/16x.json"), (("channels", (4, 8, 8)),))
+    result = check_configuration(small)
+    assert result.error is None
+    assert result.latent_shape[1:] == (2, 2, 2)
+    assert result.saved_estimated == pytest.approx(result.saved_counted, rel=0.02)
+
+
+def test_broken_preset_fails_the_check(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs", ignore=shutil.ignore_patterns("presets"))
+    (tmp_path / "configs/presets").mkdir()
+    (tmp_path / "README.md").write_text("no commands\n")
+    (tmp_path / "configs/presets/broken.json").write_text('{"downsample_factors": [2, 2, 2]}')
+    monkeypatch.setattr("scripts.__main__.check_all", lambda: check_all(tmp_path))
+    with pytest.raises(SystemExit) as exit_:
+        main(["check"])
+    assert exit_.value.code == 1
+    good, broken = capsys.readouterr().out.splitlines()[2:]
+    assert "good" in good
+    assert "`downsample_factors` has 3 factors" in broken
+
+
+def log_of_a_training_start(caplog) -> str:
+    network = build_with("initial 4, [2,2]")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    with caplog.at_level(logging.INFO):
+        log_estimate(network, (32,) * 3, 1, "bfloat16", 1, torch.nn.functional.l1_loss, optimizer, "cpu")
+    return caplog.text
+
+
+def test_start_of_training_logs_one_line_and_leaves_the_random_state(caplog):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    torch.set_rng_state(before)
+    build_with("initial 4, [2,2]")
+    after_building = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert "estimate for one training step" in log_of_a_training_start(caplog)
+    assert torch.equal(torch.get_rng_state(), after_building)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_start_of_training_warns_when_the_device_is_too_small(caplog, monkeypatch):
+    monkeypatch.setattr("scripts.planning.estimates.total_memory", lambda device: GIB // 4)
+    assert "cpu has 0.2 GiB" in log_of_a_training_start(caplog)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+
+
+def test_training_starts_without_an_estimate_when_pytorch_has_changed(caplog, monkeypatch):
+    monkeypatch.setattr("scripts.planning.step_costs.FakeTensorMode", None)
+    assert "no estimate of the memory" in log_of_a_training_start(caplog)
+
+
+def test_recommended_overlay_trains(volumes, tmp_path):
+    overlay = tmp_path / "mine.json"
+    request = ["--spatial_size", "[16,16,8]", "--target_latent_size", "2", "--memory_gb", "8", "--spacing", "[1,1,2]"]
+    main(["recommend", *request, "--channels", "[4,8,8]", "--output", str(overlay)])
+    arguments = {key: value for key, value in SMALL.items() if key not in ("patch_size", "channels", "latent_channels")}
+    process = bundle_run(
+        "training",
+        "train.json",
+        str(overlay),
+        dataset_dir=str(volumes),
+        output_dir=str(tmp_path / "eval"),
+        fast_dev_run="true",
+        **arguments,
+    )
+    assert "initial 2x2x1, per level 2x2x2, 2x2x2" in process.stdout
+    assert "estimate for one training step" in process.stdout

@@ -1,0 +1,283 @@
+"""Weights and checkpoints, in one process on tiny networks: what is kept, what is refused, and what a damaged file costs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedEvaluator
+from monai.handlers import PeakSignalToNoiseRatio, ValidationHandler, from_engine
+from monai.optimizers import WarmupCosineSchedule
+from torch.utils.data import DataLoader
+
+from scripts.bundle.files import write_atomically
+from scripts.bundle.weights import load_weights, save_weights
+from scripts.inference.inferers import ReconstructionInferer
+from scripts.training.checkpoints import WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
+from scripts.training.progress import BeforeAndAfter
+from tests.training.test_training import images, small_network, trainer_of
+
+
+def test_weights_load_into_the_network_they_were_made_for(tmp_path):
+    saved, target = small_network(), small_network()
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.zero_()
+    save_weights(saved, tmp_path / "model.pt")
+    load_weights(target, tmp_path / "model.pt")
+    assert all(torch.equal(a, b) for a, b in zip(saved.state_dict().values(), target.state_dict().values()))
+    assert json.loads((tmp_path / "model.json").read_text())["network"]["initial_downsample_factor"] == [2, 2, 2]
+
+
+def test_weights_of_other_factors_are_refused_although_their_shapes_fit(tmp_path):
+    save_weights(small_network(linear_shortcut=False), tmp_path / "model.pt")
+    same = small_network(linear_shortcut=False, downsample_factors=[[2, 2, 2]], initial_downsample_factor=[2, 2, 2])
+    load_weights(same, tmp_path / "model.pt")
+    other = small_network(linear_shortcut=False, downsample_factors=[1])
+    other.load_state_dict(same.state_dict(), strict=True)
+    with pytest.raises(ValueError, match=r"`downsample_factors` is \[\[2, 2, 2\]\] there and \[\[1, 1, 1\]\] here"):
+        load_weights(other, tmp_path / "model.pt")
+
+
+def test_weights_of_a_run_that_has_not_validated_yet_are_no_riddle(tmp_path):
+    (tmp_path / "checkpoint_00000032.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"not written model.pt yet, it does at its next validation.*--resume true"):
+        load_weights(small_network(), tmp_path / "model.pt")
+
+
+def test_missing_damaged_and_unknown_weights(tmp_path, caplog):
+    path = tmp_path / "model.pt"
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        load_weights(small_network(), path)
+    save_weights(small_network(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="changed or damaged"):
+        load_weights(small_network(), path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_weights(small_network(), path)
+    path.write_bytes(whole)
+    load_weights(small_network(), path)
+    assert "nobody knows" in caplog.text
+
+
+class RunsCode:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a payload ran')",)
+
+
+def test_pickled_payload_does_not_run(tmp_path):
+    torch.save({"weight": RunsCode()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_weights(small_network(), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_kill_while_weights_are_written_leaves_a_pair_that_loads(tmp_path, monkeypatch, moment):
+    path = tmp_path / "model.pt"
+    save_weights(small_network(), path)
+    calls = []
+
+    def killed(content, target):
+        calls.append(target)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        write_atomically(content, target)
+
+    monkeypatch.setattr("scripts.bundle.files.write_atomically", killed)
+    other = small_network()
+    with torch.no_grad():
+        other.post_quant_conv.conv.weight.add_(1)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(other, path)
+    load_weights(small_network(), path)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    write_atomically(b"old", path)
+
+    def full(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(b"new", path)
+    assert path.read_bytes() == b"old"
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
+    (tmp_path / WEIGHTS).touch()
+    with pytest.raises(FileExistsError, match="resume.*overwrite"):
+        claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
+    claim_ckpt_dir(str(tmp_path), resume=True, overwrite=False)
+    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
+
+
+def run_with_checkpoints(
+    folder, network, epochs: int, resume: bool = False, num_images: int = 3, schedule=None, at_start=None, **arguments
+):
+    """Train ``epochs`` epochs with validation, a saver and a resumer, as train.json wires them."""
+
+    def psnr_metric():
+        return PeakSignalToNoiseRatio(max_val=1.0, output_transform=from_engine(["pred", "image"]))
+
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(images(2)),
+        network=network,
+        inferer=ReconstructionInferer(amp=False, amp_dtype="bfloat16"),
+        key_val_metric={"psnr": psnr_metric()},
+        additional_metrics={"trilinear_psnr": psnr_metric()},
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    state = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
+    handlers = [
+        TrainingResumer(str(folder), resume, network, state, evaluator),
+        ValidationHandler(interval=2, validator=evaluator),
+        BeforeAndAfter(evaluator, picture="p.png", weights="model.pt"),
+        TrainingSaver(str(folder), network, state, evaluator),
+    ]
+    trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs, **arguments)
+    trainer.optimizer = optimizer
+    if at_start is not None:
+        trainer.add_event_handler(Events.STARTED, at_start)
+    trainer.run()
+    return trainer, evaluator
+
+
+def test_resumed_training_goes_on_where_it_stopped(tmp_path):
+    _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    best, before = evaluator.state.best_metric, evaluator.state.psnr_before
+    network = small_network()
+    resumed, evaluator = run_with_checkpoints(tmp_path, network, epochs=4, resume=True)
+    assert resumed.state.epoch == 4 and resumed.state.iteration == 12
+    assert evaluator.state.best_metric >= best
+    assert evaluator.state.psnr_before == before  # of the network before the very first step
+    steps = [s["step"].item() for s in resumed.optimizer.state.values()]
+    assert set(steps) == {12.0}
+
+
+def test_resumed_run_has_the_scale_of_the_gradients(tmp_path):
+    first, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, amp=True, amp_dtype="float16")
+    assert first.scaler.state_dict()["_growth_tracker"] > 0 or first.scaler.get_scale() < 65536
+    found = []
+
+    def look(trainer):
+        found.append(trainer.scaler.state_dict())
+
+    run_with_checkpoints(tmp_path, small_network(), 3, resume=True, at_start=look, amp=True, amp_dtype="float16")
+    assert found == [first.scaler.state_dict()]
+
+
+def test_resuming_a_finished_run_trains_no_further(tmp_path, caplog):
+    network = small_network()
+    run_with_checkpoints(tmp_path, network, epochs=2)
+    before = find_checkpoints(tmp_path)[0].read_bytes()
+    caplog.set_level("INFO")
+    trainer, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
+    assert trainer.state.iteration == 6
+    assert find_checkpoints(tmp_path)[0].read_bytes() == before
+    assert "all 2 epochs are done" in caplog.text and "validation PSNR at the end" in caplog.text
+
+
+def test_resume_with_another_network_names_what_differs(tmp_path):
+    run_with_checkpoints(tmp_path, small_network(), epochs=1)
+    with pytest.raises(ValueError, match=r"`latent_channels` is 3 there and 5 here"):
+        run_with_checkpoints(tmp_path, small_network(latent_channels=5), epochs=2, resume=True)
+
+
+def test_last_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
+    """Of five epochs with three steps, validated after 2, 4 and 5, the best is the second."""
+    scores = {"psnr": iter([1.0, 30.0, 20.0, 10.0]), "trilinear_psnr": iter([0.0] * 4)}
+    monkeypatch.setattr("monai.handlers.PeakSignalToNoiseRatio.compute", lambda self: next(scores[self._name]))
+    run_with_checkpoints(tmp_path, small_network(), epochs=5)
+    assert [path.name for path in find_checkpoints(tmp_path)] == [
+        f"checkpoint_{iteration:08d}.pt" for iteration in (15, 12, 6)
+    ]
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def damage(path, how):
+    whole = bytearray(path.read_bytes())
+    if how == "flipped bit":
+        whole[whole.find(b"encoder") // 2 + len(whole) // 2] ^= 1
+    elif how == "payload":
+        torch.save({"network": RunsCode()}, path)
+        return
+    path.write_bytes({"truncated": whole[:-1000], "empty": b"", "zeros": bytes(len(whole))}.get(how, whole))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "zeros", "flipped bit", "payload"])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, how):
+    run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    newest, before = find_checkpoints(tmp_path)
+    damage(newest, how)
+    caplog.set_level("INFO")
+    trainer, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
+    assert trainer.state.epoch == 3
+    assert f"{newest} {'holds code (' if how == 'payload' else 'is damaged'}" in caplog.text
+    assert f"resumed {before} after iteration 3" in caplog.text
+
+
+def test_no_whole_checkpoint_is_an_error_and_loses_nothing(tmp_path):
+    run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    for path in find_checkpoints(tmp_path):
+        damage(path, "truncated")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints .* can be used; .*checkpoint_00000003.pt is damaged"):
+        run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_longer_run_stretches_the_schedule(tmp_path):
+    """The learning rate follows the new length, and not that of the checkpoint, where it would rise again."""
+
+    def schedule_of(t_total):
+        return WarmupCosineSchedule(torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), warmup_steps=1, t_total=t_total)
+
+    first, second = schedule_of(6), schedule_of(12)
+    first.last_epoch = 4
+    run_with_checkpoints(tmp_path, small_network(), 2, schedule=first)
+    run_with_checkpoints(tmp_path, small_network(), 4, schedule=second, resume=True)
+    assert (second.t_total, second.last_epoch) == (12, 4)
+
+
+def test_other_number_of_batches_goes_on_at_an_epoch(tmp_path, caplog):
+    run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    trainer, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True, num_images=5)
+    assert "an epoch has 5 batches and had 3: going on after epoch 2" in caplog.text
+    assert (trainer.state.epoch, trainer.state.iteration) == (3, 15)
+
+
+def test_overwriting_removes_the_checkpoints_that_resuming_would_prefer(tmp_path):
+    run_with_checkpoints(tmp_path, small_network(), epochs=2)
+    claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
+    assert len(find_checkpoints(tmp_path)) == 2  # until the new run trains
+    run_with_checkpoints(tmp_path, small_network(), epochs=1)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint_00000003.pt"]
+
+
+def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_path, monkeypatch):
+    """Validation runs before the first step and after epochs 2, 4 and 5; the best of the last three is epoch 4's."""
+    scores = {"psnr": iter([40.0, 20.0, 30.0, 10.0]), "trilinear_psnr": iter([0.0] * 4)}
+    monkeypatch.setattr("monai.handlers.PeakSignalToNoiseRatio.compute", lambda self: next(scores[self._name]))
+    saved = []
+
+    def record(network, path):
+        saved.append(network.post_quant_conv.conv.weight.clone())
+        save_weights(network, path)
+
+    monkeypatch.setattr("scripts.training.checkpoints.save_weights", record)
+    _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=5)
+    assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (30.0, 4)
+    assert evaluator.state.psnr_before == 40.0
+    assert len(saved) == 2
+    best = small_network()
+    load_weights(best, tmp_path / WEIGHTS)
+    assert torch.equal(best.post_quant_conv.conv.weight, saved[-1])
+    assert not torch.equal(saved[0], saved[1])
