@@ -66,26 +66,25 @@ def _cast_once(image: torch.Tensor) -> torch.Tensor:
     return image.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else image
 
 
-class _NamedEnds:
+class _NamedEnds(nn.Module):
     """Names for the layers at the two ends of ``blocks``, as MONAI's encoder and decoder have them."""
 
-    blocks: nn.ModuleList
     __jit_unused_properties__ = ["first_conv", "last_norm", "last_conv"]  # noqa: RUF012  TorchScript wants a list
 
     @property
     def first_conv(self) -> nn.Module:
         """The layer that reads the image (of the encoder) or the latent (of the decoder)."""
-        return self.blocks[0]
+        return self.blocks[0]  # type: ignore[index,return-value]
 
     @property
     def last_norm(self) -> nn.Module:
         """The norm in front of :py:attr:`last_conv`."""
-        return self.blocks[-2]
+        return self.blocks[-2]  # type: ignore[index,return-value]
 
     @property
     def last_conv(self) -> nn.Module:
         """The layer that makes the features (of the encoder) or the image (of the decoder)."""
-        return self.blocks[-1]
+        return self.blocks[-1]  # type: ignore[index,return-value]
 
 
 class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
