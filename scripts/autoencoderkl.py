@@ -6,6 +6,7 @@ arguments the classes here are MONAI's: same state-dict keys, same initial weigh
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,21 +20,35 @@ from monai.networks.nets import autoencoderkl as monai_autoencoderkl
 from torch.utils.checkpoint import checkpoint
 
 from scripts.layers.factors import per_axis, per_transition
+from scripts.layers.float32_convolutions import keep_in_float32
 from scripts.layers.lean_blocks import use_lean_blocks
-from scripts.layers.linear_shortcut import LinearShortcut
+from scripts.layers.linear_shortcut import LinearShortcut, start_as_correction
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
 
 __all__ = ["AutoencoderKL", "Decoder", "Downsample", "Encoder", "Reconstructor", "Upsample"]
 
 INITIAL_MODES = ("conv", "pixelshuffle")
-CORRECTION_SCALE = 0.1  # beside a linear shortcut: of the norms and weights that end in the latent and in the image
-DETAIL_GAIN = 10.0  # ditto: of the first filters, which start blind to the brightness that the linear code carries
-LOG_VARIANCE_START = -12.0  # ditto: noise of 0.25 % of the latent; with 5 %, it drowned what the network had to learn
 
 
-def _check_initial_mode(initial_mode: str) -> None:
+def _check_factors(
+    direction: str,
+    factors: Sequence[int | Sequence[int]] | None,
+    initial: int | Sequence[int],
+    initial_mode: str,
+    channels: Sequence[int],
+    spatial_dims: int,
+) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """The factors between levels and at the image, per axis; errors name the arguments of the ``direction``."""
     if initial_mode not in INITIAL_MODES:
         raise ValueError(f"`initial_mode` is {initial_mode!r}; it must be one of {', '.join(INITIAL_MODES)}.")
+    between_levels = per_transition(f"{direction}_factors", factors, channels, spatial_dims)
+    return between_levels, per_axis(f"initial_{direction}_factor", initial, spatial_dims)
+
+
+def _arguments_of(part: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``arguments`` that the constructor of ``part`` takes under the same name."""
+    names = inspect.signature(part).parameters
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 def _run(blocks: nn.ModuleList, recompute: bool, x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +66,28 @@ def _cast_once(image: torch.Tensor) -> torch.Tensor:
     return image.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else image
 
 
-class Encoder(monai_autoencoderkl.Encoder):
+class _NamedEnds(nn.Module):
+    """Names for the layers at the two ends of ``blocks``, as MONAI's encoder and decoder have them."""
+
+    __jit_unused_properties__ = ["first_conv", "last_norm", "last_conv"]  # noqa: RUF012  TorchScript wants a list
+
+    @property
+    def first_conv(self) -> nn.Module:
+        """The layer that reads the image (of the encoder) or the latent (of the decoder)."""
+        return self.blocks[0]  # type: ignore[index,return-value]
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm in front of :py:attr:`last_conv`."""
+        return self.blocks[-2]  # type: ignore[index,return-value]
+
+    @property
+    def last_conv(self) -> nn.Module:
+        """The layer that makes the features (of the encoder) or the image (of the decoder)."""
+        return self.blocks[-1]  # type: ignore[index,return-value]
+
+
+class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
     """
     MONAI's AutoencoderKL ``Encoder`` with a free factor for each transition and for the first convolution.
 
@@ -81,10 +117,11 @@ class Encoder(monai_autoencoderkl.Encoder):
         initial_mode: str = "conv",
         **kwargs: Any,
     ) -> None:
-        factors = per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
-        initial = per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
-        _check_initial_mode(initial_mode)
+        factors, initial = _check_factors(
+            "downsample", downsample_factors, initial_downsample_factor, initial_mode, channels, spatial_dims
+        )
         super().__init__(spatial_dims, in_channels, channels, *args, **kwargs)
+        self.downsample_factors, self.initial_downsample_factor = tuple(factors), initial
         use_lean_blocks(self.blocks)
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, monai_autoencoderkl.AEKLDownsample)]
         self.level_starts = [0, *(place + 1 for place in places)]
@@ -118,7 +155,7 @@ class Encoder(monai_autoencoderkl.Encoder):
         return x
 
 
-class Decoder(monai_autoencoderkl.Decoder):
+class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
     """
     MONAI's AutoencoderKL ``Decoder`` with a free factor for each transition and for the last convolution.
 
@@ -153,9 +190,9 @@ class Decoder(monai_autoencoderkl.Decoder):
         refines_image: bool = False,
         **kwargs: Any,
     ) -> None:
-        factors = per_transition("upsample_factors", upsample_factors, channels, spatial_dims)
-        initial = per_axis("initial_upsample_factor", initial_upsample_factor, spatial_dims)
-        _check_initial_mode(initial_mode)
+        factors, initial = _check_factors(
+            "upsample", upsample_factors, initial_upsample_factor, initial_mode, channels, spatial_dims
+        )
         super().__init__(spatial_dims, channels, in_channels, out_channels, *args, **kwargs)
         use_lean_blocks(self.blocks)
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, MonaiUpsample)]
@@ -277,6 +314,8 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         initial_mode: str = "conv",
         linear_shortcut: bool = False,
     ) -> None:
+        arguments = dict(locals())  # before anything else has a name
+        del arguments["self"]
         nn.Module.__init__(self)  # MONAI's constructor would build its own encoder and decoder first
         if spatial_dims not in (1, 2, 3):
             raise ValueError(f"`spatial_dims` is {spatial_dims!r}; it must be 1, 2 or 3.")
@@ -291,78 +330,51 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             num_res_blocks=num_res_blocks,
             use_checkpoint=use_checkpoint,
         )
-        factors = per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
-        initial = per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
-        _check_initial_mode(initial_mode)
+        if linear_shortcut and in_channels != out_channels:
+            raise ValueError(
+                f"`linear_shortcut` needs as many `out_channels` as `in_channels`, not {out_channels} and {in_channels}."
+            )
+        arguments["num_res_blocks"] = list(num_res_blocks)
+        arguments["channels"] = list(channels)
+        arguments["attention_levels"] = [bool(level) for level in attention_levels]
 
-        self.arguments: dict[str, Any] = {
-            "spatial_dims": spatial_dims,
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "num_res_blocks": list(num_res_blocks),
-            "channels": list(channels),
-            "attention_levels": [bool(level) for level in attention_levels],
-            "latent_channels": latent_channels,
-            "norm_num_groups": norm_num_groups,
-            "norm_eps": norm_eps,
-            "with_encoder_nonlocal_attn": with_encoder_nonlocal_attn,
-            "with_decoder_nonlocal_attn": with_decoder_nonlocal_attn,
-            "use_convtranspose": use_convtranspose,
-            "include_fc": include_fc,
-            "use_combined_linear": use_combined_linear,
-            "downsample_factors": [list(f) for f in factors],
-            "initial_downsample_factor": list(initial),
-            "initial_mode": initial_mode,
-            "linear_shortcut": linear_shortcut,
-        }
-        self.downsample_factors = tuple(factors)
-        self.initial_downsample_factor = initial
-        self.total_downsample_factor = tuple(math.prod(f) for f in zip(initial, *factors))
+        of_encoder = {"out_channels": latent_channels, "with_nonlocal_attn": with_encoder_nonlocal_attn}
+        encoder = Encoder(
+            **_arguments_of(monai_autoencoderkl.Encoder, {**arguments, **of_encoder}),
+            downsample_factors=downsample_factors,
+            initial_downsample_factor=initial_downsample_factor,
+            initial_mode=initial_mode,
+        )
+        self.downsample_factors = encoder.downsample_factors
+        self.initial_downsample_factor = encoder.initial_downsample_factor
+        self.total_downsample_factor = tuple(
+            math.prod(f) for f in zip(self.initial_downsample_factor, *self.downsample_factors)
+        )
+        of_decoder = {"in_channels": latent_channels, "with_nonlocal_attn": with_decoder_nonlocal_attn}
+        decoder = Decoder(
+            **_arguments_of(monai_autoencoderkl.Decoder, {**arguments, **of_decoder}),
+            upsample_factors=self.downsample_factors,
+            initial_upsample_factor=self.initial_downsample_factor,
+            initial_mode=initial_mode,
+            refines_image=linear_shortcut,
+        )
+        self.encoder: nn.Module = encoder
+        self.decoder: nn.Module = decoder
+        arguments["downsample_factors"] = [list(f) for f in self.downsample_factors]
+        arguments["initial_downsample_factor"] = list(self.initial_downsample_factor)
+        del arguments["use_checkpoint"], arguments["use_flash_attention"]  # weights mean the same with and without
+        self.arguments = arguments
         self.latent_channels = latent_channels
         self.use_checkpoint = any(use_checkpoint)
-
-        shared: dict[str, Any] = {
-            "spatial_dims": spatial_dims,
-            "channels": channels,
-            "num_res_blocks": num_res_blocks,
-            "norm_num_groups": norm_num_groups,
-            "norm_eps": norm_eps,
-            "attention_levels": attention_levels,
-            "include_fc": include_fc,
-            "use_combined_linear": use_combined_linear,
-            "use_flash_attention": use_flash_attention,
-            "initial_mode": initial_mode,
-        }
-        self.encoder: nn.Module = Encoder(
-            in_channels=in_channels,
-            out_channels=latent_channels,
-            with_nonlocal_attn=with_encoder_nonlocal_attn,
-            downsample_factors=factors,
-            initial_downsample_factor=initial,
-            **shared,
-        )
-        self.decoder: nn.Module = Decoder(
-            in_channels=latent_channels,
-            out_channels=out_channels,
-            with_nonlocal_attn=with_decoder_nonlocal_attn,
-            use_convtranspose=use_convtranspose,
-            upsample_factors=factors,
-            initial_upsample_factor=initial,
-            refines_image=linear_shortcut,
-            **shared,
-        )
         self.encoder.checkpoint_levels = self.decoder.checkpoint_levels = list(use_checkpoint)
         self.quant_conv_mu = self._latent_conv(spatial_dims, latent_channels)
         self.quant_conv_log_sigma = self._latent_conv(spatial_dims, latent_channels)
         self.post_quant_conv = self._latent_conv(spatial_dims, latent_channels)
         self.shortcut: LinearShortcut | None = None
         if linear_shortcut:
-            if in_channels != out_channels:
-                raise ValueError(
-                    f"`linear_shortcut` needs as many `out_channels` as `in_channels`, not {out_channels} and {in_channels}."
-                )
             self.shortcut = LinearShortcut(in_channels, latent_channels, self.total_downsample_factor)
-            self._start_as_shortcut()
+            start_as_correction(self)
+        keep_in_float32(self)  # some of its convolutions, under the CPU's autocast
 
     @staticmethod
     def _check_levels(channels: Sequence[int], norm_num_groups: int, **per_level: Sequence[Any]) -> None:
@@ -382,33 +394,6 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
     @staticmethod
     def _latent_conv(spatial_dims: int, latent_channels: int) -> Convolution:
         return Convolution(spatial_dims, latent_channels, latent_channels, kernel_size=1, padding=0, conv_only=True)
-
-    @torch.no_grad()
-    def _start_as_shortcut(self) -> None:
-        """
-        Let the network start as a small correction of the linear code, and grow in small steps.
-
-        Scaling the last layers alone is not enough: Adam moves all weights of a convolution by the same step, and with
-        hundreds of inputs that is a large step of its output. So the norm in front of it is scaled as well.
-
-        What the linear code lacks is in the detail, which is a twentieth of a volume's brightness: to filters that see both,
-        and to the norms behind them, it is nothing. So the filters that read an image start as differences of voxels, and
-        louder.
-        """
-        encoder: Any = self.encoder
-        decoder: Any = self.decoder
-        log_sigma: Any = self.quant_conv_log_sigma
-        for norm in (encoder.blocks[-2], decoder.blocks[-2]):
-            norm.weight.mul_(CORRECTION_SCALE)
-        for layer in (decoder.blocks[-1], self.quant_conv_mu, log_sigma):
-            for parameter in layer.parameters():
-                parameter.mul_(CORRECTION_SCALE)
-        log_sigma.conv.bias.fill_(LOG_VARIANCE_START)
-        for layer in (encoder.blocks[0], decoder.refine):
-            for name, parameter in layer.named_parameters():
-                if name.endswith("weight"):  # output channels x image channels and voxels x kernel
-                    parameter.sub_(parameter.flatten(1).mean(1).view(-1, *[1] * (parameter.dim() - 1)))
-                    parameter.mul_(DETAIL_GAIN)
 
     def latent_shape(self, spatial_shape: Sequence[int]) -> tuple[int, ...]:
         """

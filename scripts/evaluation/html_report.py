@@ -5,14 +5,16 @@ from __future__ import annotations
 import base64
 import datetime
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.evaluation.pictures import PLANES
+from scripts.layers.factors import by
 
 __all__ = ["render_report"]
 
@@ -77,7 +79,12 @@ def render_report(evaluation: Mapping[str, Any], pictures: Mapping[str, Mapping[
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "by": _by, "data_uri": _data_uri, "range": _range}
+    environment.filters |= {
+        "number": _number,
+        "by": partial(by, sign=" \N{MULTIPLICATION SIGN} "),
+        "data_uri": _data_uri,
+        "range": _range,
+    }
     known = [metric for metric in COLUMNS if metric in evaluation["mean"]]
     metrics = list(dict.fromkeys([*known, *evaluation["mean"]]))
     factors = evaluation["total_downsample_factor"]
@@ -108,10 +115,6 @@ def _extents(volume: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 def _number(value: float | None, form: str) -> str:
     return "\N{EN DASH}" if value is None else format(value, form).replace("-", "\N{MINUS SIGN}")
-
-
-def _by(sizes: Iterable[float]) -> str:
-    return " \N{MULTIPLICATION SIGN} ".join(f"{size:g}" for size in sizes)
 
 
 def _range(volume: Mapping[str, Any]) -> str:

@@ -1,12 +1,12 @@
-"""Downsample factors: their checks, and the sizes that they divide."""
+"""Downsample factors: their checks, the sizes that they divide, and how both are written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
-__all__ = ["padded_size", "per_axis", "per_transition"]
+__all__ = ["by", "padded_size", "per_axis", "per_transition"]
 
 
 def per_axis(name: str, factor: Any, spatial_dims: int) -> tuple[int, ...]:
@@ -41,3 +41,8 @@ def per_transition(
 def padded_size(spatial_size: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
     """The nearest size from ``spatial_size`` upwards that ``factors`` divide."""
     return tuple(-(-size // factor) * factor for size, factor in zip(spatial_size, factors))
+
+
+def by(sizes: Iterable[float], sign: str = "x") -> str:
+    """Sizes, factors or spacings of all axes in one word, such as ``128x128x64``."""
+    return sign.join(str(size) if isinstance(size, int) else f"{size:g}" for size in sizes)

@@ -1,18 +1,23 @@
-"""The linear shortcut: a linear code beside the network, which starts as a cosine transform or is fitted to the data."""
+"""The linear shortcut: a linear code beside the network, which starts as a cosine transform or is fitted to the data, and
+how the network beside it starts.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from scripts.layers.block_statistics import alignments, principal_components, ridge_regression
+from scripts.layers.cosine_waves import expected_deviation, lowest_frequencies, waves_per_channel
+from scripts.layers.float32_convolutions import bfloat16_fails, run_in_float32
 from scripts.layers.resampling import depth_to_space, space_to_depth
 
-__all__ = ["LinearShortcut"]
+__all__ = ["LinearShortcut", "start_as_correction"]
 
 MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
 INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 voxels an edge, with 32 coefficients
@@ -20,37 +25,9 @@ CORRECTION_AMPLITUDE = 0.05  # in the image, of a network's correction of 1
 LEAST_SCALE = 1e-3  # deviations below it are noise of no interest in volumes in [0, 1]
 BLOCKS_PER_PATCH = 512
 PRIOR_WAVES = 4  # for each latent channel: of how many waves blocks are believed to be made
-RIDGES = (1e5, 3e4, 1e4, 3e3, 1e3, 300.0, 100.0)  # blocks that weigh as much as the belief that neighbours tell nothing
-LEFT_OUT = 4  # one in so many images, to choose among them
-
-
-def lowest_frequencies(factors: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """
-    Indices of the lowest frequencies of the discrete cosine transform (DCT-II) of one block.
-
-    Args:
-        factors: size of the block along each axis.
-        count: how many; there are at most ``prod(factors)``.
-
-    Returns:
-        one index per axis for each, by the sum of their squares.
-    """
-    return sorted(itertools.product(*(range(f) for f in factors)), key=lambda k: (sum(i * i for i in k), k))[:count]
-
-
-def _wave(frequency: int, size: int) -> torch.Tensor:
-    """Cosine with a root mean square of 1."""
-    wave = torch.cos(math.pi * frequency * (torch.arange(size, dtype=torch.float64) + 0.5) / size)
-    return wave / wave.square().mean().sqrt()
-
-
-def _expected_deviation(index: Sequence[int]) -> float:
-    """
-    Amplitude that a DCT frequency has in blocks of medical volumes in [0, 1], as a standard deviation: a block's mean
-    varies by about 0.3, and the rest falls with frequency as 1/f^1.5. Read off the MNI152 T1 template, blocks of 4 to 16.
-    """
-    frequency = math.sqrt(sum(i * i for i in index))
-    return 0.3 if frequency == 0 else 0.04 * frequency**-1.5
+CORRECTION_SCALE = 0.1  # beside a linear shortcut: of the norms and weights that end in the latent and in the image
+DETAIL_GAIN = 10.0  # ditto: of the first filters, which start blind to the brightness that the linear code carries
+LOG_VARIANCE_START = -12.0  # ditto: noise of 0.25 % of the latent; with 5 %, it drowned what the network had to learn
 
 
 class BlockTransform(nn.Module):
@@ -136,6 +113,13 @@ def beside_neighbours(z: torch.Tensor) -> torch.Tensor:
 
 def _per_voxel(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Multiply the channels of each voxel by ``matrix``."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what follows, in this form alone
+        if bfloat16_fails(x):
+            return run_in_float32(_product, x, matrix)
+    return _product(x, matrix)
+
+
+def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     weight = matrix.reshape(list(matrix.shape) + [1] * (x.dim() - 2))
     if x.dim() == 3:
         return F.conv1d(x, weight)
@@ -180,9 +164,7 @@ class LinearShortcut(nn.Module):
         self.inner: BlockTransform | None = None
         if math.prod(inner) > 1:
             self.inner = BlockTransform(in_channels, in_channels * len(inner_indices), inner)
-            self.inner.start_as(
-                _waves_per_channel(inner_indices, [(0,) * len(inner)], inner, (1,) * len(inner), in_channels)
-            )
+            self.inner.start_as(waves_per_channel(inner_indices, [(0,) * len(inner)], inner, (1,) * len(inner), in_channels))
         self.outer = _transform(in_channels * len(inner_indices), latent_channels, outer)
         indices = lowest_frequencies(factors, -(-latent_channels // in_channels))
         functions = self._lowest_waves(latent_channels)
@@ -191,7 +173,7 @@ class LinearShortcut(nn.Module):
         self.register_buffer("scale", torch.ones(1, latent_channels, *[1] * len(factors)))
         self.scale: torch.Tensor
         for z in range(len(functions)):
-            self.scale[0, z] = max(LEAST_SCALE, _expected_deviation(indices[z // in_channels]))
+            self.scale[0, z] = max(LEAST_SCALE, expected_deviation(indices[z // in_channels]))
 
     def encode(self, x: torch.Tensor, correction: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -228,9 +210,7 @@ class LinearShortcut(nn.Module):
     def fit(self, images: Iterable[torch.Tensor]) -> int:
         """
         Set the code to the principal components of blocks, the best linear code for them. They are not centred: the first
-        component is close to a block's mean. Large blocks have more values than there are blocks to learn from, so their
-        covariance is mixed with that of independent cosine waves, each as strong as it is in the blocks. It weighs as
-        much as one block for each value of a block.
+        component is close to a block's mean. Cosine waves say what blocks are like where there are too few of them.
 
         Args:
             images: ``BxCxHxWxD`` each, sizes divisible by the factors.
@@ -245,9 +225,7 @@ class LinearShortcut(nn.Module):
         blocks = torch.cat(found)
         count = min(len(self.outer.analysis), blocks.shape[1])
         waves = self._lowest_waves(PRIOR_WAVES * count).flatten(1).to(blocks) / math.sqrt(self.outer.voxels)
-        strength = (blocks @ waves.t()).square().mean(0).sqrt()
-        rows = torch.cat([blocks, math.sqrt(blocks.shape[1]) * strength[:, None] * waves])
-        components = torch.svd_lowrank(rows, q=min(count + 16, *rows.shape), niter=4)[2][:, :count]
+        components = principal_components(blocks, waves, count)
         functions = components.t() * math.sqrt(self.outer.voxels)
         self.outer.start_as(functions.reshape(count, *self.outer.analysis.shape[1:]))
         deviation = (blocks @ components).square().mean(0).sqrt() / math.sqrt(self.outer.voxels)
@@ -258,9 +236,8 @@ class LinearShortcut(nn.Module):
     @torch.no_grad()
     def fit_neighbours(self, images: Iterable[torch.Tensor]) -> int:
         """
-        Set what is decoded from a block and its neighbours to the best linear estimate of the block: least squares, with a
-        ridge that draws it to the code without neighbours and is as strong as does best on images that are left out. Without
-        room for neighbours it does nothing.
+        Set what is decoded from a block and its neighbours to the best linear estimate of the block, drawn to the code
+        without neighbours. Without room for neighbours it does nothing.
 
         Args:
             images: ``BxCxHxWxD`` each, sizes divisible by the factors.
@@ -274,25 +251,24 @@ class LinearShortcut(nn.Module):
         scale = self.scale.flatten()
         scale = scale.repeat(1 + len(outer.neighbours) // len(scale))[:, None]
         start = torch.cat([outer.synthesis, outer.neighbours]).flatten(1) * scale
-        fitted, left_out = LeastSquares(start), LeastSquares(start)
-        for i, image in enumerate(map(self._outer_input, images)):
-            equations = left_out if i % LEFT_OUT == LEFT_OUT - 1 else fitted
-            for x in _alignments(image, outer.factors):
-                seen = beside_neighbours(outer.encode(x) / self.scale).transpose(0, 1).flatten(1)
-                equations.add(seen, space_to_depth(x, outer.factors).transpose(0, 1).flatten(1))
-        ridge = min(RIDGES, key=lambda ridge: left_out.error(fitted.solution(ridge)))
-        left_out.add_all(fitted)
-        functions = left_out.solution(ridge) / scale
+        weights, number = ridge_regression(start, map(self._observations, images))
+        functions = weights / scale
         outer.synthesis.copy_(functions[: len(outer.synthesis)].view_as(outer.synthesis))
         outer.neighbours.copy_(functions[len(outer.synthesis) :].view_as(outer.neighbours))
-        return left_out.number
+        return number
+
+    def _observations(self, image: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What blocks of an image and their neighbours are coded as, and the blocks themselves, number last."""
+        for x in alignments(self._outer_input(image), self.outer.factors):
+            seen = beside_neighbours(self.outer.encode(x) / self.scale).transpose(0, 1).flatten(1)
+            yield seen, space_to_depth(x, self.outer.factors).transpose(0, 1).flatten(1)
 
     def _lowest_waves(self, count: int) -> torch.Tensor:
         """The ``count`` lowest frequencies of the block's DCT, or as many as there are, as functions of ``outer``."""
         outer = self.outer.factors
         inner = [1] * len(outer) if self.inner is None else self.inner.factors
         indices = lowest_frequencies([f * i for f, i in zip(outer, inner)], -(-count // self.in_channels))
-        return _waves_per_channel(indices, lowest_frequencies(inner, INNER_COUNT), outer, inner, self.in_channels)[:count]
+        return waves_per_channel(indices, lowest_frequencies(inner, INNER_COUNT), outer, inner, self.in_channels)[:count]
 
     def _outer_input(self, image: torch.Tensor) -> torch.Tensor:
         """What the second of two steps, or the only one, sees of an image."""
@@ -305,74 +281,30 @@ class LinearShortcut(nn.Module):
         return int(isinstance(self.outer, OverlappedTransform))
 
 
-def _alignments(x: torch.Tensor, factors: Sequence[int]) -> Iterator[torch.Tensor]:
-    """``x``, and what begins half a block later along axes with three blocks or more: other blocks of the same image."""
-    starts = [(0, f // 2) if f > 1 and n >= 3 * f else (0,) for n, f in zip(x.shape[2:], factors)]
-    for start in itertools.product(*starts):
-        shifted = x
-        for axis, (first, f) in enumerate(zip(start, factors), 2):
-            shifted = shifted.narrow(axis, first, x.shape[axis] - (f if first else 0))
-        yield shifted
-
-
-class LeastSquares:
+@torch.no_grad()
+def start_as_correction(network: Any) -> None:
     """
-    Linear regression with a ridge, from data that comes in pieces.
+    Let a network start as a small correction of its linear shortcut's code, and grow in small steps.
+
+    Scaling the last layers alone is not enough: Adam moves all weights of a convolution by the same step, and with
+    hundreds of inputs that is a large step of its output. So the norm in front of it is scaled as well.
+
+    What the linear code lacks is in the detail, which is a twentieth of a volume's brightness: to filters that see both,
+    and to the norms behind them, it is nothing. So the filters that read an image start as differences of voxels, and
+    louder.
 
     Args:
-        start: the weights that the ridge draws to, features x targets.
+        network: a :py:class:`scripts.autoencoderkl.AutoencoderKL` with a linear shortcut, changed in place.
     """
-
-    def __init__(self, start: torch.Tensor) -> None:
-        self.start = start
-        self.gram = start.new_zeros(len(start), len(start))
-        self.product = torch.zeros_like(start)
-        self.number = 0
-
-    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add observations, features x number and targets x number."""
-        self.gram += features @ features.t()
-        self.product += features @ (targets - self.start.t() @ features).t()
-        self.number += features.shape[1]
-
-    def add_all(self, other: LeastSquares) -> None:
-        """Add what another one with the same start has seen."""
-        self.gram += other.gram
-        self.product += other.product
-        self.number += other.number
-
-    def solution(self, ridge: float) -> torch.Tensor:
-        """The weights, where ``ridge`` observations of features with unit variance say that they are those of the start."""
-        regularised = self.gram + ridge * torch.eye(len(self.gram), device=self.gram.device)
-        return self.start + torch.linalg.solve(regularised, self.product)
-
-    def error(self, weights: torch.Tensor) -> float:
-        """Sum of squares that the weights miss, above that of the start."""
-        change = weights - self.start
-        return (change * (self.gram @ change - 2 * self.product)).sum().item()
-
-
-def _waves_per_channel(
-    indices: Sequence[Sequence[int]],
-    inner_indices: Sequence[Sequence[int]],
-    outer: Sequence[int],
-    inner: Sequence[int],
-    channels: int,
-) -> torch.Tensor:
-    """
-    The cosine waves of blocks of ``outer * inner`` voxels as functions of the coefficients that ``inner_indices`` name of
-    the smaller blocks, for each channel by itself.
-
-    Returns:
-        ``(len(indices) * channels) x (len(inner_indices) * channels)`` times ``outer``; the channel changes fastest.
-    """
-    functions = torch.ones(len(indices), len(inner_indices), *[1] * len(outer), dtype=torch.float64)
-    for axis, (f, g) in enumerate(zip(outer, inner)):
-        small = torch.stack([_wave(k[axis], g) for k in inner_indices])
-        large = torch.stack([_wave(k[axis], f * g) for k in indices]).reshape(-1, f, g)
-        along = torch.einsum("kpn,jn->kjp", large, small) / g
-        shape = [1] * len(outer)
-        shape[axis] = f
-        functions = functions * along.reshape(len(indices), len(inner_indices), *shape)
-    per_channel = torch.einsum("kj...,ab->kajb...", functions, torch.eye(channels, dtype=torch.float64))
-    return per_channel.flatten(2, 3).flatten(0, 1)
+    encoder, decoder, log_sigma = network.encoder, network.decoder, network.quant_conv_log_sigma
+    for norm in (encoder.last_norm, decoder.last_norm):
+        norm.weight.mul_(CORRECTION_SCALE)
+    for layer in (decoder.last_conv, network.quant_conv_mu, log_sigma):
+        for parameter in layer.parameters():
+            parameter.mul_(CORRECTION_SCALE)
+    log_sigma.conv.bias.fill_(LOG_VARIANCE_START)
+    for layer in (encoder.first_conv, decoder.refine):
+        for name, parameter in layer.named_parameters():
+            if name.endswith("weight"):  # output channels x image channels and voxels x kernel
+                parameter.sub_(parameter.flatten(1).mean(1).view(-1, *[1] * (parameter.dim() - 1)))
+                parameter.mul_(DETAIL_GAIN)

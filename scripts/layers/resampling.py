@@ -13,6 +13,7 @@ from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 
 from scripts.layers.factors import per_axis
+from scripts.layers.float32_convolutions import bfloat16_fails, run_in_float32
 
 __all__ = [
     "Downsample",
@@ -119,6 +120,12 @@ class Upsample(nn.Module):
         """
         if self.deconv is not None:
             return self.deconv(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what follows, in this form alone
+            if bfloat16_fails(x):
+                return run_in_float32(self._enlarge_and_convolve, x)
+        return self._enlarge_and_convolve(x)
+
+    def _enlarge_and_convolve(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.postconv.conv
         kernel = spread_kernel(conv.weight, self.factors).to(x.dtype)
         padding = [size // 2 for size in conv.weight.shape[2:]]

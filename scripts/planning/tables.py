@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from scripts.layers.factors import by
 from scripts.planning.estimates import GIB, Change, Estimate
 from scripts.planning.recommendations import Recommendation
 from scripts.planning.self_test import CheckResult
@@ -17,10 +18,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
-
-
-def by(sizes: Iterable[int | float]) -> str:
-    return "x".join(f"{size:g}" for size in sizes)
 
 
 def memory(nbytes: int | None) -> str:

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.weights import read_weights, what_differs
+from scripts.layers.factors import by
 
 __all__ = ["PretrainedLoader", "load_pretrained"]
 
@@ -227,12 +228,12 @@ def _difference(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
         return f"`{name}` is only {'here' if name in target else 'there'}"
     for name, tensor in target.items():
         if source[name].shape != tensor.shape:
-            return f"`{name}` is {_by(source[name].shape)} there and {_by(tensor.shape)} here"
+            return f"`{name}` is {_shape(source[name])} there and {_shape(tensor)} here"
     return ""
 
 
-def _by(shape: torch.Size) -> str:
-    return "x".join(map(str, shape)) or "a number"
+def _shape(tensor: torch.Tensor) -> str:
+    return by(tensor.shape) or "a number"
 
 
 def _merged(layers: dict[str, Layer]) -> dict[str, torch.Tensor]:

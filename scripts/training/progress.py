@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.layers.factors import by
 from scripts.training.trainer import AutoencoderTrainer
 
 __all__ = ["BeforeAndAfter", "Throughput", "TrainingProgress", "log_factors"]
@@ -37,17 +38,13 @@ def log_factors(network: AutoencoderKL, patch_size: Sequence[int]) -> None:
         ValueError: when the total factor does not divide the patch.
     """
     latent = network.latent_shape(patch_size)
-    levels = ", ".join(_by(factors) for factors in network.downsample_factors) or "none"
+    levels = ", ".join(by(factors) for factors in network.downsample_factors) or "none"
     share = math.prod(patch_size) * network.arguments["in_channels"] / math.prod(latent)
     logger.info(
-        f"downsample factors: initial {_by(network.initial_downsample_factor)}, per level {levels}, "
-        f"total {_by(network.total_downsample_factor)}; a patch of {_by(patch_size)} has a latent of "
-        f"{latent[0]} channels x {_by(latent[1:])}, {share:.3g} voxels per latent value"
+        f"downsample factors: initial {by(network.initial_downsample_factor)}, per level {levels}, "
+        f"total {by(network.total_downsample_factor)}; a patch of {by(patch_size)} has a latent of "
+        f"{latent[0]} channels x {by(latent[1:])}, {share:.3g} voxels per latent value"
     )
-
-
-def _by(sizes: Sequence[int]) -> str:
-    return "x".join(str(size) for size in sizes)
 
 
 class TrainingProgress:

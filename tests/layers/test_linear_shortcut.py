@@ -10,7 +10,8 @@ import torch
 from scipy.fft import dctn, idctn
 
 from scripts.evaluation.metrics import grid_energy
-from scripts.layers.linear_shortcut import RIDGES, LinearShortcut, OverlappedTransform, beside_neighbours
+from scripts.layers.block_statistics import RIDGES
+from scripts.layers.linear_shortcut import LinearShortcut, OverlappedTransform, beside_neighbours
 from scripts.training.repeatable_batches import RepeatableBatchSampler
 from scripts.training.shortcut_fitter import ShortcutFitter
 from tests.conftest import head_like

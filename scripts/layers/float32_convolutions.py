@@ -1,0 +1,136 @@
+"""
+Convolutions that stay in float32 where bfloat16 fails.
+
+PyTorch 2.14.1 gives NaN for a bfloat16 convolution on processors with AMX when its result has one voxel along the last axis.
+Under the CPU's autocast in bfloat16, and there alone, a convolution that reads or makes such a map runs in float32 here: one
+that reads it makes it in the backward pass. Such maps are small. All other convolutions are what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__all__ = ["bfloat16_fails", "keep_in_float32", "run_in_float32"]
+
+
+def bfloat16_fails(x: torch.Tensor, kernel_size: int = 1, stride: int = 1, padding: int = 0) -> bool:
+    """
+    Whether autocast would run a convolution of ``x`` in bfloat16 where that can give NaN.
+
+    Args:
+        x: ``BxCxHxWxD`` (or 1D, 2D).
+        kernel_size: of the convolution along the last axis.
+        stride: ditto.
+        padding: ditto, on each side.
+    """
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return False  # before any look at the size, which exports would fix
+    size = x.shape[-1]
+    return size == 1 or size + 2 * padding - kernel_size < stride
+
+
+def run_in_float32(convolution: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """``convolution(x, *arguments)`` without autocast, and its result in the type that autocast would give."""
+    with torch.autocast("cpu", enabled=False):
+        return convolution(x.float(), *arguments).bfloat16()
+
+
+def keep_in_float32(module: nn.Module) -> None:
+    """
+    Let all convolutions in ``module`` stay in float32 where bfloat16 fails. They keep their parameters and names.
+
+    Args:
+        module: changed in place.
+    """
+    for layer in module.modules():
+        layer.__class__ = SPARED.get(type(layer), type(layer))
+
+
+class _Spared(nn.Module):
+    """A convolution, transposed or not, that stays in float32 where bfloat16 fails."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what follows, in this form alone
+            if self._fails(input):
+                return run_in_float32(self.convolve, input)  # type: ignore[arg-type]
+        return self.convolve(input)  # type: ignore[operator]
+
+    @torch.jit.unused
+    def _fails(self, x: torch.Tensor) -> bool:
+        layer: Any = self
+        if layer.transposed:  # the backward pass makes the map that it reads
+            return bfloat16_fails(x)
+        return bfloat16_fails(x, layer.kernel_size[-1], layer.stride[-1], layer.padding[-1])
+
+
+# One for each type of layer: TorchScript reads no type from a variable.
+class Conv1d(_Spared, nn.Conv1d):
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+class Conv2d(_Spared, nn.Conv2d):
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+class Conv3d(_Spared, nn.Conv3d):
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+class ConvTranspose1d(_Spared, nn.ConvTranspose1d):  # type: ignore[misc]
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose1d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class ConvTranspose2d(_Spared, nn.ConvTranspose2d):  # type: ignore[misc]
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class ConvTranspose3d(_Spared, nn.ConvTranspose3d):  # type: ignore[misc]
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose3d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+SPARED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
+}
