@@ -6,11 +6,12 @@ What has to be known for that is a record, plain JSON: made of a preprocessed vo
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import nibabel as nib
@@ -22,13 +23,76 @@ from monai.transforms import MapTransform, Orientation, SpatialResample, Transfo
 from monai.utils import ImageMetaKey
 
 from scripts.bundle.files import write_atomically
+from scripts.bundle.json_files import shortened
 from scripts.data.intensity_window import intensity_window, unscaled
+from scripts.data.volume_checks import problem_of_affine, problem_of_memory
 from scripts.data.volume_lists import is_nifti
 
-__all__ = ["DescribeSourced", "SaveVolumed", "clipped_shares", "nifti_bytes", "output_path", "restore"]
+__all__ = [
+    "DESCRIBED",
+    "DescribeSourced",
+    "SaveVolumed",
+    "clipped_shares",
+    "nifti_bytes",
+    "output_path",
+    "problem_of_record",
+    "restore",
+]
 
+RESTORING = 24  # bytes for each voxel: float32 and float64 before and after resampling
 RECORD = "record"  # key of a volume's record, as JSON text
 COMPRESSION = 1  # voxels of noise hardly shrink further
+DATA_TYPES = ["|i1", "|u1", *(order + kind for order in "<>" for kind in ("i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"))]
+XFORM_CODES = [0, 1, 2, 3, 4, 5]  # that NIfTI defines
+MAX_SIZE = 2**15 - 1  # of an axis in NIfTI-1
+LARGEST = 1e9  # number in an affine: a thousand kilometres
+FLOAT_RANGE = {"minimum": -3e38, "maximum": 3e38}  # of float32, in which NIfTI keeps them
+_AFFINE = {
+    "type": "array",
+    "minItems": 4,
+    "maxItems": 4,
+    "items": {
+        "type": "array",
+        "minItems": 4,
+        "maxItems": 4,
+        "items": {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
+    },
+    "description": f"four rows of four numbers between {-LARGEST:g} and {LARGEST:g}",
+}
+_SHAPE = {
+    "type": "array",
+    "minItems": 3,
+    "maxItems": 3,
+    "items": {"type": "integer", "minimum": 1, "maximum": MAX_SIZE},
+    "description": f"three sizes in voxels, from 1 to {MAX_SIZE}",
+}
+_INTENSITIES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "number", **FLOAT_RANGE},
+    "description": "a finite float32 number for each channel",
+}
+_NUMBER = {"type": "number", **FLOAT_RANGE, "description": "a finite float32 number"}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1, "description": "a share from 0 to 1"}
+_CODE = {"enum": XFORM_CODES, "type": "integer", "description": "a code of NIfTI, from 0 to 5"}
+DESCRIBED = {  # schema of a record; older versions wrote no `clipped_below` and `clipped_above`
+    "source": {"type": "string", "minLength": 1, "maxLength": 4096, "description": "a relative path"},
+    "shape": _SHAPE,
+    "affine": _AFFINE,
+    "data_type": {"enum": DATA_TYPES, "description": f"a data type of real numbers, one of {', '.join(DATA_TYPES)}"},
+    "scl_slope": {**_NUMBER, "not": {"const": 0}, "description": "a finite float32 number other than 0"},
+    "scl_inter": _NUMBER,
+    "xyzt_units": {"type": "integer", "minimum": 0, "maximum": 255, "description": "an integer from 0 to 255"},
+    "qform_code": _CODE,
+    "sform_code": _CODE,
+    "preprocessed_shape": _SHAPE,
+    "preprocessed_affine": _AFFINE,
+    "intensity_low": _INTENSITIES,
+    "intensity_high": _INTENSITIES,
+    "clipped": _SHARE,
+    "clipped_below": _SHARE,
+    "clipped_above": _SHARE,
+}
 logger = logging.getLogger(__name__)
 
 
@@ -87,13 +151,67 @@ def output_path(output_dir: str, source: str, postfix: str) -> Path:
     """
     ``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``. What is no NIfTI loses its suffix too, unless
     that is a number, which belongs to the name: the folders of DICOM series are called ``1.2.840.10008``.
+
+    Raises:
+        ValueError: for a source outside of its folder, whose result would lie outside of ``output_dir``, as Linux or Windows
+            read it.
     """
+    if not _stays_inside(source):
+        raise ValueError(
+            f"`source` is {shortened(source)}, which leads out of the folder of the volumes, so that its result would lie "
+            "outside of `output_dir`; it must be a path relative to that folder, without '..'. Encode the volume again"
+        )
     relative = Path(source)
     name = relative.name
     suffixes = () if relative.suffix[1:].isdigit() else (relative.suffix,)
     for suffix in (".gz", ".nii") if is_nifti(source) else suffixes:
         name = name.removesuffix(suffix)
     return Path(output_dir) / relative.parent / f"{name}_{postfix}.nii.gz"
+
+
+def _stays_inside(source: str) -> bool:
+    paths = PurePosixPath(source), PureWindowsPath(source)
+    inside = all(path.name and not path.anchor and ".." not in path.parts for path in paths)
+    return inside and source.isprintable()  # no control characters, and none that a file name cannot have
+
+
+def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | None:
+    """
+    Whether the fields of a record, each of which is what :py:data:`DESCRIBED` says, agree, and fit into memory.
+
+    Args:
+        record: of a volume.
+        num_channels: that the network makes.
+
+    Returns:
+        None when they do, otherwise the field and what was found.
+    """
+    for name in ("affine", "preprocessed_affine"):
+        problem = problem_of_affine(record[name])
+        if problem is not None or record[name][3] != [0, 0, 0, 1]:
+            return f"`{name}` is {problem or f'{record[name]}, whose last row must be 0, 0, 0, 1'}"
+    for name in ("intensity_low", "intensity_high"):
+        if len(record[name]) != num_channels:
+            return f"`{name}` has {len(record[name])} numbers for {num_channels} channels"
+    if not all(low < high for low, high in zip(record["intensity_low"], record["intensity_high"])):
+        return f"`intensity_low` {record['intensity_low']} is not below `intensity_high` {record['intensity_high']}"
+    if not _lies_over(record):
+        return (
+            f"`shape` {record['shape']} with `affine` does not lie where `preprocessed_shape` {record['preprocessed_shape']} "
+            "with `preprocessed_affine` does"
+        )
+    num_voxels = sum(math.prod(record[name]) for name in ("shape", "preprocessed_shape"))
+    problem = problem_of_memory(RESTORING * num_channels * num_voxels)
+    return problem and f"`shape` {record['shape']} and `preprocessed_shape` {record['preprocessed_shape']} take {problem}"
+
+
+def _lies_over(record: Mapping[str, Any]) -> bool:
+    """Whether the corners of the file's grid lie in the preprocessed one, or not further from it than half its size."""
+    to_preprocessed = np.linalg.solve(np.array(record["preprocessed_affine"]), np.array(record["affine"]))
+    corners = np.array(list(itertools.product(*((0, size - 1) for size in record["shape"]))))
+    size = np.array(record["preprocessed_shape"])
+    found = nib.affines.apply_affine(to_preprocessed, corners)
+    return bool((found >= -size / 2 - 2).all() and (found <= 1.5 * size + 2).all())
 
 
 def restore(image: torch.Tensor, record: Mapping[str, Any]) -> np.ndarray:
@@ -146,7 +264,7 @@ def _record(image: MetaTensor, dataset_dir: Path) -> dict[str, Any]:
     path = str(image.meta[ImageMetaKey.FILENAME_OR_OBJ])
     window = intensity_window(image)
     return {
-        "source": str(Path(path).relative_to(dataset_dir)),
+        "source": Path(path).relative_to(dataset_dir).as_posix(),
         **(_nifti_header(path) if is_nifti(path) else _plain_header(image)),
         "preprocessed_shape": list(image.shape[1:]),
         "preprocessed_affine": torch.as_tensor(image.affine).tolist(),
@@ -169,9 +287,14 @@ def _nifti_header(path: str) -> dict[str, Any]:
         "scl_slope": float(image.dataobj.slope),
         "scl_inter": float(image.dataobj.inter),
         "xyzt_units": int(header["xyzt_units"]),
-        "qform_code": int(header["qform_code"]),
-        "sform_code": int(header["sform_code"]),
+        "qform_code": _known_code(header["qform_code"]),
+        "sform_code": _known_code(header["sform_code"]),
     }
+
+
+def _known_code(code: Any) -> int:
+    """A code of NIfTI's; for one above 0, which makes its affine count, that NIfTI does not define, that of a scanner."""
+    return int(code) if int(code) in XFORM_CODES else int(code > 0)
 
 
 def _plain_header(image: MetaTensor) -> dict[str, Any]:
