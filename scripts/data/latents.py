@@ -26,7 +26,7 @@ from scripts.bundle.json_files import SHA256, read_json
 from scripts.bundle.processes import share_of
 from scripts.bundle.weights import NETWORK, check_arguments
 from scripts.data.restored_volumes import DESCRIBED, RECORD, clipped_shares, nifti_bytes, output_path, problem_of_record
-from scripts.data.volume_checks import problem_of_header
+from scripts.data.volume_checks import problem_of_claim, unreadable
 
 __all__ = ["LoadLatentd", "SaveLatentd", "find_latents", "without_whole_latents", "save_latent_scale"]
 
@@ -136,31 +136,43 @@ class LoadLatentd(Transform):
             )
         if description["latent_sha256"] != _digest(path.read_bytes()):
             raise ValueError(f"{path} is not the file that its description names, it was changed or damaged; encode again.")
-        problem = problem_of_header(str(path), self.arguments["latent_channels"])
-        if problem is not None:
-            raise ValueError(f"{path} {problem}")
-        image: Any = nib.load(path)
-        problem = self._problem_of_shapes(description, image.shape) or problem_of_record(
-            description, self.arguments["out_channels"]
-        )
+        problem = problem_of_record(description, self.arguments["out_channels"]) or self._problem_of_padding(description)
         if problem is not None:
             raise ValueError(f"{_description_path(path)}: {problem}; {ADVICE}.")
-        z_mu = torch.from_numpy(np.asarray(image.dataobj, dtype=np.float32)).movedim(-1, 0)
-        if not torch.isfinite(z_mu).all():
-            raise ValueError(f"{path} has values that are NaN or infinite; {ADVICE}.")
+        z_mu = _read_latent(path, self._latent_shape(description))
         record = {name: description[name] for name in DESCRIBED if name in description}
         return {**data, self.key: z_mu, RECORD: json.dumps(record)}
 
-    def _problem_of_shapes(self, description: Mapping[str, Any], latent_shape: Sequence[int]) -> str | None:
+    def _problem_of_padding(self, description: Mapping[str, Any]) -> str | None:
         size, padding = description["preprocessed_shape"], description["padding"]
-        if padding != [-n % factor for n, factor in zip(size, self.factors)]:
-            return f"`padding` {padding} does not pad `preprocessed_shape` {size} to a multiple of {list(self.factors)}"
-        expected = [-(-n // factor) for n, factor in zip(size, self.factors)]
-        if list(latent_shape[:3]) != expected:
-            return (
-                f"`preprocessed_shape` {size} makes a latent of {expected} voxels, and this one has {list(latent_shape[:3])}"
-            )
-        return None
+        if padding == [-n % factor for n, factor in zip(size, self.factors)]:
+            return None
+        return f"`padding` {padding} does not pad `preprocessed_shape` {size} to a multiple of {list(self.factors)}"
+
+    def _latent_shape(self, description: Mapping[str, Any]) -> tuple[int, ...]:
+        sizes = (-(-n // factor) for n, factor in zip(description["preprocessed_shape"], self.factors))
+        return (*sizes, self.arguments["latent_channels"])
+
+
+def _read_latent(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """The voxels of a latent, ``CxHxWxD``, if it has the shape ``HxWxDxC`` that its description and the network make."""
+    try:
+        image: Any = nib.load(path)
+        problem = problem_of_claim(image, str(path))
+        if problem is None and image.shape == shape:
+            values = np.asarray(image.dataobj, dtype=np.float32)
+    except Exception as error:  # readers raise whatever they stumble over
+        raise ValueError(f"{path} {unreadable(error)}") from error
+    if problem is not None:
+        raise ValueError(f"{path} {problem}")
+    if image.shape != shape:
+        raise ValueError(
+            f"{path} has the shape {image.shape}, and `preprocessed_shape` in {_description_path(path).name} makes it {shape}; "
+            f"{ADVICE}."
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} has values that are NaN or infinite; {ADVICE}.")
+    return torch.from_numpy(values).movedim(-1, 0)
 
 
 def find_latents(dataset_dir: str) -> list[dict[str, str]]:

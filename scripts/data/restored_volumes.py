@@ -10,6 +10,8 @@ import itertools
 import json
 import logging
 import math
+import os
+import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -39,14 +41,15 @@ __all__ = [
     "restore",
 ]
 
-RESTORING = 24  # bytes for each voxel: float32 and float64 before and after resampling
+RESTORING = {"preprocessed_shape": 8, "shape": 16}  # bytes that a voxel takes at least: two in float32, then in float64
 RECORD = "record"  # key of a volume's record, as JSON text
 COMPRESSION = 1  # voxels of noise hardly shrink further
 DATA_TYPES = ["|i1", "|u1", *(order + kind for order in "<>" for kind in ("i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"))]
+OUTSIDE = "is no path within a folder (no '..', no '/' or drive in front, no control characters)"
 XFORM_CODES = [0, 1, 2, 3, 4, 5]  # that NIfTI defines
 MAX_SIZE = 2**15 - 1  # of an axis in NIfTI-1
-LARGEST = 1e9  # number in an affine: a thousand kilometres
-FLOAT_RANGE = {"minimum": -3e38, "maximum": 3e38}  # of float32, in which NIfTI keeps them
+SMALLEST_SLOPE = 1e-30  # a smaller one is 0 in a header
+FLOAT_RANGE = {"minimum": -1e38, "maximum": 1e38}  # such that differences are float32 numbers too
 _AFFINE = {
     "type": "array",
     "minItems": 4,
@@ -55,9 +58,9 @@ _AFFINE = {
         "type": "array",
         "minItems": 4,
         "maxItems": 4,
-        "items": {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
+        "items": {"type": "number"},
     },
-    "description": f"four rows of four numbers between {-LARGEST:g} and {LARGEST:g}",
+    "description": "four rows of four finite numbers",
 }
 _SHAPE = {
     "type": "array",
@@ -80,7 +83,7 @@ DESCRIBED = {  # schema of a record; older versions wrote no `clipped_below` and
     "shape": _SHAPE,
     "affine": _AFFINE,
     "data_type": {"enum": DATA_TYPES, "description": f"a data type of real numbers, one of {', '.join(DATA_TYPES)}"},
-    "scl_slope": {**_NUMBER, "not": {"const": 0}, "description": "a finite float32 number other than 0"},
+    "scl_slope": _NUMBER,
     "scl_inter": _NUMBER,
     "xyzt_units": {"type": "integer", "minimum": 0, "maximum": 255, "description": "an integer from 0 to 255"},
     "qform_code": _CODE,
@@ -158,8 +161,8 @@ def output_path(output_dir: str, source: str, postfix: str) -> Path:
     """
     if not _stays_inside(source):
         raise ValueError(
-            f"`source` is {shortened(source)}, which leads out of the folder of the volumes, so that its result would lie "
-            "outside of `output_dir`; it must be a path relative to that folder, without '..'. Encode the volume again"
+            f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`; rename the file, or encode "
+            "the volume again if a latent says this of its source."
         )
     relative = Path(source)
     name = relative.name
@@ -170,9 +173,17 @@ def output_path(output_dir: str, source: str, postfix: str) -> Path:
 
 
 def _stays_inside(source: str) -> bool:
-    paths = PurePosixPath(source), PureWindowsPath(source)
-    inside = all(path.name and not path.anchor and ".." not in path.parts for path in paths)
-    return inside and source.isprintable()  # no control characters, and none that a file name cannot have
+    """Whether a path is one within a folder, as Linux and Windows read it, and can be printed and opened."""
+    for path in (PurePosixPath(source), PureWindowsPath(source)):
+        if (
+            not path.name or path.anchor or not all(part.strip(" .") for part in path.parts)
+        ):  # Windows ignores those at an end
+            return False
+    try:
+        os.fsencode(source)
+    except UnicodeEncodeError:
+        return False
+    return not any(unicodedata.category(character) == "Cc" for character in source)
 
 
 def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | None:
@@ -186,10 +197,16 @@ def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | Non
     Returns:
         None when they do, otherwise the field and what was found.
     """
+    if not _stays_inside(record["source"]):
+        return f"`source` is {shortened(record['source'])}, which {OUTSIDE}: its result could lie outside of `output_dir`"
+    if abs(record["scl_slope"]) < SMALLEST_SLOPE:
+        return f"`scl_slope` is {record['scl_slope']}; a slope must not be 0, or as small as that"
     for name in ("affine", "preprocessed_affine"):
         problem = problem_of_affine(record[name])
-        if problem is not None or record[name][3] != [0, 0, 0, 1]:
-            return f"`{name}` is {problem or f'{record[name]}, whose last row must be 0, 0, 0, 1'}"
+        if problem is not None:
+            return f"`{name}` is {problem}"
+        if record[name][3] != [0, 0, 0, 1]:
+            return f"`{name}` has the last row {record[name][3]}; it must be 0, 0, 0, 1"
     for name in ("intensity_low", "intensity_high"):
         if len(record[name]) != num_channels:
             return f"`{name}` has {len(record[name])} numbers for {num_channels} channels"
@@ -197,11 +214,10 @@ def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | Non
         return f"`intensity_low` {record['intensity_low']} is not below `intensity_high` {record['intensity_high']}"
     if not _lies_over(record):
         return (
-            f"`shape` {record['shape']} with `affine` does not lie where `preprocessed_shape` {record['preprocessed_shape']} "
-            "with `preprocessed_affine` does"
+            f"`shape` {record['shape']} with `affine` does not lie where `preprocessed_shape` "
+            f"{record['preprocessed_shape']} with `preprocessed_affine` does"
         )
-    num_voxels = sum(math.prod(record[name]) for name in ("shape", "preprocessed_shape"))
-    problem = problem_of_memory(RESTORING * num_channels * num_voxels)
+    problem = problem_of_memory(num_channels * sum(size * math.prod(record[name]) for name, size in RESTORING.items()))
     return problem and f"`shape` {record['shape']} and `preprocessed_shape` {record['preprocessed_shape']} take {problem}"
 
 

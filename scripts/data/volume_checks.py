@@ -25,12 +25,21 @@ from scripts.bundle.machine import total_memory
 from scripts.bundle.processes import merged, share_of
 from scripts.data.volume_lists import describe, is_nifti
 
-__all__ = ["find_problem", "problem_of_affine", "problem_of_header", "problem_of_memory", "unreadable", "usable_volumes"]
+__all__ = [
+    "find_problem",
+    "problem_of_affine",
+    "problem_of_claim",
+    "problem_of_header",
+    "problem_of_memory",
+    "unreadable",
+    "usable_volumes",
+]
 
 LISTED = 5  # volumes in the log
 SHOWN = 20  # problems in an error message; the log has all
 CHECKS = 2  # to be raised when volumes that were fine may be refused now: all are checked again
 FLAT = 1e-6  # determinant of three unit vectors that lie in a plane, but for rounding
+FARTHEST, SHORTEST = 1e9, 1e-9  # mm, from the origin and of a voxel's edge
 GZIP_RATIO = 1032  # deflate shrinks no file by more
 GIB = 2**30
 FLOAT_SIZE = 4
@@ -157,13 +166,35 @@ def problem_of_affine(affine: Any) -> str | None:
         affine: 4x4, from voxels to mm.
     """
     axes = np.asarray(affine, dtype=np.float64)[:3]
-    if not np.isfinite(axes).all():
-        return "an affine with values that are NaN or infinite"
+    if not (np.abs(axes) <= FARTHEST).all():  # NaN is not
+        return f"an affine with values that are NaN, infinite or beyond {FARTHEST:g} mm"
     lengths = np.linalg.norm(axes[:, :3], axis=0)
-    if lengths.min() > 0 and abs(np.linalg.det(axes[:, :3] / lengths)) > FLAT:
+    if lengths.min() > SHORTEST and abs(np.linalg.det(axes[:, :3] / lengths)) > FLAT:
         return None
     spacing = " x ".join(f"{length:.3g}" for length in lengths)
     return f"a singular affine: its three axes ({spacing} mm long) span no volume"
+
+
+def problem_of_claim(image: Any, path: str) -> str | None:
+    """
+    Whether the file can hold what its header says, and the memory the volume.
+
+    Args:
+        image: of which nibabel has read the header.
+        path: of the file.
+    """
+    claimed = " x ".join(f"{n}" for n in image.shape)
+    num_voxels, item_size = math.prod(map(int, image.shape)), image.get_data_dtype().itemsize
+    end, size = image.dataobj.offset + num_voxels * item_size, os.path.getsize(path)
+    compressed = path.lower().endswith(".gz")
+    if end > size * (GZIP_RATIO if compressed else 1):
+        return (
+            f"cannot be read to its end: its header claims {claimed} voxels of {item_size} bytes up to byte {end:,}, and "
+            f"the file has {size:,}{' compressed' * compressed} bytes. It is truncated or its header is false; copy it again, "
+            "or remove it."
+        )
+    problem = problem_of_memory(FLOAT_SIZE * num_voxels)
+    return problem and f"has {claimed} voxels, as float32 {problem}; crop or resample it, or remove it."
 
 
 def problem_of_memory(num_bytes: float) -> str | None:
@@ -179,7 +210,7 @@ def _problem_of_image(image: Any, path: str, image_channels: int) -> str | None:
     return (
         _problem_of_shape(image.shape, image_channels)
         or _problem_of_data_type(image.get_data_dtype())
-        or _problem_of_claim(image, path)
+        or problem_of_claim(image, path)
         or _problem_of_header_affine(image.affine)
     )
 
@@ -195,27 +226,11 @@ def _problem_of_data_type(data_type: np.dtype) -> str | None:
     return None
 
 
-def _problem_of_claim(image: Any, path: str) -> str | None:
-    """Whether the file can hold what its header says, and the memory the volume."""
-    claimed = " x ".join(f"{n}" for n in image.shape)
-    num_voxels, item_size = math.prod(map(int, image.shape)), image.get_data_dtype().itemsize
-    end, size = image.dataobj.offset + num_voxels * item_size, os.path.getsize(path)
-    compressed = path.lower().endswith(".gz")
-    if end > size * (GZIP_RATIO if compressed else 1):
-        return (
-            f"cannot be read to its end: its header claims {claimed} voxels of {item_size} bytes up to byte {end:,}, and the "
-            f"file has {size:,}{' compressed' * compressed} bytes. It is truncated or its header is false; copy it again, or "
-            "remove it."
-        )
-    problem = problem_of_memory(FLOAT_SIZE * num_voxels)
-    return problem and f"has {claimed} voxels, as float32 {problem}; crop or resample it, or remove it."
-
-
 def _problem_of_header_affine(affine: np.ndarray) -> str | None:
     problem = problem_of_affine(affine)
     return problem and (
-        f"has {problem}, so that its orientation and spacing are unknown; write the right sform or qform into its header, or "
-        "remove it."
+        f"has {problem}, so that its orientation and spacing are unknown; write the right sform or qform into its header, "
+        "or remove it."
     )
 
 
