@@ -190,8 +190,8 @@ def problem_of_claim(image: Any, path: str) -> str | None:
     if end > size * (GZIP_RATIO if compressed else 1):
         return (
             f"cannot be read to its end: its header claims {claimed} voxels of {item_size} bytes up to byte {end:,}, and "
-            f"the file has {size:,}{' compressed' * compressed} bytes. It is truncated or its header is false; copy it again, "
-            "or remove it."
+            f"the file has {size:,}{' compressed' * compressed} bytes. It is truncated or its header is false; copy it "
+            "again, or remove it."
         )
     problem = problem_of_memory(FLOAT_SIZE * num_voxels)
     return problem and f"has {claimed} voxels, as float32 {problem}; crop or resample it, or remove it."
