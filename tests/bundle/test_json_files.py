@@ -1,4 +1,4 @@
-"""Files that are read back are not believed: whatever is wrong is an error that names the file, the field and the way out."""
+"""Files that are read back are not believed: what is wrong is an error that names the file, the field and what to do."""
 
 from __future__ import annotations
 

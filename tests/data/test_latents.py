@@ -121,15 +121,16 @@ def test_source_cannot_leave_the_output_folder(encoded, latents, tmp_path, shape
     assert files_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("source", OUTSIDE)
+@pytest.mark.parametrize("source", OUTSIDE, ids=range(len(OUTSIDE)))
 def test_path_outside_of_a_folder_is_refused_wherever_a_result_is_named(source):
     with pytest.raises(ValueError, match="outside of `output_dir`"):
         output_path("out", source, "reconstruction")
 
 
-@pytest.mark.parametrize(
-    "source", ["a.nii.gz", "sub-01/anat/T1w.nii", "1.2.840/10.5", "..a/b..nii.gz", "ä/b c.nii", "\udce4.nii"]
-)
+INSIDE = ["a.nii.gz", "sub-01/anat/T1w.nii", "1.2.840/10.5", "..a/b..nii.gz", "ä/b c.nii", "\udce4.nii"]
+
+
+@pytest.mark.parametrize("source", INSIDE, ids=range(len(INSIDE)))
 def test_path_within_a_folder_is_kept(source):
     assert output_path("out", source, "x").parent == Path("out", source).parent
 
@@ -203,7 +204,7 @@ def test_scale_of_latents_leaves_out_descriptions_that_are_false(encoded, latent
     (latents / "other_latent.json").write_text(json.dumps({**described(latents), "count": 10**400, "mean": "1"}))
     assert save_latent_scale(str(latents), encoded.weights) == scale
     described(latents, mean=1.0, mean_square=1.0)
-    with pytest.raises(ValueError, match="have the variance 0|have a variance of 0"):
+    with pytest.raises(ValueError, match="have a variance of 0"):
         save_latent_scale(str(latents), encoded.weights)
 
 
