@@ -148,7 +148,7 @@ def test_latent_of_an_earlier_version_is_decoded_to_the_same_bytes(encoded, late
     "changes, words",
     [
         (
-            {"shape": [20000] * 3, "affine": np.diag([9 / 2e4, 8 / 2e4, 12 / 2e4, 1.0]).tolist()},
+            {"shape": [20000] * 3, "affine": np.diag([-9 / 2e4, 8 / 2e4, 12 / 2e4, 1.0]).tolist()},
             r"take [\d,]+ GiB, and this",
         ),
         ({"shape": [30000, 8, 6]}, "does not lie where `preprocessed_shape`"),
