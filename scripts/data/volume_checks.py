@@ -146,7 +146,7 @@ def problem_of_header(path: str, image_channels: int) -> str | None:
     except OSError as error:
         return unreadable(error)
     except Exception as error:
-        return f"cannot be read as NIfTI ({error}); copy it again, or remove it."
+        return f"cannot be read as NIfTI ({error}); copy or convert it again, or remove it."
 
 
 def unreadable(error: BaseException) -> str:
@@ -155,7 +155,7 @@ def unreadable(error: BaseException) -> str:
         return f"cannot be opened ({error.strerror}); change its permissions, or remove it."
     if isinstance(error, MemoryError):
         return "does not fit into the memory of this machine; crop or resample it, or remove it."
-    return f"cannot be read to its end ({type(error).__name__}: {error}); copy it again, or remove it."
+    return f"cannot be read to its end ({type(error).__name__}: {error}); copy or convert it again, or remove it."
 
 
 def problem_of_affine(affine: Any) -> str | None:

@@ -83,9 +83,7 @@ FAULTS = {
     "huge.nii.gz": (lambda path: with_header(path, dim=HUGE), "compressed bytes. It is truncated or its header is false"),
     "offset.nii": (lambda path: with_header(path, vox_offset=1e9), "up to byte 1,000,001,440, and the file has"),
 }
-SEEN_IN_THE_HEADER = [
-    name for name in FAULTS if name.split(".")[0] in ("rgb", "complex", "zero", "flat_affine", "huge", "offset")
-]
+SEEN_IN_THE_HEADER = [*FAULTS][[*FAULTS].index("rgb.nii.gz") :]
 
 
 @pytest.mark.parametrize("name", FAULTS)
