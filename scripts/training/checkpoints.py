@@ -21,7 +21,8 @@ from monai.engines import Evaluator
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import UNFINISHED, serialise, write_atomically
-from scripts.bundle.weights import check_arguments, save_weights, what_is_wrong
+from scripts.bundle.json_files import problem_of_content
+from scripts.bundle.weights import NETWORK, check_arguments, save_weights, what_is_wrong
 from scripts.training.trainer import AutoencoderTrainer
 
 __all__ = ["TrainingResumer", "TrainingSaver", "claim_ckpt_dir", "find_checkpoints"]
@@ -29,6 +30,21 @@ __all__ = ["TrainingResumer", "TrainingSaver", "claim_ckpt_dir", "find_checkpoin
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
 EVALUATOR_STATE: dict[str, type] = {"best_metric": float, "best_metric_epoch": int, "psnr_before": float}
+_POSITION = {"type": "integer", "minimum": 0, "description": "an integer from 0 on"}
+CONTENT = {  # schema of a checkpoint, as far as it is not tensors
+    "type": "object",
+    "required": ["arguments", "network", "scaler", "trainer", "evaluator", "random"],
+    "properties": {
+        "arguments": NETWORK,
+        "trainer": {
+            "type": "object",
+            "required": ["iteration", "epoch", "epoch_length"],
+            "properties": {"iteration": _POSITION, "epoch": _POSITION, "epoch_length": {**_POSITION, "minimum": 1}},
+        },
+        **{name: {"type": "object", "description": "a dictionary"} for name in ("network", "scaler", "evaluator", "random")},
+    },
+    "description": "a dictionary",
+}
 SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
 logger = logging.getLogger(__name__)
 
@@ -263,7 +279,11 @@ def _read(path: Path) -> dict[str, Any]:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} in it has changed")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    problem = problem_of_content(checkpoint, CONTENT)
+    if problem is not None:
+        raise ValueError(problem)
+    return checkpoint
 
 
 def _random_states() -> dict[str, Any]:
