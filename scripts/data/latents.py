@@ -5,6 +5,7 @@ The JSON file beside a latent is written last and has the latent's hash: where b
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
@@ -24,9 +25,19 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import file_hash, write_atomically
 from scripts.bundle.processes import share_of
 from scripts.bundle.weights import check_arguments
+from scripts.data.conditions import conditions_of, dataset_list_of
 from scripts.data.restored_volumes import RECORD, clipped_shares, nifti_bytes, output_path
 
-__all__ = ["LoadLatentd", "SaveLatentd", "find_latents", "without_whole_latents", "save_latent_scale"]
+__all__ = [
+    "LoadLatentd",
+    "SaveLatentd",
+    "all_latents",
+    "find_latents",
+    "read_description",
+    "read_latent",
+    "save_latent_scale",
+    "without_whole_latents",
+]
 
 POSTFIX = "latent"
 SCALE_FILE = "latent_scale.json"
@@ -63,6 +74,9 @@ class SaveLatentd(Transform):
             "mean": z_mu.double().mean().item(),
             "mean_square": z_mu.double().square().mean().item(),
             "count": z_mu.numel(),
+            "channel_mean": z_mu.double().flatten(1).mean(1).tolist(),
+            "channel_mean_square": z_mu.double().flatten(1).square().mean(1).tolist(),
+            "image_scale": _image_scale(self.network),
             "network": self.network.arguments,
             "weights_sha256": file_hash(self.weights),
             "latent_sha256": _digest(content),
@@ -91,18 +105,40 @@ class LoadLatentd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
-        description = _read_description(path)
-        if description is None:
-            raise ValueError(f"{_description_path(path)} is missing or damaged; encode the volume again.")
+        description = read_description(path)
         check_arguments(description["network"], self.arguments, path)
         if description["weights_sha256"] != file_hash(self.weights):
             raise ValueError(
                 f"{path} was made with other weights than {self.weights}; point `ckpt_dir` at those, or encode again."
             )
-        if description["latent_sha256"] != _digest(path.read_bytes()):
-            raise ValueError(f"{path} is not the file that its description names, it was changed or damaged; encode again.")
-        z_mu = np.asarray(nib.load(path).dataobj, dtype=np.float32)  # type: ignore[attr-defined]
-        return {**data, self.key: torch.from_numpy(z_mu).movedim(-1, 0), RECORD: json.dumps(description)}
+        return {**data, self.key: read_latent(path, description), RECORD: json.dumps(description)}
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """
+    What :py:class:`SaveLatentd` wrote beside a latent.
+
+    Raises:
+        ValueError: when it is missing or cannot be read.
+    """
+    description = _read_description(path)
+    if description is None:
+        raise ValueError(f"{_description_path(path)} is missing or damaged; encode the volume again.")
+    return description
+
+
+def read_latent(path: Path, description: Mapping[str, Any]) -> torch.Tensor:
+    """
+    A latent, ``CxHxWxD``.
+
+    Raises:
+        ValueError: when the file is not the one that its description names.
+    """
+    content = path.read_bytes()
+    if description["latent_sha256"] != _digest(content):
+        raise ValueError(f"{path} is not the file that its description names, it was changed or damaged; encode again.")
+    z_mu = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(content)).dataobj, dtype=np.float32)
+    return torch.from_numpy(z_mu).movedim(-1, 0)
 
 
 def find_latents(dataset_dir: str) -> list[dict[str, str]]:
@@ -112,12 +148,22 @@ def find_latents(dataset_dir: str) -> list[dict[str, str]]:
     Raises:
         FileNotFoundError: when there is none.
     """
+    return share_of([{"image": path} for path in all_latents(dataset_dir)])
+
+
+def all_latents(dataset_dir: str) -> list[str]:
+    """
+    The latents below a folder, sorted.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
     found = sorted(str(path) for path in Path(dataset_dir).glob(f"**/*_{POSTFIX}.nii.gz"))
     if not found:
         raise FileNotFoundError(
             f"there is no latent (*_{POSTFIX}.nii.gz) below `dataset_dir` {dataset_dir!r}; encode first."
         )
-    return share_of([{"image": path} for path in found])
+    return found
 
 
 def without_whole_latents(
@@ -134,6 +180,7 @@ def without_whole_latents(
         settings: of the run, ditto.
     """
     missing = []
+    changed = 0
     for item in tqdm(items, desc="looking for latents", unit="volume", leave=False, disable=idist.get_rank() > 0):
         source = Path(item["image"])
         path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX)
@@ -144,10 +191,21 @@ def without_whole_latents(
             or found["weights_sha256"] != file_hash(weights)
             or _description_path(path).stat().st_mtime < source.stat().st_mtime
             or found["latent_sha256"] != _digest(path.read_bytes())
+            or "image_scale" not in found  # of a version that did not know what a generator needs
         ):
             missing.append(item)
+            continue
+        known = {
+            "conditions": conditions_of(item["image"], dataset_dir),
+            "dataset_list": dataset_list_of(item["image"], dataset_dir),
+        }
+        if any(found.get(key) != value for key, value in known.items()):
+            write_atomically(json.dumps({**found, **known}, indent=2).encode(), _description_path(path))
+            changed += 1
     if len(missing) < len(items):
         logger.info(f"{len(items) - len(missing)} of {len(items)} volumes are encoded already")
+    if changed:
+        logger.info(f"conditions or lists (participants.tsv, dataset.json) of {changed} of them have changed and are noted")
     return missing
 
 
@@ -193,6 +251,13 @@ def _latent_header(record: Mapping[str, Any], factors: Sequence[int]) -> dict[st
         "qform_code": 0,
         "sform_code": record["sform_code"] or 1,
     }
+
+
+def _image_scale(network: AutoencoderKL) -> list[float]:
+    """What each latent channel is multiplied by to be in units of the image; 1 without a linear shortcut."""
+    if network.shortcut is None:
+        return [1.0] * network.arguments["latent_channels"]
+    return network.shortcut.scale.flatten().tolist()
 
 
 def _digest(content: bytes) -> str:

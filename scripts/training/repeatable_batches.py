@@ -77,7 +77,7 @@ class RepeatableBatchSampler(Sampler[list[Draw]]):
 class RepeatableDataset(Dataset):
     """
     A MONAI dataset whose random transforms are seeded for every item by its :py:class:`Draw`, and whose items also say
-    their ``file``.
+    their ``file`` and the ``seed`` of their draw.
 
     Args:
         dataset: with ``data`` (``[{"image": path}, ...]``) and a ``transform`` that is a ``Compose``: ``CacheDataset``,
@@ -95,7 +95,7 @@ class RepeatableDataset(Dataset):
         samples = self.dataset[draw.item]
         file = str(self.dataset.data[draw.item]["image"])
         # transforms that crop return a list, which MONAI's collate function takes apart
-        return [{**sample, "file": file} for sample in ensure_tuple(samples)]
+        return [{**sample, "file": file, "seed": draw.seed} for sample in ensure_tuple(samples)]
 
 
 class RepeatableOrder:
