@@ -14,7 +14,7 @@ from monai.inferers import SimpleInferer
 
 from benchmarks.inference_peak import peak_bytes, resident
 from scripts.planning.saved_tensors import SavedTensors
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 
 class CountingTrainer(AutoencoderTrainer):
