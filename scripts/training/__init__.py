@@ -9,7 +9,7 @@ from scripts.training.pretrained import PretrainedLoader, load_pretrained
 from scripts.training.progress import BeforeAndAfter, Throughput, TrainingProgress, log_factors
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
 from scripts.training.shortcut_fitter import ShortcutFitter
-from scripts.training.signals import StopOnSignal, leave_signals_to_main
+from scripts.training.signals import StopOnSignal
 from scripts.training.trainer import AutoencoderTrainer
 from scripts.training.weight_average import WeightAverage, moving_average
 
@@ -32,7 +32,6 @@ __all__ = [
     "WeightAverage",
     "claim_ckpt_dir",
     "find_checkpoints",
-    "leave_signals_to_main",
     "load_pretrained",
     "log_factors",
     "moving_average",
