@@ -19,11 +19,11 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Transform
-from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import file_hash, write_atomically
 from scripts.bundle.processes import share_of
+from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import check_arguments
 from scripts.data.conditions import conditions_of, dataset_list_of
 from scripts.data.restored_volumes import RECORD, clipped_shares, nifti_bytes, output_path
@@ -181,7 +181,7 @@ def without_whole_latents(
     """
     missing = []
     changed = 0
-    for item in tqdm(items, desc="looking for latents", unit="volume", leave=False, disable=idist.get_rank() > 0):
+    for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
         source = Path(item["image"])
         path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX)
         found = _read_description(path)

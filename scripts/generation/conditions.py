@@ -66,8 +66,12 @@ class Conditions:
                     "Conditions are columns of participants.tsv or keys in dataset.json, noted by `encoding`: after a change "
                     "there run it again, which takes no time for latents that are there."
                 )
-            keys[key] = _number(present) if all(isinstance(value, float | int) for value in present) else _classes(key, present)
-        geometry = [_number([math.log(each[axis]) for each in rows]) for rows in (sizes, spacings) for axis in range(len(rows[0]))]
+            keys[key] = (
+                _number(present) if all(isinstance(value, float | int) for value in present) else _classes(key, present)
+            )
+        geometry = [
+            _number([math.log(each[axis]) for each in rows]) for rows in (sizes, spacings) for axis in range(len(rows[0]))
+        ]
         return cls({"geometry": geometry, "keys": keys})
 
     def __len__(self) -> int:

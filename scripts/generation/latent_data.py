@@ -80,7 +80,9 @@ def _refuse_mixture(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
     first, expected = next(iter(descriptions.items()))
     for path, description in descriptions.items():
         if "image_scale" not in description:
-            raise ValueError(f"{path} was encoded by an earlier version, which did not note what a generator needs; encode again.")
+            raise ValueError(
+                f"{path} was encoded by an earlier version, which did not note what a generator needs; encode again."
+            )
         details = what_differs(description["network"], expected["network"])
         if not details and description["weights_sha256"] != expected["weights_sha256"]:
             details = f"its weights are {description['weights_sha256'][:12]}... there and {expected['weights_sha256'][:12]}... here"
@@ -114,7 +116,13 @@ class ReadLatentd(Transform):
             "spacing": spacing_of(description),
         }
         seed = int.from_bytes(hashlib.sha256(description["source"].encode()).digest()[:4], "big")
-        return {**data, self.key: read_latent(path, description), "volume": json.dumps(volume), "seed": seed, "file": str(path)}
+        return {
+            **data,
+            self.key: read_latent(path, description),
+            "volume": json.dumps(volume),
+            "seed": seed,
+            "file": str(path),
+        }
 
 
 class LatentCollate:

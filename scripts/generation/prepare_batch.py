@@ -37,7 +37,11 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
 
     def __init__(self, space: LatentSpace, flow: RectifiedFlow, condition_dropout: float) -> None:
         super().__init__(num_train_timesteps=NUM_TIMESTEPS)
-        if isinstance(condition_dropout, bool) or not isinstance(condition_dropout, (int, float)) or not 0 <= condition_dropout < 1:
+        if (
+            isinstance(condition_dropout, bool)
+            or not isinstance(condition_dropout, (int, float))
+            or not 0 <= condition_dropout < 1
+        ):
             raise ValueError(f"`condition_dropout` is {condition_dropout!r}; it must be at least 0 and below 1.")
         self.space, self.flow, self.condition_dropout = space, flow, condition_dropout
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
+from scripts.bundle.progress import ProgressBar
 from scripts.planning.estimates import estimate_plan
 from scripts.planning.plans import Plan, read_plan
 from scripts.planning.saved_tensors import SavedTensors
@@ -108,7 +108,7 @@ def _frozen(value: Any) -> Any:
 def check_all(root: Path = ROOT) -> list[CheckResult]:
     """Check all :py:func:`configurations`, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = tqdm(configurations(root), desc="checking", unit="configuration")
+    found = ProgressBar(configurations(root), desc="checking", unit="configuration")
     return [check_configuration(configuration, root, device) for configuration in found]
 
 

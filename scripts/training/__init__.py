@@ -11,7 +11,7 @@ from scripts.training.progress import BeforeAndAfter, Throughput, TrainingProgre
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
 from scripts.training.resumable_trainer import ResumableTrainer
 from scripts.training.shortcut_fitter import ShortcutFitter
-from scripts.training.signals import StopOnSignal, leave_signals_to_main
+from scripts.training.signals import StopOnSignal
 from scripts.training.weight_average import WeightAverage, moving_average
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "WeightAverage",
     "claim_ckpt_dir",
     "find_checkpoints",
-    "leave_signals_to_main",
     "load_pretrained",
     "log_factors",
     "moving_average",

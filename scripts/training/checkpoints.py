@@ -28,7 +28,8 @@ __all__ = ["TrainingResumer", "TrainingSaver", "claim_ckpt_dir", "find_checkpoin
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
-EVALUATOR_STATE: dict[str, type] = {"best_metric": float, "best_metric_epoch": int, "psnr_before": float}
+EVALUATOR_STATE: dict[str, type] = {"best_metric": float, "best_metric_epoch": int, "metric_before": float}
+RENAMED = {"psnr_before": "metric_before"}  # in checkpoints of earlier versions
 SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class TrainingResumer:
             length = {key: value for key, value in item.state_dict().items() if key in SCHEDULE_LENGTH}
             item.load_state_dict({**content[name], **length})
         for name, value in content["evaluator"].items():
-            setattr(self.evaluator.state, name, value)
+            setattr(self.evaluator.state, RENAMED.get(name, name), value)
         self._set_position(trainer, **content["trainer"])
         _set_random_states(content["random"])
 

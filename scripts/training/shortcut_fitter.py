@@ -10,8 +10,8 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from tqdm.auto import tqdm
 
+from scripts.bundle.progress import ProgressBar
 from scripts.training.repeatable_batches import RepeatableBatchSampler, training_patches
 
 __all__ = ["ShortcutFitter"]
@@ -46,8 +46,7 @@ class ShortcutFitter:
         total = CODE_PATCHES + NEIGHBOUR_PATCHES
         loader: Any = engine.state.dataloader
         patches = itertools.islice(training_patches(loader.dataset, self.sampler), total)
-        silent = idist.get_rank() > 0
-        bar = iter(tqdm(patches, "fitting the shortcut", total, leave=False, unit="patch", disable=silent))
+        bar = iter(ProgressBar(patches, "fitting the shortcut", total, leave=False, unit="patch"))
         with torch.random.fork_rng():  # the same code in one process and in many
             torch.manual_seed(self.sampler.seed)
             number = shortcut.fit(itertools.islice(bar, CODE_PATCHES))

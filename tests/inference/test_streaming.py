@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from scripts.autoencoderkl import Reconstructor
+from scripts.bundle.progress import ProgressBar
+from scripts.inference import slabs
 from scripts.inference.slabs import stream
 from scripts.inference.streaming import StreamingInferer, available_memory_gb
 from tests.test_autoencoderkl import build
@@ -64,6 +66,25 @@ def test_a_batch_keeps_the_statistics_of_each_volume():
     images[1] *= 3
     with torch.no_grad():
         assert difference(stream(network, images, "reconstruct", TINY), network.reconstruct(images)) < 1e-4
+
+
+@pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("operation", ["reconstruct", "encode", "decode"])
+def test_progress_over_layers_ends_with_the_last_one(arguments: dict, operation: str, monkeypatch):
+    bars = []
+
+    class Bar(ProgressBar):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(slabs, "ProgressBar", Bar)
+    network, image = network_and_image(arguments, (17, 20, 23))
+    if operation == "decode":
+        image = stream(network, image, "encode", TINY)
+    assert not bars  # unless it is asked for
+    StreamingInferer(False, "bfloat16", TINY, operation, progress=True)(image, network)
+    assert bars[0].n == pytest.approx(bars[0].total)
 
 
 def test_encoding_and_decoding_are_streamed_too():
