@@ -21,8 +21,10 @@ from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import serialise, write_atomically
+from scripts.bundle.json_files import SHA256, read_json, shortened
 
 __all__ = [
+    "NETWORK",
     "WeightsLoader",
     "check_arguments",
     "load_weights",
@@ -32,6 +34,31 @@ __all__ = [
     "what_is_wrong",
 ]
 
+_FACTORS = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": 3,
+    "items": {"type": "integer", "minimum": 1},
+    "description": "a positive integer for each axis",
+}
+NETWORK = {  # schema of a network's arguments: those that are looked at, and not only compared with another network's
+    "type": "object",
+    "required": ["spatial_dims", "channels", "downsample_factors", "initial_downsample_factor", "initial_mode"],
+    "propertyNames": {"type": "string", "maxLength": 80},
+    "properties": {
+        "spatial_dims": {"enum": [1, 2, 3], "description": "1, 2 or 3"},
+        "channels": {"type": "array", "items": {"type": "integer", "minimum": 1}, "description": "positive integers"},
+        "downsample_factors": {"type": "array", "items": _FACTORS},
+        "initial_downsample_factor": _FACTORS,
+        "initial_mode": {"type": "string", "description": "text"},
+    },
+    "description": "the arguments of an AutoencoderKL",
+}
+DESCRIPTION = {
+    "type": "object",
+    "properties": {"network": NETWORK, "sha256": SHA256, "sha256_before": SHA256},
+    "description": "an object with `network` and `sha256`",
+}
 FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # how torch refuses what is not data
 logger = logging.getLogger(__name__)
 
@@ -126,11 +153,8 @@ def _read_description(path: Path) -> dict[str, Any] | None:
     """What :py:func:`save_weights` wrote; None without it, or where another program's file has its name."""
     if not path.is_file():
         return None
-    try:
-        description = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}). Restore it, or remove it if you trust the weights.") from error
-    return description if isinstance(description, dict) and {"network", "sha256"} <= description.keys() else None
+    description = read_json(path, DESCRIPTION, advice="restore it, or remove it if you trust the weights")
+    return description if {"network", "sha256"} <= description.keys() else None
 
 
 def what_is_wrong(error: Exception) -> str:
@@ -146,7 +170,8 @@ def what_is_wrong(error: Exception) -> str:
 def what_differs(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The arguments in which two networks differ, with both values; empty if in none."""
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
-    return "; ".join(f"`{name}` is {saved.get(name)} there and {wanted.get(name)} here" for name in differing)
+    values = {name: (shortened(saved.get(name)), shortened(wanted.get(name))) for name in differing}
+    return "; ".join(f"`{name}` is {there} there and {here} here" for name, (there, here) in values.items())
 
 
 def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:

@@ -5,7 +5,6 @@ The JSON file beside a latent is written last and has the latent's hash: where b
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
@@ -22,11 +21,13 @@ from monai.transforms import Transform
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import file_hash, write_atomically
+from scripts.bundle.json_files import SHA256, read_json
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
-from scripts.bundle.weights import check_arguments
+from scripts.bundle.weights import NETWORK, check_arguments
 from scripts.data.conditions import conditions_of, dataset_list_of
-from scripts.data.restored_volumes import RECORD, clipped_shares, nifti_bytes, output_path
+from scripts.data.restored_volumes import DESCRIBED, RECORD, clipped_shares, nifti_bytes, output_path, problem_of_record
+from scripts.data.volume_checks import problem_of_claim, unreadable
 
 __all__ = [
     "LoadLatentd",
@@ -41,6 +42,49 @@ __all__ = [
 
 POSTFIX = "latent"
 SCALE_FILE = "latent_scale.json"
+ADVICE = "encode the volume again"
+_NUMBER = {"type": "number", "description": "a finite number"}
+_NUMBERS = {"type": "array", "minItems": 1, "items": _NUMBER, "description": "a finite number for each channel"}
+DESCRIPTION = {  # schema of what lies beside a latent
+    "type": "object",
+    "required": [
+        *(DESCRIBED.keys() - {"clipped_below", "clipped_above"}),
+        "padding",
+        "settings",
+        "mean",
+        "mean_square",
+        "count",
+        "network",
+        "weights_sha256",
+        "latent_sha256",
+    ],
+    "properties": {
+        **DESCRIBED,
+        "padding": {
+            "type": "array",
+            "minItems": 3,
+            "maxItems": 3,
+            "items": {"type": "integer", "minimum": 0},
+            "description": "three integers from 0 on",
+        },
+        "settings": {"type": "object", "description": "an object"},
+        "mean": _NUMBER,
+        "mean_square": _NUMBER,
+        "count": {"type": "integer", "minimum": 1, "description": "a positive integer"},
+        "network": NETWORK,
+        "weights_sha256": SHA256,
+        "latent_sha256": SHA256,
+        **dict.fromkeys(("channel_mean", "channel_mean_square", "image_scale"), _NUMBERS),
+        "conditions": {
+            "type": "object",
+            "maxProperties": 1000,
+            "additionalProperties": {"type": ["number", "string"], "description": "a number or text"},
+            "description": "an object",
+        },
+        "dataset_list": {"enum": ["training", "validation", "none", None], "description": "a list of dataset.json"},
+    },
+    "description": "an object",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -102,6 +146,7 @@ class LoadLatentd(Transform):
 
     def __init__(self, key: str, network: AutoencoderKL, weights: str) -> None:
         self.key, self.arguments, self.weights = key, network.arguments, weights
+        self.factors = network.total_downsample_factor
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
@@ -111,34 +156,67 @@ class LoadLatentd(Transform):
             raise ValueError(
                 f"{path} was made with other weights than {self.weights}; point `ckpt_dir` at those, or encode again."
             )
-        return {**data, self.key: read_latent(path, description), RECORD: json.dumps(description)}
+        z_mu = read_latent(
+            path, description, self.factors, self.arguments["latent_channels"], self.arguments["out_channels"]
+        )
+        record = {name: description[name] for name in DESCRIBED if name in description}
+        return {**data, self.key: z_mu, RECORD: json.dumps(record)}
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_latent(
+    path: Path, description: Mapping[str, Any], factors: Sequence[int], latent_channels: int, image_channels: int
+) -> torch.Tensor:
     """
-    What :py:class:`SaveLatentd` wrote beside a latent.
+    Read the voxels of a latent.
+
+    Args:
+        path: of the latent.
+        description: what :py:func:`read_description` found beside it.
+        factors: total downsample factor of its network along each axis.
+        latent_channels: of its network.
+        image_channels: ditto.
+
+    Returns:
+        ``CxHxWxD``.
 
     Raises:
-        ValueError: when it is missing or cannot be read.
+        ValueError: for a file that is not what its description names, or a description that contradicts itself.
     """
-    description = _read_description(path)
-    if description is None:
-        raise ValueError(f"{_description_path(path)} is missing or damaged; encode the volume again.")
-    return description
-
-
-def read_latent(path: Path, description: Mapping[str, Any]) -> torch.Tensor:
-    """
-    A latent, ``CxHxWxD``.
-
-    Raises:
-        ValueError: when the file is not the one that its description names.
-    """
-    content = path.read_bytes()
-    if description["latent_sha256"] != _digest(content):
+    if description["latent_sha256"] != _digest(path.read_bytes()):
         raise ValueError(f"{path} is not the file that its description names, it was changed or damaged; encode again.")
-    z_mu = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(content)).dataobj, dtype=np.float32)
-    return torch.from_numpy(z_mu).movedim(-1, 0)
+    problem = problem_of_record(description, image_channels) or _problem_of_padding(description, factors)
+    if problem is not None:
+        raise ValueError(f"{_description_path(path)}: {problem}; {ADVICE}.")
+    sizes = (-(-n // factor) for n, factor in zip(description["preprocessed_shape"], factors))
+    return _read_voxels(path, (*sizes, latent_channels))
+
+
+def _problem_of_padding(description: Mapping[str, Any], factors: Sequence[int]) -> str | None:
+    size, padding = description["preprocessed_shape"], description["padding"]
+    if padding == [-n % factor for n, factor in zip(size, factors)]:
+        return None
+    return f"`padding` {padding} does not pad `preprocessed_shape` {size} to a multiple of {list(factors)}"
+
+
+def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """The voxels of a latent, ``CxHxWxD``, if it has the shape ``HxWxDxC`` that its description and the network make."""
+    try:
+        image: Any = nib.load(path)
+        problem = problem_of_claim(image, str(path))
+        if problem is None and image.shape == shape:
+            values = np.asarray(image.dataobj, dtype=np.float32)
+    except Exception as error:  # readers raise whatever they stumble over
+        raise ValueError(f"{path} {unreadable(error)}") from error
+    if problem is not None:
+        raise ValueError(f"{path} {problem}")
+    if image.shape != shape:
+        raise ValueError(
+            f"{path} has the shape {image.shape}, and `preprocessed_shape` in {_description_path(path).name} makes it {shape}; "
+            f"{ADVICE}."
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} has values that are NaN or infinite; {ADVICE}.")
+    return torch.from_numpy(values).movedim(-1, 0)
 
 
 def find_latents(dataset_dir: str) -> list[dict[str, str]]:
@@ -184,7 +262,7 @@ def without_whole_latents(
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
         source = Path(item["image"])
         path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX)
-        found = _read_description(path)
+        found = _usable_description(path)
         if (
             found is None
             or found["settings"] != dict(settings)
@@ -224,12 +302,16 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
     if idist.get_world_size() > 1:
         idist.barrier()
     paths = sorted(Path(output_dir).glob(f"**/*_{POSTFIX}.nii.gz"))
-    found = [d for d in map(_read_description, paths) if d is not None and d["weights_sha256"] == file_hash(weights)]
+    found = [d for d in map(_usable_description, paths) if d is not None and d["weights_sha256"] == file_hash(weights)]
     if not found:
         return None
     count = sum(d["count"] for d in found)
     mean = math.fsum(d["count"] * d["mean"] for d in found) / count
     variance = math.fsum(d["count"] * d["mean_square"] for d in found) / count - mean**2
+    if not variance > 0:
+        raise ValueError(
+            f"the latents below {output_dir} have a variance of {variance:g}, from which no scale follows; {ADVICE}."
+        )
     scale = 1 / math.sqrt(variance)
     if idist.get_rank() == 0:
         content = {"latent_scale": scale, "mean": mean, "volumes": len(found), "weights_sha256": file_hash(weights)}
@@ -268,9 +350,23 @@ def _description_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
 
 
-def _read_description(path: Path) -> dict[str, Any] | None:
-    """What lies beside a latent; None when one of the two is missing, or the description cannot be read."""
+def read_description(path: Path) -> dict[str, Any]:
+    """
+    What lies beside a latent.
+
+    Args:
+        path: of the latent.
+
+    Raises:
+        ValueError: when one of the two is missing, or the description holds anything that it should not.
+    """
+    if not path.is_file() or not _description_path(path).is_file():
+        raise ValueError(f"{path} or {_description_path(path).name} is missing; {ADVICE}.")
+    return read_json(_description_path(path), DESCRIPTION, ADVICE)
+
+
+def _usable_description(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(_description_path(path).read_text()) if path.is_file() else None
+        return read_description(path)
     except (OSError, ValueError):
         return None

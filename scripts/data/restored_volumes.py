@@ -6,11 +6,14 @@ What has to be known for that is a record, plain JSON: made of a preprocessed vo
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import math
+import os
+import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import nibabel as nib
@@ -22,14 +25,78 @@ from monai.transforms import MapTransform, Orientation, SpatialResample, Transfo
 from monai.utils import ImageMetaKey
 
 from scripts.bundle.files import write_atomically
+from scripts.bundle.json_files import shortened
 from scripts.data.conditions import conditions_of, dataset_list_of
 from scripts.data.intensity_window import intensity_window, unscaled
+from scripts.data.volume_checks import problem_of_affine, problem_of_memory
 from scripts.data.volume_lists import is_nifti
 
-__all__ = ["DescribeSourced", "SaveVolumed", "clipped_shares", "nifti_bytes", "output_path", "restore"]
+__all__ = [
+    "DESCRIBED",
+    "DescribeSourced",
+    "SaveVolumed",
+    "clipped_shares",
+    "nifti_bytes",
+    "output_path",
+    "problem_of_record",
+    "restore",
+]
 
+RESTORING = {"preprocessed_shape": 8, "shape": 16}  # bytes that a voxel takes at least: two in float32, then in float64
 RECORD = "record"  # key of a volume's record, as JSON text
 COMPRESSION = 1  # voxels of noise hardly shrink further
+DATA_TYPES = ["|i1", "|u1", *(order + kind for order in "<>" for kind in ("i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"))]
+OUTSIDE = "is no path within a folder (no '..', no '/' or drive in front, no control characters)"
+XFORM_CODES = [0, 1, 2, 3, 4, 5]  # that NIfTI defines
+MAX_SIZE = 2**15 - 1  # of an axis in NIfTI-1
+SMALLEST_SLOPE = 1e-30  # a smaller one is 0 in a header
+FLOAT_RANGE = {"minimum": -1e38, "maximum": 1e38}  # such that differences are float32 numbers too
+_AFFINE = {
+    "type": "array",
+    "minItems": 4,
+    "maxItems": 4,
+    "items": {
+        "type": "array",
+        "minItems": 4,
+        "maxItems": 4,
+        "items": {"type": "number"},
+    },
+    "description": "four rows of four finite numbers",
+}
+_SHAPE = {
+    "type": "array",
+    "minItems": 3,
+    "maxItems": 3,
+    "items": {"type": "integer", "minimum": 1, "maximum": MAX_SIZE},
+    "description": f"three sizes in voxels, from 1 to {MAX_SIZE}",
+}
+_INTENSITIES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "number", **FLOAT_RANGE},
+    "description": "a finite float32 number for each channel",
+}
+_NUMBER = {"type": "number", **FLOAT_RANGE, "description": "a finite float32 number"}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1, "description": "a share from 0 to 1"}
+_CODE = {"enum": XFORM_CODES, "type": "integer", "description": "a code of NIfTI, from 0 to 5"}
+DESCRIBED = {  # schema of a record; older versions wrote no `clipped_below` and `clipped_above`
+    "source": {"type": "string", "minLength": 1, "maxLength": 4096, "description": "a relative path"},
+    "shape": _SHAPE,
+    "affine": _AFFINE,
+    "data_type": {"enum": DATA_TYPES, "description": f"a data type of real numbers, one of {', '.join(DATA_TYPES)}"},
+    "scl_slope": _NUMBER,
+    "scl_inter": _NUMBER,
+    "xyzt_units": {"type": "integer", "minimum": 0, "maximum": 255, "description": "an integer from 0 to 255"},
+    "qform_code": _CODE,
+    "sform_code": _CODE,
+    "preprocessed_shape": _SHAPE,
+    "preprocessed_affine": _AFFINE,
+    "intensity_low": _INTENSITIES,
+    "intensity_high": _INTENSITIES,
+    "clipped": _SHARE,
+    "clipped_below": _SHARE,
+    "clipped_above": _SHARE,
+}
 logger = logging.getLogger(__name__)
 
 
@@ -88,13 +155,80 @@ def output_path(output_dir: str, source: str, postfix: str) -> Path:
     """
     ``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``. What is no NIfTI loses its suffix too, unless
     that is a number, which belongs to the name: the folders of DICOM series are called ``1.2.840.10008``.
+
+    Raises:
+        ValueError: for a source outside of its folder, whose result would lie outside of ``output_dir``, as Linux or Windows
+            read it.
     """
+    if not _stays_inside(source):
+        raise ValueError(
+            f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`; rename the file, or encode "
+            "the volume again if a latent says this of its source."
+        )
     relative = Path(source)
     name = relative.name
     suffixes = () if relative.suffix[1:].isdigit() else (relative.suffix,)
     for suffix in (".gz", ".nii") if is_nifti(source) else suffixes:
         name = name.removesuffix(suffix)
     return Path(output_dir) / relative.parent / f"{name}_{postfix}.nii.gz"
+
+
+def _stays_inside(source: str) -> bool:
+    """Whether a path is one within a folder, as Linux and Windows read it, and can be printed and opened."""
+    for path in (PurePosixPath(source), PureWindowsPath(source)):
+        if (
+            not path.name or path.anchor or not all(part.strip(" .") for part in path.parts)
+        ):  # Windows ignores those at an end
+            return False
+    try:
+        os.fsencode(source)
+    except UnicodeEncodeError:
+        return False
+    return not any(unicodedata.category(character) == "Cc" for character in source)
+
+
+def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | None:
+    """
+    Whether the fields of a record, each of which is what :py:data:`DESCRIBED` says, agree, and fit into memory.
+
+    Args:
+        record: of a volume.
+        num_channels: that the network makes.
+
+    Returns:
+        None when they do, otherwise the field and what was found.
+    """
+    if not _stays_inside(record["source"]):
+        return f"`source` is {shortened(record['source'])}, which {OUTSIDE}: its result could lie outside of `output_dir`"
+    if abs(record["scl_slope"]) < SMALLEST_SLOPE:
+        return f"`scl_slope` is {record['scl_slope']}; a slope must not be 0, or as small as that"
+    for name in ("affine", "preprocessed_affine"):
+        problem = problem_of_affine(record[name])
+        if problem is not None:
+            return f"`{name}` is {problem}"
+        if record[name][3] != [0, 0, 0, 1]:
+            return f"`{name}` has the last row {record[name][3]}; it must be 0, 0, 0, 1"
+    for name in ("intensity_low", "intensity_high"):
+        if len(record[name]) != num_channels:
+            return f"`{name}` has {len(record[name])} numbers for {num_channels} channels"
+    if not all(low < high for low, high in zip(record["intensity_low"], record["intensity_high"])):
+        return f"`intensity_low` {record['intensity_low']} is not below `intensity_high` {record['intensity_high']}"
+    if not _lies_over(record):
+        return (
+            f"`shape` {record['shape']} with `affine` does not lie where `preprocessed_shape` "
+            f"{record['preprocessed_shape']} with `preprocessed_affine` does"
+        )
+    problem = problem_of_memory(num_channels * sum(size * math.prod(record[name]) for name, size in RESTORING.items()))
+    return problem and f"`shape` {record['shape']} and `preprocessed_shape` {record['preprocessed_shape']} take {problem}"
+
+
+def _lies_over(record: Mapping[str, Any]) -> bool:
+    """Whether the corners of the file's grid lie in the preprocessed one, or not further from it than half its size."""
+    to_preprocessed = np.linalg.solve(np.array(record["preprocessed_affine"]), np.array(record["affine"]))
+    corners = np.array(list(itertools.product(*((0, size - 1) for size in record["shape"]))))
+    size = np.array(record["preprocessed_shape"])
+    found = nib.affines.apply_affine(to_preprocessed, corners)
+    return bool((found >= -size / 2 - 2).all() and (found <= 1.5 * size + 2).all())
 
 
 def restore(image: torch.Tensor, record: Mapping[str, Any]) -> np.ndarray:
@@ -148,7 +282,7 @@ def _record(image: MetaTensor, dataset_dir: Path) -> dict[str, Any]:
     path = str(image.meta[ImageMetaKey.FILENAME_OR_OBJ])
     window = intensity_window(image)
     return {
-        "source": str(Path(path).relative_to(dataset_dir)),
+        "source": Path(path).relative_to(dataset_dir).as_posix(),
         **(_nifti_header(path) if is_nifti(path) else _plain_header(image)),
         "preprocessed_shape": list(image.shape[1:]),
         "preprocessed_affine": torch.as_tensor(image.affine).tolist(),
@@ -173,9 +307,14 @@ def _nifti_header(path: str) -> dict[str, Any]:
         "scl_slope": float(image.dataobj.slope),
         "scl_inter": float(image.dataobj.inter),
         "xyzt_units": int(header["xyzt_units"]),
-        "qform_code": int(header["qform_code"]),
-        "sform_code": int(header["sform_code"]),
+        "qform_code": _known_code(header["qform_code"]),
+        "sform_code": _known_code(header["sform_code"]),
     }
+
+
+def _known_code(code: Any) -> int:
+    """A code of NIfTI's; for one above 0, which makes its affine count, that NIfTI does not define, that of a scanner."""
+    return int(code) if int(code) in XFORM_CODES else int(code > 0)
 
 
 def _plain_header(image: MetaTensor) -> dict[str, Any]:

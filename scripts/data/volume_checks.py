@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,44 @@ import torch
 from monai.transforms import LoadImage
 
 from scripts.bundle.files import write_atomically
+from scripts.bundle.json_files import read_json
+from scripts.bundle.machine import total_memory
 from scripts.bundle.processes import merged, share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.volume_lists import describe, is_nifti
 
-__all__ = ["find_problem", "problem_of_header", "usable_volumes"]
+__all__ = [
+    "find_problem",
+    "problem_of_affine",
+    "problem_of_claim",
+    "problem_of_header",
+    "problem_of_memory",
+    "unreadable",
+    "usable_volumes",
+]
 
 LISTED = 5  # volumes in the log
 SHOWN = 20  # problems in an error message; the log has all
+CHECKS = 2  # to be raised when volumes that were fine may be refused now: all are checked again
+FLAT = 1e-6  # determinant of three unit vectors that lie in a plane, but for rounding
+FARTHEST, SHORTEST = 1e9, 1e-9  # mm, from the origin and of a voxel's edge
+GZIP_RATIO = 1032  # deflate shrinks no file by more
+GIB = 2**30
+FLOAT_SIZE = 4
+CHECKED = {  # schema of the file that remembers
+    "type": "object",
+    "additionalProperties": {
+        "type": "object",
+        "required": ["state", "problem"],
+        "properties": {
+            "state": {"type": "array", "items": {"type": "integer"}, "description": "a list of integers"},
+            "problem": {"type": ["string", "null"], "description": "text or null"},
+        },
+        "description": "an object with `state` and `problem`",
+    },
+    "description": "an object with an entry for each volume",
+}
+MAX_CACHE = 2**30  # bytes of that file; a million volumes take a quarter of it
 Lists = dict[str, list[dict[str, str]]]
 logger = logging.getLogger(__name__)
 
@@ -83,14 +114,14 @@ def find_problem(path: str, image_channels: int) -> str | None:
     try:
         if is_nifti(path):
             image: Any = nib.load(path)
-            problem = _problem_of_shape(image.shape, image_channels)
+            problem = _problem_of_image(image, path, image_channels)
             if problem is not None:
                 return problem
             values = image.get_fdata(dtype=np.float32, caching="unchanged")
         else:
             values = np.asarray(LoadImage(image_only=True)(path), dtype=np.float32)
     except Exception as error:  # readers raise whatever they stumble over
-        return f"cannot be read to its end ({type(error).__name__}: {error}); copy it again, or remove it."
+        return unreadable(error)
     low, high = values.min(), values.max()  # NaN as soon as one voxel is
     if not np.isfinite(low) or not np.isfinite(high):
         count = values.size - np.count_nonzero(np.isfinite(values))
@@ -111,14 +142,100 @@ def problem_of_header(path: str, image_channels: int) -> str | None:
     if not is_nifti(path):
         return None
     try:
-        image: Any = nib.load(path)
+        return _problem_of_image(nib.load(path), path, image_channels)
+    except OSError as error:
+        return unreadable(error)
     except Exception as error:
         return f"cannot be read as NIfTI ({error}); copy it again, or remove it."
-    return _problem_of_shape(image.shape, image_channels)
+
+
+def unreadable(error: BaseException) -> str:
+    """What is wrong with a volume whose reader ended with an error, to be read after the path."""
+    if isinstance(error, PermissionError):
+        return f"cannot be opened ({error.strerror}); change its permissions, or remove it."
+    if isinstance(error, MemoryError):
+        return "does not fit into the memory of this machine; crop or resample it, or remove it."
+    return f"cannot be read to its end ({type(error).__name__}: {error}); copy it again, or remove it."
+
+
+def problem_of_affine(affine: Any) -> str | None:
+    """
+    Why nobody can tell orientation and spacing from an affine; None when one can.
+
+    Args:
+        affine: 4x4, from voxels to mm.
+    """
+    axes = np.asarray(affine, dtype=np.float64)[:3]
+    if not (np.abs(axes) <= FARTHEST).all():  # NaN is not
+        return f"an affine with values that are NaN, infinite or beyond {FARTHEST:g} mm"
+    lengths = np.linalg.norm(axes[:, :3], axis=0)
+    if lengths.min() > SHORTEST and abs(np.linalg.det(axes[:, :3] / lengths)) > FLAT:
+        return None
+    spacing = " x ".join(f"{length:.3g}" for length in lengths)
+    return f"a singular affine: its three axes ({spacing} mm long) span no volume"
+
+
+def problem_of_claim(image: Any, path: str) -> str | None:
+    """
+    Whether the file can hold what its header says, and the memory the volume.
+
+    Args:
+        image: of which nibabel has read the header.
+        path: of the file.
+    """
+    claimed = " x ".join(f"{n}" for n in image.shape)
+    num_voxels, item_size = math.prod(map(int, image.shape)), image.get_data_dtype().itemsize
+    end, size = image.dataobj.offset + num_voxels * item_size, os.path.getsize(path)
+    compressed = path.lower().endswith(".gz")
+    if end > size * (GZIP_RATIO if compressed else 1):
+        return (
+            f"cannot be read to its end: its header claims {claimed} voxels of {item_size} bytes up to byte {end:,}, and "
+            f"the file has {size:,}{' compressed' * compressed} bytes. It is truncated or its header is false; copy it again, "
+            "or remove it."
+        )
+    problem = problem_of_memory(FLOAT_SIZE * num_voxels)
+    return problem and f"has {claimed} voxels, as float32 {problem}; crop or resample it, or remove it."
+
+
+def problem_of_memory(num_bytes: float) -> str | None:
+    """What to say of a volume that takes so much memory; None when this machine has as much, or does not say."""
+    total = total_memory("cpu")
+    if total is None or num_bytes <= total:
+        return None
+    return f"{num_bytes / GIB:,.0f} GiB, and this machine has {total / GIB:,.0f} GiB"
+
+
+def _problem_of_image(image: Any, path: str, image_channels: int) -> str | None:
+    """What is wrong with a NIfTI file of which nibabel has read the header."""
+    return (
+        _problem_of_shape(image.shape, image_channels)
+        or _problem_of_data_type(image.get_data_dtype())
+        or problem_of_claim(image, path)
+        or _problem_of_header_affine(image.affine)
+    )
+
+
+def _problem_of_data_type(data_type: np.dtype) -> str | None:
+    if data_type.names:
+        return (
+            f"has colours for voxels ({', '.join(data_type.names)}); convert it to one number for each voxel, or to "
+            f"{len(data_type.names)} channels along a fourth axis (and set `image_channels`), or remove it."
+        )
+    if data_type.kind == "c":
+        return f"has complex voxels ({data_type.name}); save what you need of them, such as the magnitude, or remove it."
+    return None
+
+
+def _problem_of_header_affine(affine: np.ndarray) -> str | None:
+    problem = problem_of_affine(affine)
+    return problem and (
+        f"has {problem}, so that its orientation and spacing are unknown; write the right sform or qform into its header, "
+        "or remove it."
+    )
 
 
 def _problem_of_shape(shape: Sequence[int], image_channels: int) -> str | None:
-    found = f"has the shape {tuple(shape)}"
+    found = f"has the shape {tuple(map(int, shape))}"
     if len(shape) == 2 or (len(shape) == 3 and 1 in shape):
         return f"{found}: a 2D slice; stack the slices of a series to one volume, or remove it."
     channels = 1 if len(shape) == 3 else shape[-1]
@@ -166,15 +283,18 @@ def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_thread
 
 def _read_cache(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):  # none yet, or damaged: check again
+        return read_json(file, CHECKED, advice="all volumes are checked again", max_bytes=MAX_CACHE)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning(str(error))
         return {}
 
 
 def _state(path: str, image_channels: int) -> list[int]:
     """What a result depends on."""
     status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns, image_channels]
+    return [status.st_size, status.st_mtime_ns, image_channels, CHECKS]
 
 
 def _of_leader(content: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import torch
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
+from scripts.bundle.errors import reason
 from scripts.bundle.processes import merged, share_of
 from scripts.data.restored_volumes import output_path
-from scripts.data.volume_checks import problem_of_header
+from scripts.data.volume_checks import problem_of_header, unreadable
 from scripts.data.volume_lists import find_images
 
 __all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes"]
@@ -96,18 +97,15 @@ class VolumeDataset(Dataset):
 
     def _transform(self, index: int) -> dict[str, Any]:
         path = self.data[index]["image"]
-        problem = None
         if self.image_channels is not None:
             problem = problem_of_header(path, self.image_channels)
-        if problem is not None:
-            return {"path": path, PROBLEM: problem}
+            if problem is not None:
+                return {"path": path, PROBLEM: problem}
         try:
             return {**super()._transform(index), "path": path}
         except Exception as error:  # readers raise whatever they stumble over
-            cause = _first_cause(error)
-            if not isinstance(cause, ValueError):
-                problem = f"cannot be read to its end ({type(cause).__name__}: {cause}); copy it again, or remove it."
-            return {"path": path, PROBLEM: problem or str(cause)}
+            cause = reason(error)
+            return {"path": path, PROBLEM: str(cause) if isinstance(cause, ValueError) else unreadable(cause)}
 
 
 class VolumeEvaluator(SupervisedEvaluator):
@@ -137,9 +135,9 @@ class VolumeEvaluator(SupervisedEvaluator):
                 raise ValueError(batchdata[PROBLEM][0])
             return super()._iteration(engine, batchdata)
         except Exception as error:
-            reason = _first_cause(error)
-            kind = "" if isinstance(reason, (ValueError, OSError)) else f"{type(reason).__name__}: "
-            self.problems[path] = " ".join(f"{kind}{reason}".removeprefix(path).split())
+            cause = reason(error)
+            kind = "" if isinstance(cause, (ValueError, OSError)) else f"{type(cause).__name__}: "
+            self.problems[path] = " ".join(f"{kind}{cause}".removeprefix(path).split())
             logger.error(f"{path}: {self.problems[path]}")
             return {}
 
@@ -154,10 +152,3 @@ class VolumeEvaluator(SupervisedEvaluator):
         if problems:
             lines = [f"{path}: {problem}" for path, problem in sorted(problems.items())]
             raise SystemExit("\n  ".join([f"could not be done ({len(lines)}):", *lines]))
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """What a transform raised, without what MONAI puts around it."""
-    while error.__cause__ is not None and "applying transform" in str(error):
-        error = error.__cause__
-    return error

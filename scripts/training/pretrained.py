@@ -219,7 +219,7 @@ def _factor(place: str, arguments: dict[str, Any]) -> Any:
         initial = arguments["initial_downsample_factor"]
         return initial if max(initial) == 1 else (initial, arguments["initial_mode"])
     _, _, step = place.partition(" step ")
-    return arguments["downsample_factors"][int(step)] if step else None
+    return dict(enumerate(arguments["downsample_factors"])).get(int(step)) if step else None
 
 
 def _difference(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> str:
