@@ -1,4 +1,4 @@
-"""What a generator is told of the volume that it makes: one vector of its size, its spacing and what ``condition_keys`` name.
+"""What a generator is told of the volume that it makes: one vector of size, spacing and what ``condition_keys`` name.
 
 Numbers are standardised, words become classes, and each value may be missing.
 """
@@ -25,8 +25,8 @@ class Conditions:
     Conditions and the values that training saw of them.
 
     The vector of a volume is: 1; the logarithms of its size and of its spacing along each axis, standardised; for each key
-    that is a number the standardised value and 1, for each that is a word a 1 at its class. A missing value is zeros, and so is
-    the whole vector of a volume of which nothing is said.
+    that is a number the standardised value and 1, for each that is a word a 1 at its class. A missing value is zeros, and so
+    is the whole vector of a volume of which nothing is said.
 
     Args:
         description: plain JSON, as :py:meth:`learn` makes it: ``geometry`` (numbers) and ``keys`` (numbers or classes by
@@ -63,15 +63,12 @@ class Conditions:
             if not present:
                 raise ValueError(
                     f"`condition_keys` names {key!r}, which no training volume has; they have {', '.join(known) or 'none'}. "
-                    "Conditions are columns of participants.tsv or keys in dataset.json, noted by `encoding`: after a change "
-                    "there run it again, which takes no time for latents that are there."
+                    "Conditions are columns of participants.tsv or keys in dataset.json, noted by `encoding`: after a "
+                    "change there run it again, which takes no time for latents that are there."
                 )
-            keys[key] = (
-                _number(present) if all(isinstance(value, float | int) for value in present) else _classes(key, present)
-            )
-        geometry = [
-            _number([math.log(each[axis]) for each in rows]) for rows in (sizes, spacings) for axis in range(len(rows[0]))
-        ]
+            keys[key] = _number(present) if all(map(_is_number, present)) else _classes(key, present)
+        along_axes = [axis for rows in (sizes, spacings) for axis in zip(*rows)]
+        geometry = [_number([math.log(value) for value in along]) for along in along_axes]
         return cls({"geometry": geometry, "keys": keys})
 
     def __len__(self) -> int:
@@ -90,19 +87,18 @@ class Conditions:
 
         Args:
             values: conditions by name. What is missing, or is a class that training did not see, counts as unknown.
-            size: spatial size, voxels. Beyond what training saw, the nearest that it saw is told to the network; ditto spacing.
-            spacing: mm.
+            size: spatial size, voxels. Instead of one beyond what training saw, the network is told the nearest that it saw.
+            spacing: mm, ditto.
         """
         found = [1.0]
-        for number, value in zip(self.description["geometry"], [*size, *spacing]):
-            found.append(_standardised(number, min(max(math.log(value), number["lowest"]), number["highest"])))
+        for number, length in zip(self.description["geometry"], [*size, *spacing]):
+            found.append(_standardised(number, min(max(math.log(length), number["lowest"]), number["highest"])))
         for key, seen in self.description["keys"].items():
             value = values.get(key)
             if "classes" in seen:
                 found += [float(str(value) == name) for name in seen["classes"]]
             else:
-                is_number = isinstance(value, float | int)
-                found += [_standardised(seen, value), 1.0] if is_number else [0.0, 0.0]  # type: ignore[arg-type]
+                found += [_standardised(seen, value), 1.0] if _is_number(value) else [0.0, 0.0]
         return torch.tensor(found)
 
     def nothing(self) -> torch.Tensor:
@@ -148,6 +144,10 @@ class Conditions:
         return found
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _number(values: Sequence[float]) -> dict[str, float]:
     return {
         "mean": float(np.mean(values)),
@@ -161,13 +161,13 @@ def _classes(key: str, values: Sequence[Any]) -> dict[str, Any]:
     counts = Counter(str(value) for value in values)
     if len(values) > 2 and len(counts) == len(values):
         raise ValueError(
-            f"`condition_keys` names {key!r}, which has another value for each of the {len(values)} volumes that have one: that "
-            "names volumes instead of describing them. Leave it out."
+            f"`condition_keys` names {key!r}, which has another value for each of the {len(values)} volumes that have one: "
+            "that names volumes instead of describing them. Leave it out."
         )
     return {"classes": {name: counts[name] for name in sorted(counts)}}
 
 
-def _standardised(seen: Mapping[str, float], value: float) -> float:
+def _standardised(seen: Mapping[str, float], value: Any) -> float:
     return (value - seen["mean"]) / seen["deviation"] if seen["deviation"] > LEAST_DEVIATION else 0.0
 
 
@@ -179,7 +179,7 @@ def _checked_class(key: str, value: Any, seen: Mapping[str, Any]) -> str:
 
 
 def _checked_number(key: str, value: Any, seen: Mapping[str, float]) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise ValueError(f"`conditions` asks for {key} {value!r}; it must be a number.")
     outside = max(seen["lowest"] - value, value - seen["highest"])
     words = f"`conditions` asks for {key} {value:g}; training saw {seen['lowest']:g} to {seen['highest']:g}"

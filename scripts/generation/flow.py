@@ -37,12 +37,13 @@ class FlowTarget:
 
 class RectifiedFlow:
     """
-    Latents are mixed with noise, ``noisy = (1 - t) * clean + t * noise`` with a time t from 0 to 1, and a network learns what
-    to do about it. Samples follow its velocity ``clean - noise`` from t = 1, noise, to t = 0. Direction and names are those of
-    MONAI's ``RFlowScheduler``.
+    A latent is mixed with noise, ``noisy = (1 - t) * clean + t * noise`` with a time t from 0 to 1. A network learns to tell
+    the velocity ``clean - noise``, along which samples go from noise at t = 1 to a latent at t = 0. Sign and direction are
+    those of MONAI's ``RFlowScheduler``.
 
     The network predicts the velocity, or the clean latent (``prediction`` v or x). The loss is the mean square error of the
-    velocity in both cases, which makes their values comparable; an error of the clean latent is one of the velocity divided by t.
+    velocity in both cases, so that their values can be compared. An error of the clean latent, divided by t, is one of the
+    velocity (below t = 0.05, by 0.05).
 
     Times of training are drawn from a logit-normal distribution (Esser et al., https://arxiv.org/abs/2403.03206) and shifted
     towards noise, as the steps of sampling are: neighbours in a large latent tell the same, and so it needs more noise to

@@ -81,15 +81,16 @@ def _refuse_mixture(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
     for path, description in descriptions.items():
         if "image_scale" not in description:
             raise ValueError(
-                f"{path} was encoded by an earlier version, which did not note what a generator needs; encode again."
+                f"{path} was encoded by an earlier version, which noted less than a generator needs; encode again."
             )
         details = what_differs(description["network"], expected["network"])
         if not details and description["weights_sha256"] != expected["weights_sha256"]:
-            details = f"its weights are {description['weights_sha256'][:12]}... there and {expected['weights_sha256'][:12]}... here"
+            hashes = [each["weights_sha256"][:12] for each in (description, expected)]
+            details = f"the SHA-256 of its weights begins with {hashes[0]} instead of {hashes[1]}"
         if details:
             raise ValueError(
-                f"{path} is of another autoencoder than {first}: {details}. A generator needs the latents of one: encode all "
-                "volumes with the same weights, into a folder of their own."
+                f"{path} is of another autoencoder than {first}: {details}. A generator needs the latents of one: encode "
+                "all volumes with the same weights, into a folder of their own."
             )
 
 
@@ -98,14 +99,17 @@ class ReadLatentd(Transform):
     Read a latent and what is known of its volume.
 
     Args:
+        space: of the latents.
         key: of the path, and then of the latent, ``CxHxWxD``.
 
     Raises:
         ValueError: when called, for a latent that is damaged.
     """
 
-    def __init__(self, key: str = Keys.IMAGE) -> None:
+    def __init__(self, space: LatentSpace, key: str = Keys.IMAGE) -> None:
         self.key = key
+        network = space.description["autoencoder"]["network"]
+        self.kind = (space.factors, space.latent_channels, network["out_channels"])
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
@@ -118,7 +122,7 @@ class ReadLatentd(Transform):
         seed = int.from_bytes(hashlib.sha256(description["source"].encode()).digest()[:4], "big")
         return {
             **data,
-            self.key: read_latent(path, description),
+            self.key: read_latent(path, description, *self.kind),
             "volume": json.dumps(volume),
             "seed": seed,
             "file": str(path),
@@ -127,9 +131,9 @@ class ReadLatentd(Transform):
 
 class LatentCollate:
     """
-    Make a batch of latents, which may differ in size: each is padded at its end, by repeating its last voxels, to the largest
-    of the batch and to what the network divides. The noise of each comes from its own seed, so that it does not depend on
-    what else is in the batch.
+    Make a batch of latents, which may differ in size: each is padded at its end, by repeating its last voxels, to the
+    largest of the batch and to what the network divides. The noise of each comes from its own seed, so that it does not
+    depend on what else is in the batch.
 
     Args:
         multiple: number that padded sizes are multiples of.

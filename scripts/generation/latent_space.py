@@ -72,6 +72,12 @@ class LatentSpace:
         )
 
     @property
+    def factors(self) -> tuple[int, ...]:
+        """Total downsample factor of the autoencoder along each axis."""
+        network = self.description["autoencoder"]["network"]
+        return tuple(math.prod(along) for along in zip(network["initial_downsample_factor"], *network["downsample_factors"]))
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return len(self.description["channel_mean"])
@@ -103,8 +109,9 @@ class LatentSpace:
         sizes = {tuple(each["size"]) for each in self.description["geometries"]}
         return (
             f"{self.description['volumes']} training latents of {self.latent_channels} channels, volumes of {len(sizes)} "
-            f"size{'s' * (len(sizes) != 1)}; channels between {weakest:.3g} and {strongest:.3g} of the noise (`latent_gamma` "
-            f"{self.description['latent_gamma']:g}); conditions: {', '.join(self.conditions.keys) or 'none'}, size and spacing"
+            f"size{'s' * (len(sizes) != 1)}; channels from {weakest:.3g} to {strongest:.3g} times as strong as the noise "
+            f"(`latent_gamma` {self.description['latent_gamma']:g}); conditions: "
+            f"{', '.join([*self.conditions.keys, 'size', 'spacing'])}"
         )
 
 

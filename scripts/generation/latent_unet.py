@@ -57,14 +57,14 @@ class LatentUNet(nn.Module):
         super().__init__()
         if len(attention_levels) != len(channels):
             raise ValueError(
-                f"`attention_levels` has {len(attention_levels)} entries for {len(channels)} levels (`channels`); it needs one for "
-                "each."
+                f"`attention_levels` has {len(attention_levels)} entries for {len(channels)} levels (`channels`); it needs "
+                "one for each."
             )
         for width, attends in zip(channels, [*attention_levels[:-1], True]):
             if width % norm_num_groups or (attends and width % num_head_channels):
                 raise ValueError(
-                    f"`channels` has {width}; it must be a multiple of `norm_num_groups` {norm_num_groups}, and with attention of "
-                    f"`num_head_channels` {num_head_channels}."
+                    f"`channels` has {width}; it must be a multiple of `norm_num_groups` {norm_num_groups}, and with "
+                    f"attention of `num_head_channels` {num_head_channels}."
                 )
         self.arguments: dict[str, Any] = {
             "spatial_dims": spatial_dims,
@@ -91,7 +91,8 @@ class LatentUNet(nn.Module):
         )
         # MONAI's forward adds what this makes of `class_labels` to the embedding of the time
         width = channels[0] * 4
-        self.unet.class_embedding = nn.Sequential(nn.Linear(condition_size, width), nn.SiLU(), nn.Linear(width, width))
+        told = nn.Sequential(nn.Linear(condition_size, width), nn.SiLU(), nn.Linear(width, width))
+        self.unet.class_embedding = told  # type: ignore[assignment]
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, extent: torch.Tensor | None = None

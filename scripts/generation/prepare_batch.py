@@ -45,7 +45,7 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
             raise ValueError(f"`condition_dropout` is {condition_dropout!r}; it must be at least 0 and below 1.")
         self.space, self.flow, self.condition_dropout = space, flow, condition_dropout
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         batchdata: Mapping[str, Any],
         device: str | torch.device | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,12 +36,12 @@ def integrate(
     Follow a velocity from noise to a sample. The state is float32, and the steps sum to exactly one.
 
     Args:
-        velocity: function of the state and its time (above 0) that returns the change of the state per unit of time, towards 0.
+        velocity: function of the state and its time (above 0); the change of the state per unit of time, towards 0.
         noise: the state at ``times[0]``, which is 1.
         times: where the steps begin and end, falling to 0.
-        solver: ``"euler"`` asks for the velocity once per step, ``"midpoint"`` (the explicit midpoint method, of second order)
-            twice: at the step's beginning and in its middle. It never asks at time 0, as Heun's method would, where a clean
-            latent says nothing of its velocity.
+        solver: ``"euler"`` asks for the velocity once per step, ``"midpoint"`` (the explicit midpoint method, of second
+            order) twice: at the step's beginning and in its middle. Heun's method would ask at time 0, where a prediction
+            of the clean latent does not tell the velocity.
         after_step: called after each step.
 
     Returns:
@@ -52,7 +53,7 @@ def integrate(
     if solver not in SOLVERS:
         raise ValueError(f"`solver` is {solver!r}; it must be one of {', '.join(SOLVERS)}.")
     state = noise.float()
-    for start, end in zip(times[:-1], times[1:]):
+    for start, end in itertools.pairwise(times):
         step = start - end
         change = velocity(state, start).float()
         if solver == "midpoint":

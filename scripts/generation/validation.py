@@ -56,6 +56,7 @@ class FlowEvaluator(SupervisedEvaluator):
 
     LOSS_BY_TIME = tuple(f"loss_t_{100 * i // NUM_BINS}_{100 * (i + 1) // NUM_BINS}" for i in range(NUM_BINS))
     BY_BAND = tuple(f"unexplained_band_{i + 1}" for i in range(NUM_BANDS))
+    PARTS = LOSS_BY_TIME + BY_BAND
 
     def __init__(self, *, flow: RectifiedFlow, **kwargs: Any) -> None:
         super().__init__(decollate=False, **kwargs)

@@ -10,6 +10,7 @@ import random
 import re
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,18 @@ class TrainingSaver:
         evaluator: the validation engine; the weights of its network are ``model.pt``.
         minutes: write a checkpoint within an epoch when the last one is older.
         keep: how many to keep, besides that of the best epoch.
+        describe: what ``model.json`` is to say besides the network's arguments.
     """
 
     def __init__(
         self,
         ckpt_dir: str,
-        network: AutoencoderKL,
+        network: Any,
         to_save: dict[str, Any],
         evaluator: Evaluator,
         minutes: float = 10.0,
         keep: int = 2,
+        describe: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         if keep < 1:
             raise ValueError(f"`keep` is {keep!r}; at least 1 checkpoint must be kept.")
@@ -106,6 +109,7 @@ class TrainingSaver:
         self.evaluator: Any = evaluator
         self.minutes = minutes
         self.keep = keep
+        self.describe = describe
         self.saved_metric: float | None = None
 
     def attach(self, engine: ResumableTrainer) -> None:
@@ -125,7 +129,7 @@ class TrainingSaver:
 
     def save_best(self, trainer: ResumableTrainer) -> None:
         if trainer.state.iteration > 0 and _best(self.evaluator) not in (None, self.saved_metric):
-            save_weights(self.evaluator.network, self.ckpt_dir / WEIGHTS)
+            save_weights(self.evaluator.network, self.ckpt_dir / WEIGHTS, self.describe())
             self.saved_metric = _best(self.evaluator)
 
     def _save_if_due(self, trainer: ResumableTrainer) -> None:
