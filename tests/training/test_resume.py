@@ -182,10 +182,10 @@ def signal_when_called(place: str, number: int, flow: ConfigWorkflow):
 
 
 MOMENTS = {
+    "validation": lambda number, flow: signal_within_volume(number, 0, flow),
     "volumes are checked": partial(signal_when_called, "scripts.data.volume_checks:find_problem"),
     "volumes are cached": partial(signal_when_called, "monai.data:CacheDataset._load_cache_item"),
     "shortcut is fitted": partial(signal_when_called, "scripts.layers.linear_shortcut:LinearShortcut.fit"),
-    "validation": lambda number, flow: signal_within_volume(number, 0, flow),
 }
 
 
@@ -193,8 +193,16 @@ def signal_before_first_step(moment: str, number: int, flow: ConfigWorkflow):
     MOMENTS[moment](number, flow)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment, number",
+    [
+        ("validation", signal.SIGTERM),
+        ("validation", signal.SIGINT),
+        ("volumes are checked", signal.SIGINT),
+        ("volumes are cached", signal.SIGTERM),
+        ("shortcut is fitted", signal.SIGTERM),
+    ],
+)
 def test_signal_before_the_first_step_ends_with_words_and_its_exit_code(moment, number, data, tmp_path):
     output_dir = tmp_path / "eval"
     code = train(data, output_dir, partial(signal_before_first_step, moment, number), num_workers=1)
