@@ -6,12 +6,11 @@ file.
 from scripts.bundle.config import check_config
 from scripts.bundle.errors import show_reason_last
 from scripts.bundle.precision import autocast_dtype
-from scripts.bundle.progress import ConsoleHandler, ProgressBar, VolumeProgress
+from scripts.bundle.progress import ProgressBar, VolumeProgress
 from scripts.bundle.signals import end_on_signals, leave_signals_to_main
 from scripts.bundle.weights import WeightsLoader, load_weights, save_weights
 
 __all__ = [
-    "ConsoleHandler",
     "ProgressBar",
     "VolumeProgress",
     "WeightsLoader",

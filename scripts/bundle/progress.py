@@ -1,8 +1,8 @@
-"""Progress of whatever takes long: bars that move while they wait, and a log that does not run into them."""
+"""Progress of whatever takes long: bars that move while they wait, on lines of their own."""
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import sys
 import threading
 import time
@@ -16,8 +16,9 @@ from monai.engines import Evaluator
 from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-__all__ = ["ConsoleHandler", "ProgressBar", "VolumeProgress"]
+__all__ = ["ProgressBar", "VolumeProgress"]
 
 SECONDS = 1.0  # after which a bar is drawn again, so that its clock goes on while a step takes long
 SECONDS_IN_FILE = 30.0  # between two lines about a bar, where the output goes to a file
@@ -25,8 +26,8 @@ SECONDS_IN_FILE = 30.0  # between two lines about a bar, where the output goes t
 
 class ProgressBar(tqdm):
     """
-    tqdm's bar, shown by the first process of a distributed run. Its clock goes on while a step takes long. Where the output
-    goes to a file, the bar writes a line every half a minute instead of drawing over itself.
+    tqdm's bar, shown by the first process of a distributed run. Its clock goes on while a step takes long; the log stands
+    above it. Where the output goes to a file, the bar writes a line every half a minute instead of drawing over itself.
 
     Args:
         args: arguments of ``tqdm``.
@@ -36,15 +37,19 @@ class ProgressBar(tqdm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._closed = threading.Event()
         self._drawn = 0.0
+        self._above = contextlib.ExitStack()
         seconds = SECONDS
         if sys.stderr.isatty():
-            kwargs["dynamic_ncols"] = True
+            kwargs |= {"file": sys.stderr, "dynamic_ncols": True}
         else:
             kwargs |= {"file": _Lines(sys.stderr), "ncols": 100, "mininterval": SECONDS_IN_FILE}
             seconds += SECONDS_IN_FILE  # where steps are short, they draw the bar
         super().__init__(*args, disable=idist.get_rank() > 0, **kwargs)  # type: ignore[call-overload]
-        if not self.disable:
-            threading.Thread(target=_keep_moving, args=(weakref.ref(self), self._closed, seconds), daemon=True).start()
+        if self.disable:
+            return
+        if sys.stderr.isatty():
+            self._above.enter_context(logging_redirect_tqdm())
+        threading.Thread(target=_keep_moving, args=(weakref.ref(self), self._closed, seconds), daemon=True).start()
 
     def display(self, *args: Any, **kwargs: Any) -> Any:
         """Draw the bar; see ``tqdm``."""
@@ -55,6 +60,7 @@ class ProgressBar(tqdm):
         """Draw the bar for the last time, or remove it; see ``tqdm``."""
         self._closed.set()
         super().close()
+        self._above.close()
 
 
 def _keep_moving(bar: weakref.ref[ProgressBar], closed: threading.Event, seconds: float) -> None:
@@ -80,15 +86,6 @@ class _Lines:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-class ConsoleHandler(logging.StreamHandler):
-    """Python's ``StreamHandler`` for logging.conf, whose lines stand above the progress bars, not in them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line."""
-        with tqdm.external_write_mode(self.stream):
-            super().emit(record)
 
 
 class VolumeProgress:

@@ -62,13 +62,11 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, prog
         rounding. Sizes that the total factor does not divide are padded to encode.
     """
     x = x.detach().as_subclass(torch.Tensor).cpu()
-    # without the time left, because layers differ too much
-    looks = {
-        "desc": f"{operation} in slabs",
-        "bar_format": "{l_bar}{bar}| layer {n:.1f}/{total} [{elapsed}]",
-        "leave": False,
-    }
-    bar = ProgressBar(total=_count_layers(network, operation), **looks) if progress else None
+    bar = None
+    if progress:
+        bar = ProgressBar(
+            total=_count_layers(network, operation), desc=f"{operation} in slabs", leave=False, bar_format=LAYERS
+        )
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="feature-maps-") as folder, bar or contextlib.nullcontext():
         run = _Run(network, x, operation, int(memory_gb * GIB), Path(folder), bar)
         if operation == "decode":

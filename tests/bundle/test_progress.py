@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 
 from scripts.bundle import progress
-from scripts.bundle.progress import ConsoleHandler, ProgressBar, VolumeProgress
+from scripts.bundle.progress import ProgressBar, VolumeProgress
 
 
 class Terminal(io.StringIO):
@@ -25,14 +25,13 @@ class Terminal(io.StringIO):
 def output(request, monkeypatch):
     """Where bars and the log go; the clock of a bar is quick."""
     stream = request.param()
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     monkeypatch.setattr(progress, "SECONDS", 0.02)
     monkeypatch.setattr(progress, "SECONDS_IN_FILE", 0.05)
     return stream
 
 
-def wait_for(condition, seconds: float = 30.0) -> bool:
+def wait_for(condition, seconds: float = 20.0) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
@@ -64,7 +63,7 @@ def test_bar_that_nobody_holds_ends_its_clock(output):
 @pytest.mark.parametrize("output", [io.StringIO], indirect=True)
 def test_in_a_file_bars_and_log_have_lines_of_their_own(output):
     logger = logging.getLogger("test_progress")
-    logger.addHandler(ConsoleHandler(sys.stdout))
+    logger.addHandler(logging.StreamHandler(output))
     with ProgressBar(total=3, desc="outer"), ProgressBar(total=3, desc="inner", leave=False) as inner:
         logger.warning("a line of the log")
         for _ in range(3):
@@ -78,14 +77,16 @@ def test_in_a_file_bars_and_log_have_lines_of_their_own(output):
 
 
 @pytest.mark.parametrize("output", [Terminal], indirect=True)
-def test_on_a_terminal_the_log_stands_above_the_bar(output):
-    logger = logging.getLogger("test_progress_terminal")
-    logger.addHandler(ConsoleHandler(sys.stdout))
+def test_on_a_terminal_the_log_stands_above_the_bar(output, monkeypatch):
+    monkeypatch.setattr("sys.stdout", output)
+    console = logging.StreamHandler(output)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [console])
     with ProgressBar(total=1, desc="validation"):
-        logger.warning("a line of the log")
+        logging.warning("a line of the log")
         before, after = output.getvalue().split("a line of the log\n")
         assert before.endswith("\r")  # the bar was wiped out
         assert "validation:   0%" in after  # and is below now
+    assert logging.getLogger().handlers == [console]
 
 
 def test_volumes_are_named_with_their_sizes_while_they_are_worked_on(output):
