@@ -5,13 +5,12 @@ repeatable batches, where weights start, checkpoints and exact resume, signals, 
 from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.checkpoints import TrainingSaver, claim_ckpt_dir, find_checkpoints
-from scripts.training.curves import lr_and_losses
 from scripts.training.initial_weights import InitialWeights
 from scripts.training.losses import LossTerm, ReconstructionLoss, SpectralLoss, perceptual_loss
 from scripts.training.pretrained import load_pretrained
 from scripts.training.progress import BeforeAndAfter, Throughput, TrainingProgress, log_factors
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
-from scripts.training.resumable_trainer import ResumableTrainer
+from scripts.training.resumable_trainer import ResumableTrainer, lr_and_losses
 from scripts.training.signals import StopOnSignal, leave_signals_to_main
 from scripts.training.weight_average import WeightAverage, moving_average
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scripts.bundle.precision import autocast_dtype
 from scripts.training.handler_order import check_order
 
-__all__ = ["Losses", "ResumableTrainer"]
+__all__ = ["Losses", "ResumableTrainer", "lr_and_losses"]
 
 Losses = dict[str, torch.Tensor]
 logger = logging.getLogger(__name__)
@@ -200,3 +200,11 @@ class ResumableTrainer(SupervisedTrainer):
         position = (self.state.iteration - 1) % self.state.epoch_length
         last = (position + 1) % self.accumulation_steps == 0 or position + 1 == self.state.epoch_length
         return position % self.accumulation_steps == 0, last
+
+
+def lr_and_losses(optimizer: torch.optim.Optimizer) -> Callable[[list[Losses]], dict[str, Any]]:
+    """What TensorBoard draws of a trainer's output: the learning rate, and every loss."""
+    return lambda output: {
+        "lr": optimizer.param_groups[0]["lr"],
+        **{name: value for name, value in output[0].items() if name.endswith("loss")},
+    }

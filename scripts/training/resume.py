@@ -26,21 +26,11 @@ def resume_run(
     trainer: ResumableTrainer, ckpt_dir: str | Path, network: Any, to_load: dict[str, Any], evaluator: Evaluator
 ) -> bool:
     """
-    Load the newest checkpoint that is whole, as :py:class:`scripts.training.TrainingSaver` wrote it.
-
-    Args:
-        trainer: gets back its position, and the scale of its gradients.
-        ckpt_dir: folder of the checkpoints; with several machines, one that all of them share.
-        network: the network to load, not wrapped, with the ``arguments`` that it was made with.
-        to_load: further objects, by name, as the saver has them.
-        evaluator: the validation engine, which gets back its best metric.
-
-    Returns:
-        whether there was one.
+    Load the newest checkpoint that is whole, if there is one. For the arguments see
+    :py:class:`scripts.training.InitialWeights`.
 
     Raises:
-        ValueError: when no checkpoint is whole, or it is of another network, or the processes of a distributed run do not
-            find the same.
+        ValueError: when no checkpoint is whole, or it is of another network, or not all processes find the same.
     """
     found = _newest_whole(Path(ckpt_dir))
     iterations = idist.all_gather(found[1]["trainer"]["iteration"] if found else 0)
