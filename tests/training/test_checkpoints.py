@@ -88,7 +88,7 @@ def test_kill_while_weights_are_written_leaves_a_pair_that_loads(tmp_path, monke
             raise KeyboardInterrupt
         write_atomically(content, target)
 
-    monkeypatch.setattr("scripts.bundle.files.write_atomically", killed)
+    monkeypatch.setattr("scripts.bundle.weights.write_atomically", killed)
     other = small_network()
     with torch.no_grad():
         other.post_quant_conv.conv.weight.add_(1)
