@@ -24,6 +24,7 @@ __all__ = ["TrainingSaver", "claim_ckpt_dir", "find_checkpoints", "set_random_st
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
+EVALUATOR_STATE: dict[str, type] = {"best_metric": float, "best_metric_epoch": int, "metric_before": float}
 
 
 def find_checkpoints(ckpt_dir: str | Path) -> list[Path]:
@@ -75,8 +76,7 @@ class TrainingSaver:
         ckpt_dir: folder for the checkpoints.
         network: the network whose weights are saved, not wrapped; its ``arguments`` are what it was made with.
         to_save: further objects with a ``state_dict``, by name; None stands for one that this run does not have.
-        evaluator: the validation engine; the weights of its network are ``model.pt``. Its best metric is kept, and the
-            numbers in its state that its ``state_dict_user_keys`` name.
+        evaluator: the validation engine; the weights of its network are ``model.pt``.
         minutes: write a checkpoint within an epoch when the last one is older.
         keep: how many to keep, besides that of the best epoch.
     """
@@ -136,18 +136,17 @@ class TrainingSaver:
             "network": self.network.state_dict(),
             "scaler": trainer.scaler.state_dict(),
             "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
-            "evaluator": self._numbers_of_validation(),
+            "evaluator": {
+                name: kind(getattr(self.evaluator.state, name))
+                for name, kind in EVALUATOR_STATE.items()
+                if hasattr(self.evaluator.state, name)
+            },
             "random": _random_states(),
             **{name: item.state_dict() for name, item in self.to_save.items()},
         }
         write_atomically(serialise(content), self.ckpt_dir / f"checkpoint_{trainer.state.iteration:08d}.pt")
         self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
         self._prune(best=self.evaluator.state.best_metric_epoch * trainer.state.epoch_length)
-
-    def _numbers_of_validation(self) -> dict[str, Any]:
-        state = self.evaluator.state
-        further = {name: float(getattr(state, name)) for name in self.evaluator.state_dict_user_keys if hasattr(state, name)}
-        return {"best_metric": float(state.best_metric), "best_metric_epoch": int(state.best_metric_epoch), **further}
 
     def _prune(self, best: int) -> None:
         for path in find_checkpoints(self.ckpt_dir)[self.keep :]:

@@ -152,7 +152,6 @@ class BeforeAndAfter:
         self.weights = weights
 
     def attach(self, engine: Trainer) -> None:
-        self.validator.state_dict_user_keys.append("psnr_before")  # checkpoints hold it
         engine.add_event_handler(Events.STARTED, self._validate_before)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._validate_last_epoch)
         engine.add_event_handler(Events.COMPLETED, self._report)
@@ -162,8 +161,8 @@ class BeforeAndAfter:
             return
         self.validator.run()
         state: Any = self.validator.state
-        state.psnr_before = state.metrics["psnr"]
-        logger.info(f"before the first step: validation PSNR {state.psnr_before:.2f} dB")
+        state.metric_before = state.metrics["psnr"]  # checkpoints hold it
+        logger.info(f"before the first step: validation PSNR {state.metric_before:.2f} dB")
         # an untrained network is not the best one, and the next validation is the first
         self.validator.state.best_metric = self.validator.state.best_metric_epoch = -1
         self.validator.state.epoch = 0
@@ -177,8 +176,8 @@ class BeforeAndAfter:
             self.validator.run(engine.state.epoch)
         state: Any = self.validator.state
         lines = ["training is complete"]
-        if hasattr(state, "psnr_before"):
-            lines.append(f"validation PSNR before the first step: {state.psnr_before:.2f} dB")
+        if hasattr(state, "metric_before"):
+            lines.append(f"validation PSNR before the first step: {state.metric_before:.2f} dB")
         lines += [
             f"validation PSNR at the end:            {state.metrics['psnr']:.2f} dB "
             f"(best {state.best_metric:.2f} dB at epoch {state.best_metric_epoch})",

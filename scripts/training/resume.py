@@ -18,6 +18,7 @@ from scripts.training.resumable_trainer import ResumableTrainer
 
 __all__ = ["resume_run"]
 
+RENAMED = {"psnr_before": "metric_before"}  # in checkpoints of earlier versions
 SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def resume_run(
     if content["scaler"]:  # empty when the run so far had no scaler
         trainer.scaler.load_state_dict(content["scaler"])
     for name, value in content["evaluator"].items():
-        setattr(evaluator.state, name, value)
+        setattr(evaluator.state, RENAMED.get(name, name), value)
     _set_position(trainer, **content["trainer"])
     set_random_states(content["random"])
     logger.info(f"resumed {path} after iteration {trainer.state.iteration}, epoch {trainer.state.epoch} complete")

@@ -153,12 +153,12 @@ def run_with_checkpoints(
 
 def test_resumed_training_goes_on_where_it_stopped(tmp_path):
     _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    best, before = evaluator.state.best_metric, evaluator.state.psnr_before
+    best, before = evaluator.state.best_metric, evaluator.state.metric_before
     network = small_network()
     resumed, evaluator = run_with_checkpoints(tmp_path, network, epochs=4, resume=True)
     assert resumed.state.epoch == 4 and resumed.state.iteration == 12
     assert evaluator.state.best_metric >= best
-    assert evaluator.state.psnr_before == before  # of the network before the very first step
+    assert evaluator.state.metric_before == before  # of the network before the very first step
     steps = [s["step"].item() for s in resumed.optimizer.state.values()]
     assert set(steps) == {12.0}
 
@@ -276,7 +276,7 @@ def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_p
     monkeypatch.setattr("scripts.training.checkpoints.save_weights", record)
     _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=5)
     assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (30.0, 4)
-    assert evaluator.state.psnr_before == 40.0
+    assert evaluator.state.metric_before == 40.0
     assert len(saved) == 2
     best = small_network()
     load_weights(best, tmp_path / WEIGHTS)
