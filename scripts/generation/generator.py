@@ -215,8 +215,8 @@ def load_autoencoder(path: str, space: LatentSpace) -> Reconstructor:
     if Path(path).is_file() and file_hash(path) != expected["sha256"]:
         raise ValueError(
             f"the autoencoder {path} is not the one that the generator was trained with: the SHA-256 of its weights begins "
-            f"with {file_hash(path)[:12]} instead of {expected['sha256'][:12]}. Set `autoencoder` to the weights that encoded "
-            "the training volumes."
+            f"with {file_hash(path)[:12]} instead of {expected['sha256'][:12]}. Set `autoencoder` to the weights that "
+            "encoded the training volumes."
         )
     autoencoder = Reconstructor(**expected["network"])
     load_weights(autoencoder, path)

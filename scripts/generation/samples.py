@@ -114,8 +114,8 @@ def _check(generator: Generator, num_samples: int, num_inference_steps: int, sol
         raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 on.")
     if guidance_scale != 1 and generator.condition_dropout == 0:
         raise ValueError(
-            f"`guidance_scale` is {guidance_scale}, which compares with what the generator makes when it is told nothing; it "
-            "was trained with `condition_dropout` 0 and knows no such case. Set it to 1."
+            f"`guidance_scale` is {guidance_scale}, which compares with what the generator makes when it is told nothing; "
+            "it was trained with `condition_dropout` 0 and knows no such case. Set it to 1."
         )
 
 
