@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
 from torch.utils.data import Dataset, Sampler
 
@@ -95,7 +94,7 @@ class RepeatableDataset(Dataset):
         samples = self.dataset[draw.item]
         file = str(self.dataset.data[draw.item]["image"])
         # transforms that crop return a list, which MONAI's collate function takes apart
-        return [{**sample, "file": file, "seed": draw.seed} for sample in ensure_tuple(samples)]
+        return [{**sample, "file": file, "seed": draw.seed} for sample in (samples if isinstance(samples, list) else [samples])]
 
 
 class RepeatableOrder:
