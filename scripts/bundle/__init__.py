@@ -4,15 +4,17 @@ that know their network, precision, the machine and its processes, progress, and
 
 from scripts.bundle.config import check_config
 from scripts.bundle.errors import show_reason_last
-from scripts.bundle.precision import autocast_dtype
+from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
 from scripts.bundle.progress import VolumeProgress
 from scripts.bundle.weights import WeightsLoader, load_weights, save_weights
 
 __all__ = [
+    "Precision",
     "VolumeProgress",
     "WeightsLoader",
     "autocast_dtype",
     "check_config",
+    "choose_precision",
     "load_weights",
     "save_weights",
     "show_reason_last",

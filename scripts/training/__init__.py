@@ -8,6 +8,7 @@ from scripts.training.losses import LossTerm, SpectralLoss, perceptual_loss
 from scripts.training.pretrained import PretrainedLoader, load_pretrained
 from scripts.training.progress import BeforeAndAfter, Throughput, TrainingProgress, log_factors
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
+from scripts.training.resumed_precision import resumed_precision
 from scripts.training.shortcut_fitter import ShortcutFitter
 from scripts.training.signals import StopOnSignal, leave_signals_to_main
 from scripts.training.trainer import AutoencoderTrainer
@@ -37,4 +38,5 @@ __all__ = [
     "log_factors",
     "moving_average",
     "perceptual_loss",
+    "resumed_precision",
 ]

@@ -21,6 +21,7 @@ from monai.engines import Evaluator
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import UNFINISHED, serialise, write_atomically
+from scripts.bundle.precision import dtype_name
 from scripts.bundle.weights import check_arguments, save_weights, what_is_wrong
 from scripts.training.trainer import AutoencoderTrainer
 
@@ -142,6 +143,7 @@ class TrainingSaver:
             "arguments": self.network.arguments,
             "network": self.network.state_dict(),
             "scaler": trainer.scaler.state_dict(),
+            "precision": {"amp": trainer.autocast["enabled"], "amp_dtype": dtype_name(trainer.autocast["dtype"])},
             "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
             "evaluator": {
                 name: kind(getattr(self.evaluator.state, name))
