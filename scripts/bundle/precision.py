@@ -17,7 +17,7 @@ LOWER_PRECISIONS = ("bfloat16", "float16")
 PREFERENCE = ("float32", "float16", "bfloat16")  # processes that differ use the first of theirs
 BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with units for it
 LEAST_GAIN = 1.2  # by which bfloat16 must be faster: less is not worth its rounding
-TRIAL_SHAPE = (1, 32, 16, 16, 16)
+TRIAL_SHAPE = (1, 32, 32, 32, 8)  # PyTorch keeps maps of up to 20480 values without their last axis to itself
 TRIALS = 5
 logger = logging.getLogger(__name__)
 
