@@ -17,7 +17,7 @@ from benchmarks.networks import MONAI, build_with
 from benchmarks.planning_step import saved_in_a_step
 from scripts.__main__ import main
 from scripts.planning.estimates import GIB, estimate_memory, log_estimate
-from scripts.planning.plans import TRAIN
+from scripts.planning.plans import TRAIN, read_plan
 from scripts.planning.recommendations import leanest, recommend_downsample_factors, write_overlay
 from scripts.planning.self_test import Configuration, check_all, check_configuration, configurations
 from scripts.planning.step_costs import inference_cost, training_cost
@@ -344,3 +344,14 @@ def test_recommended_overlay_trains(volumes, tmp_path):
     )
     assert "initial 2x2x1, per level 2x2x2, 2x2x2" in process.stdout
     assert "estimate for one training step" in process.stdout
+
+
+@pytest.mark.precision
+def test_plans_for_a_gpu_are_in_bfloat16_and_for_the_cpu_in_what_pays_here(monkeypatch):
+    monkeypatch.setattr("scripts.bundle.precision._has_convolutions", lambda name: False)
+    assert read_plan().amp_dtype is torch.bfloat16
+    assert read_plan(device="cpu").amp_dtype is None
+    assert estimate_memory(16, device="cpu") == estimate_memory(16, device="cpu", amp=False)
+    assert estimate_memory(16, device="cuda") == estimate_memory(16, device="cuda", amp=True, amp_dtype="bfloat16")
+    assert read_plan(device="cpu", amp=True).amp_dtype is torch.bfloat16
+    assert read_plan(amp_dtype="float16").amp_dtype is torch.float16
