@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 import ignite.distributed as idist
 import torch
 
-__all__ = ["LOWER_PRECISIONS", "Precision", "autocast_dtype", "choose_precision", "computing_dtype", "dtype_name"]
+__all__ = [
+    "LOWER_PRECISIONS",
+    "Precision",
+    "autocast_dtype",
+    "choose_precision",
+    "computing_dtype",
+    "dtype_name",
+    "has_convolutions",
+]
 
 LOWER_PRECISIONS = ("bfloat16", "float16")
 PREFERENCE = ("float32", "float16", "bfloat16")  # processes that differ use the first of theirs
@@ -118,7 +126,7 @@ def _precision_of_gpu(device: torch.device) -> Precision:
 
 def _precision_of_cpu(device: torch.device) -> Precision:
     capability = torch.backends.cpu.get_cpu_capability()
-    if not _has_convolutions("bfloat16"):
+    if not has_convolutions("bfloat16"):
         return Precision(str(device), False, "bfloat16", f"the processor has no fast bfloat16 convolutions ({capability})")
     gain = bfloat16_gain()
     reason = f"a convolution in bfloat16 takes {1 / gain:.2g} times as long as in float32 ({capability})"
@@ -129,7 +137,7 @@ def _precision_of_other(device: torch.device) -> Precision:
     return Precision(str(device), False, "bfloat16", f"mixed precision is left to CUDA and CPU, not {device.type}")
 
 
-def _has_convolutions(name: str) -> bool:
+def has_convolutions(name: str) -> bool:
     """
     Whether oneDNN has convolutions in a lower precision here. It is what PyTorch itself asks before it hands one over, and
     follows ``ONEDNN_MAX_CPU_ISA``, which flags of the processor do not. Where the answer is no, PyTorch has a reference
@@ -184,7 +192,7 @@ def _cost(device: str, name: str) -> str | None:
         return "the GPU has no units for it and computes slower than in float16; `--amp_dtype float16` is faster"
     if kind != "cpu" or name == "float32":
         return None
-    if not _has_convolutions(name):
+    if not has_convolutions(name):
         return (
             "the processor has no fast convolutions in it, and PyTorch's reference loop takes several hundred times as long "
             f"as float32 (400 times in bfloat16 with AVX2, more in float16). A step may take minutes; {advice}"

@@ -28,7 +28,7 @@ def hardware(monkeypatch):
 
     def replace(capability=(8, 0), supported=(), gain=1.0):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(module, "_has_convolutions", lambda name: name in supported)
+        monkeypatch.setattr(module, "has_convolutions", lambda name: name in supported)
         monkeypatch.setattr(module, "bfloat16_gain", lambda: gain)
 
     return replace

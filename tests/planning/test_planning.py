@@ -348,7 +348,7 @@ def test_recommended_overlay_trains(volumes, tmp_path):
 
 @pytest.mark.precision
 def test_plans_for_a_gpu_are_in_bfloat16_and_for_the_cpu_in_what_pays_here(monkeypatch):
-    monkeypatch.setattr("scripts.bundle.precision._has_convolutions", lambda name: False)
+    monkeypatch.setattr("scripts.bundle.precision.has_convolutions", lambda name: False)
     assert read_plan().amp_dtype is torch.bfloat16
     assert read_plan(device="cpu").amp_dtype is None
     assert estimate_memory(16, device="cpu") == estimate_memory(16, device="cpu", amp=False)
