@@ -62,8 +62,8 @@ def test_streaming_equals_the_whole_volume_pass_in_bfloat16(arguments: dict):
             rounded = network.reconstruct(image).float()
             streamed = stream(network, image, "reconstruct", TINY)
     assert difference(rounded, whole) > 0  # it was bfloat16
-    # Norms and attention round in other places in slabs, and a unit in the last place is up to 0.8 % of a value. With AMX the
-    # two stay within a hundredth; with AVX2 alone attention comes to 0.0122, where one pass is 0.0156 off float32.
+    # Norms and attention round in other places in slabs, and a unit in the last place is up to 0.8 % of a value. With AMX
+    # the two stay within a hundredth; with AVX2 alone attention comes to 0.0122, where one pass is 0.0156 off float32.
     assert difference(streamed, rounded) < (1e-2 if has_convolutions("bfloat16") else difference(rounded, whole))
     assert mean_square(streamed - whole) < 1.1**2 * mean_square(rounded - whole)  # slabs add no error to that
 
