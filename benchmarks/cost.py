@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from statistics import median
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import fire
 import torch
 
-from benchmarks.machine import described
+from benchmarks.machine import described, now
 from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factors
 from scripts.bundle.precision import autocast_dtype, choose_precision
 from scripts.planning.saved_tensors import SavedTensors
@@ -121,7 +120,7 @@ def training_step(name: str, size: int, device: str, **switches: Any) -> float:
     image = torch.rand(1, 1, size, size, size, device=device)
     times = []
     for _ in range(1 + REPEATS):
-        start = time.perf_counter()
+        start = now(device)
         with mixed_precision(device):
             reconstruction, z_mu, _ = network(image)
         loss = torch.nn.functional.l1_loss(reconstruction.float(), image) + 1e-8 * z_mu.float().square().sum()
@@ -130,7 +129,7 @@ def training_step(name: str, size: int, device: str, **switches: Any) -> float:
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(now(device) - start)
     return median(times[1:])
 
 

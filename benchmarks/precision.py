@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -22,7 +21,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from benchmarks.cost import print_table
-from benchmarks.machine import described, instruction_set
+from benchmarks.machine import described, instruction_set, now
 from scripts.bundle.precision import LOWER_PRECISIONS, autocast_dtype
 
 STEP_SIZE = 96  # the default `patch_size`
@@ -106,10 +105,10 @@ def measure(operation: str, precision: str, size: int, limit: float) -> None:
     amp = precision != "float32"
     times: list[float] = []
     while len(times) <= REPEATS and sum(times) < limit / 2:
-        start = time.perf_counter()
+        start = now("cpu")
         with torch.autocast("cpu", autocast_dtype(precision) if amp else None, enabled=amp):
             run()
-        times.append(time.perf_counter() - start)
+        times.append(now("cpu") - start)
     print(json.dumps(median(times[1:] or times)))
 
 
