@@ -28,7 +28,7 @@ STEP_SIZE = 96  # the default `patch_size`
 VOLUME_SIZE = 128
 REPEATS = 3
 HALVINGS = 2
-START = 30  # seconds that a process may take before it computes
+START = 60  # seconds that a process may take before it computes
 # as oneDNN's environment variable names them, with the kernels that PyTorch's own would choose there
 INSTRUCTION_SETS = {
     "AVX2": "avx2",
