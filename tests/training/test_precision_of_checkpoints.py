@@ -9,7 +9,7 @@ import torch
 
 from scripts.bundle.precision import Precision
 from scripts.training.checkpoints import find_checkpoints
-from scripts.training.resumed_precision import resumed_precision
+from scripts.training.precision_of_checkpoints import resumed_precision
 from tests.conftest import save_volume
 from tests.training.test_checkpoints import run_with_checkpoints
 from tests.training.test_training import small_network
@@ -22,7 +22,7 @@ OF_THE_DEVICE = Precision("cpu", False, "bfloat16", "that of the device")
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """A device that would have float32."""
-    monkeypatch.setattr("scripts.training.resumed_precision.choose_precision", lambda device: OF_THE_DEVICE)
+    monkeypatch.setattr("scripts.training.precision_of_checkpoints.choose_precision", lambda device: OF_THE_DEVICE)
 
 
 @pytest.mark.parametrize("amp, amp_dtype", [(True, "bfloat16"), (True, "float16"), (False, "bfloat16")])
