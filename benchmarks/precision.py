@@ -3,8 +3,8 @@
     python -m benchmarks.precision [--limit 60] [--precisions "[float32,bfloat16]"]
 
 Prints the table of docs/performance.md in Markdown, a row for each instruction set that this processor has: it acts as
-a smaller one where `ONEDNN_MAX_CPU_ISA` and `ATEN_CPU_CAPABILITY` say so. Each number is of a process of its own. What is
-not done within the limit is measured on half the edge, and if need be on a quarter; the cell then says on what.
+a smaller one where `ONEDNN_MAX_CPU_ISA` and `ATEN_CPU_CAPABILITY` say so. Each number is of a process of its own. What would
+take longer than the limit is measured on half the edge, or on a quarter; the cell then says on what.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def table(limit: float = 60.0, precisions: Sequence[str] = ("float32", *LOWER_PR
     Print the table.
 
     Args:
-        limit: seconds that the measurement of a cell may take on one size.
+        limit: seconds that one run may take.
         precisions: ``float32``, ``bfloat16``, ``float16``.
     """
     print(f"Training step on {STEP_SIZE}³ and reconstruction of {VOLUME_SIZE}³, {described('cpu', 'as the rows say')}:\n")
@@ -65,43 +65,57 @@ def available() -> dict[str, dict[str, str]]:
 
 
 def cell(operation: str, precision: str, limit: float, environment: dict[str, str]) -> str:
-    """Seconds of an operation, or on which smaller size it took how long, or that it took too long on all."""
-    for halving in range(1 + HALVINGS):
-        size = SIZES[operation] >> halving
-        seconds = in_a_process(operation, precision, size, limit, environment)
-        if seconds is not None:
-            return f"{seconds:.3g} s" if halving == 0 else f"more than {limit:g} s; on {size}³ {seconds:.3g} s"
-    return f"more than {limit:g} s on {size}³"
+    """Seconds of an operation; if they would be too many, those on a smaller size, beside float32's on it."""
+    found = in_a_process(operation, precision, limit, environment)
+    if found is None:
+        return f"more than {limit:g} s on {SIZES[operation] >> HALVINGS}³"
+    size, seconds, in_float32 = found
+    if size == SIZES[operation]:
+        return f"{seconds:.3g} s"
+    return f"{seconds:.3g} s on {size}³, where float32 takes {in_float32:.2g} s"
 
 
-def in_a_process(operation: str, precision: str, size: int, limit: float, environment: dict[str, str]) -> float | None:
-    """Seconds, or None when the process was stopped at the limit."""
-    command = [sys.executable, "-m", "benchmarks.precision", "measure", operation, precision, str(size), str(limit)]
+def in_a_process(
+    operation: str, precision: str, limit: float, environment: dict[str, str]
+) -> tuple[int, float, float] | None:
+    """What :py:func:`measure` finds; None when even the smallest size takes too long."""
+    command = [sys.executable, "-m", "benchmarks.precision", "measure", operation, precision, str(limit)]
+    variables = {**os.environ, **environment}
     try:
-        done = subprocess.run(
-            command, check=True, capture_output=True, text=True, env={**os.environ, **environment}, timeout=limit + START
-        )
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables, timeout=START + 9 * limit)
     except subprocess.TimeoutExpired:
         return None
-    return json.loads(done.stdout.splitlines()[-1])
+    size, seconds, in_float32 = json.loads(done.stdout.splitlines()[-1])
+    return size, seconds, in_float32
 
 
-def measure(operation: str, precision: str, size: int, limit: float) -> None:
+def measure(operation: str, precision: str, limit: float) -> None:
     """
-    Print the seconds of an operation: the median of three after one to warm up, or what was done in the limit's half.
+    Print edge, seconds, and seconds in float32, of the largest size on which one run takes no longer than the limit. Sizes are tried
+    from the smallest on, and the next one is left out when eight times the seconds would be more than the limit.
 
     Args:
         operation: ``training`` or ``reconstruction``.
         precision: what to compute in.
-        size: edge of the cube, voxels.
         limit: seconds.
     """
     torch.manual_seed(0)
-    parser = ConfigParser.load_config_file("configs/train.json" if operation == "training" else "configs/inference.json")
-    config = ConfigParser(parser)
+    config = ConfigParser(ConfigParser.load_config_file(f"configs/{CONFIGS[operation]}"))
     config.update({"device": "cpu"})
     network = config.get_parsed_content("network_def")
-    run = OPERATIONS[operation](network, torch.rand(1, 1, size, size, size))
+    seconds = 0.0
+    for halving in range(HALVINGS, -1, -1):
+        if 8 * seconds > limit:
+            break
+        size = SIZES[operation] >> halving
+        run = OPERATIONS[operation](network, torch.rand(1, 1, size, size, size))
+        in_float32 = seconds_of(run, "float32", limit)
+        seconds = in_float32 if precision == "float32" else seconds_of(run, precision, limit)
+    print(json.dumps([size, seconds, in_float32]))
+
+
+def seconds_of(run: Callable[[], None], precision: str, limit: float) -> float:
+    """The median of three after one to warm up, or of what was done when half the limit was over."""
     amp = precision != "float32"
     times: list[float] = []
     while len(times) <= REPEATS and sum(times) < limit / 2:
@@ -109,7 +123,7 @@ def measure(operation: str, precision: str, size: int, limit: float) -> None:
         with torch.autocast("cpu", autocast_dtype(precision) if amp else None, enabled=amp):
             run()
         times.append(now("cpu") - start)
-    print(json.dumps(median(times[1:] or times)))
+    return median(times[1:] or times)
 
 
 def training(network: torch.nn.Module, image: torch.Tensor) -> Callable[[], None]:
@@ -139,6 +153,7 @@ def reconstruction(network: torch.nn.Module, image: torch.Tensor) -> Callable[[]
 
 
 SIZES = {"training": STEP_SIZE, "reconstruction": VOLUME_SIZE}
+CONFIGS = {"training": "train.json", "reconstruction": "inference.json"}
 OPERATIONS = {"training": training, "reconstruction": reconstruction}
 
 if __name__ == "__main__":
