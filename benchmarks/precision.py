@@ -91,8 +91,9 @@ def in_a_process(
 
 def measure(operation: str, precision: str, limit: float) -> None:
     """
-    Print edge, seconds, and seconds in float32, of the largest size on which one run takes no longer than the limit. Sizes are tried
-    from the smallest on, and the next one is left out when eight times the seconds would be more than the limit.
+    Print edge, seconds, and seconds in float32, of the largest size on which one run takes no longer than the limit.
+
+    Sizes are tried from the smallest on; the next one is left out when eight times the seconds would be more than the limit.
 
     Args:
         operation: ``training`` or ``reconstruction``.
