@@ -8,6 +8,7 @@ ratios of a table are measured in one run on one machine.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -141,7 +142,7 @@ def inference_peak(name: str, size: int, device: str) -> int:
 
 def print_table(header: list[str], rows: Iterable[list[str]]) -> None:
     """Print a Markdown table."""
-    for row in [header, ["---"] * len(header), *rows]:
+    for row in itertools.chain([header, ["---"] * len(header)], rows):  # each row as soon as it is there
         print(f"| {' | '.join(row)} |", flush=True)
 
 

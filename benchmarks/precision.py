@@ -46,7 +46,7 @@ def table(limit: float = 60.0, precisions: Sequence[str] = ("float32", *LOWER_PR
         limit: seconds that one run may take.
         precisions: ``float32``, ``bfloat16``, ``float16``.
     """
-    print(f"Training step on {STEP_SIZE}³ and reconstruction of {VOLUME_SIZE}³, {described('cpu', 'as the rows say')}:\n")
+    print(f"Training step on {STEP_SIZE}³ and reconstruction of {VOLUME_SIZE}³, {described('cpu', 'precision by row')}:\n")
     rows = (
         [name, precision, *(cell(operation, precision, limit, environment) for operation in SIZES)]
         for name, environment in available().items()
