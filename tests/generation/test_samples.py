@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -183,14 +184,10 @@ def test_what_cannot_be_is_refused_by_name(generator, weights, tmp_path):
     ]:
         with pytest.raises(RuntimeError) as error:
             generate(generator, weights, tmp_path, **keys)
-        assert error.match("Failed to evaluate") or True
-        cause = error.value
+        cause: BaseException = error.value
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        assert isinstance(cause, ValueError)
-        import re
-
-        assert re.search(words, str(cause)), str(cause)
+        assert isinstance(cause, ValueError) and re.search(words, str(cause)), cause
 
 
 def test_bundle_finds_every_property(generator, weights, tmp_path):
