@@ -2,9 +2,9 @@
 ``scripts.training.TrainingSaver``.
 
 Imports between packages run one way: ``layers``, ``autoencoderkl``, ``bundle``, ``data``, ``training``, ``evaluation``,
-``planning``, ``inference``, each of those before it alone.
+``planning``, ``inference``, ``generation``, each of those before it alone.
 """
 
-from . import autoencoderkl, bundle, data, evaluation, inference, layers, planning, training
+from . import autoencoderkl, bundle, data, evaluation, generation, inference, layers, planning, training
 
-__all__ = ["autoencoderkl", "bundle", "data", "evaluation", "inference", "layers", "planning", "training"]
+__all__ = ["autoencoderkl", "bundle", "data", "evaluation", "generation", "inference", "layers", "planning", "training"]

@@ -1,4 +1,4 @@
-"""Training runs of configs/train.json for tests, each in a fresh process of its own."""
+"""Training runs for tests, each in a fresh process of its own."""
 
 from __future__ import annotations
 
@@ -34,10 +34,18 @@ KEYS = {
 }
 
 
-def train(data: Path, output_dir: Path, prepare: Callable | None = None, num_processes: int = 1, **keys) -> int:
+def train(
+    data: Path,
+    output_dir: Path,
+    prepare: Callable | None = None,
+    num_processes: int = 1,
+    config: str = "train.json",
+    **keys,
+) -> int:
     """Train, and return the exit code of the first process. ``prepare``, which must pickle, gets the workflow."""
     port = free_port()
-    arguments = [(data, output_dir, prepare, rank, num_processes, port, keys) for rank in range(num_processes)]
+    keys = {**KEYS, **keys} if config == "train.json" else keys
+    arguments = [(data, output_dir, prepare, rank, num_processes, port, config, keys) for rank in range(num_processes)]
     processes = [SERVER.Process(target=_train_here, args=each) for each in arguments]
     for process in processes:
         process.start()
@@ -51,7 +59,14 @@ def train(data: Path, output_dir: Path, prepare: Callable | None = None, num_pro
 
 
 def _train_here(
-    data: Path, output_dir: Path, prepare: Callable | None, rank: int, num_processes: int, port: int, keys: dict
+    data: Path,
+    output_dir: Path,
+    prepare: Callable | None,
+    rank: int,
+    num_processes: int,
+    port: int,
+    config: str,
+    keys: dict,
 ):
     multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -61,7 +76,7 @@ def _train_here(
     sys.stdout = sys.stderr = output_dir.with_suffix(".log").open("a", buffering=1)
     overlay = ["multi_gpu_train.json"] if num_processes > 1 else []
     flow = ConfigWorkflow(
-        config_file=[str(ROOT / "configs" / name) for name in ["train.json", *overlay]],
+        config_file=[str(ROOT / "configs" / name) for name in [config, *overlay]],
         meta_file=str(ROOT / "configs/metadata.json"),
         logging_file=str(ROOT / "configs/logging.conf"),
         workflow_type="train",
@@ -69,7 +84,7 @@ def _train_here(
         dataset_dir=str(data),
         output_dir=str(output_dir),
         run_id="training",
-        **{**KEYS, **keys},
+        **keys,
     )
     flow.initialize()
     if prepare is not None:

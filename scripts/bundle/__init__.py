@@ -1,18 +1,25 @@
 """What every run needs, whatever it does: checks of its config, readable errors, files that are written whole, weights
-that know their network, precision, the machine and its processes, progress, and the release of the bundle as one file.
+that know their network, precision, the machine and its processes, progress, signals, and the release of the bundle as one
+file.
 """
 
 from scripts.bundle.config import check_config
 from scripts.bundle.errors import show_reason_last
-from scripts.bundle.precision import autocast_dtype
-from scripts.bundle.progress import VolumeProgress
+from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
+from scripts.bundle.progress import ProgressBar, VolumeProgress
+from scripts.bundle.signals import end_on_signals, leave_signals_to_main
 from scripts.bundle.weights import WeightsLoader, load_weights, save_weights
 
 __all__ = [
+    "Precision",
+    "ProgressBar",
     "VolumeProgress",
     "WeightsLoader",
     "autocast_dtype",
     "check_config",
+    "choose_precision",
+    "end_on_signals",
+    "leave_signals_to_main",
     "load_weights",
     "save_weights",
     "show_reason_last",

@@ -1,19 +1,98 @@
-"""Progress over volumes."""
+"""Progress of whatever takes long: bars that move while they wait, on lines of their own."""
 
 from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any, TextIO
 
 import ignite.distributed as idist
 from ignite.engine import Events
 from monai.engines import Evaluator
+from monai.utils import ImageMetaKey
+from monai.utils.enums import CommonKeys as Keys
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-__all__ = ["VolumeProgress"]
+__all__ = ["ProgressBar", "VolumeProgress"]
+
+SECONDS = 1.0  # after which a bar is drawn again, so that its clock goes on while a step takes long
+SECONDS_IN_FILE = 30.0  # between two lines about a bar, where the output goes to a file
+
+
+class ProgressBar(tqdm):
+    """
+    tqdm's bar, shown by the first process of a distributed run. Its clock goes on while a step takes long; the log stands
+    above it. Where the output goes to a file, the bar writes a line every half a minute instead of drawing over itself.
+
+    Args:
+        args: arguments of ``tqdm``.
+        kwargs: ditto.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._closed = threading.Event()
+        self._drawn = 0.0
+        self._above = contextlib.ExitStack()
+        seconds = SECONDS
+        if sys.stderr.isatty():
+            kwargs |= {"file": sys.stderr, "dynamic_ncols": True}
+        else:
+            kwargs |= {"file": _Lines(sys.stderr), "ncols": 100, "mininterval": SECONDS_IN_FILE}
+            seconds += SECONDS_IN_FILE  # where steps are short, they draw the bar
+        super().__init__(*args, disable=idist.get_rank() > 0, **kwargs)  # type: ignore[call-overload]
+        if self.disable:
+            return
+        if sys.stderr.isatty():
+            self._above.enter_context(logging_redirect_tqdm())
+        threading.Thread(target=_keep_moving, args=(weakref.ref(self), self._closed, seconds), daemon=True).start()
+
+    def display(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw the bar; see ``tqdm``."""
+        self._drawn = time.monotonic()
+        return super().display(*args, **kwargs)
+
+    def close(self) -> None:
+        """Draw the bar for the last time, or remove it; see ``tqdm``."""
+        self._closed.set()
+        super().close()
+        self._above.close()
+
+
+def _keep_moving(bar: weakref.ref[ProgressBar], closed: threading.Event, seconds: float) -> None:
+    while not closed.wait(SECONDS):
+        shown = bar()
+        if shown is None:
+            return
+        if time.monotonic() - shown._drawn >= seconds:
+            shown.refresh()
+        del shown  # nobody else may need it any more
+
+
+class _Lines:
+    """A file for tqdm, in which each state of a bar is a line."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        state = text.strip()
+        if state and text.startswith("\r"):  # the rest moves the cursor
+            self.file.write(f"{state}\n")
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class VolumeProgress:
     """
-    Evaluator handler that shows a progress bar over the volumes (time left), from the first one on, where Ignite's waits for
-    the second. The first process of a distributed run shows its own share.
+    Evaluator handler that shows a progress bar over the volumes, from before the first one on, where Ignite's
+    ``ProgressBar`` waits for the second; it names the volume that is being worked on, and its size. The first process of a
+    distributed run shows its own share.
 
     Args:
         desc: what stands before the bar.
@@ -25,15 +104,19 @@ class VolumeProgress:
 
     def attach(self, engine: Evaluator) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._name)
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.bar.update())
         engine.add_event_handler(Events.EPOCH_COMPLETED | Events.TERMINATE, lambda: self.bar.close())
 
     def _start(self, engine: Evaluator) -> None:
-        self.bar = tqdm(
-            total=engine.state.epoch_length,
-            desc=self.desc,
-            unit="volume",
-            leave=self.leave,
-            dynamic_ncols=True,
-            disable=idist.get_rank() > 0,
-        )
+        self.bar = ProgressBar(total=engine.state.epoch_length, desc=self.desc, unit="volume", leave=self.leave)
+
+    def _name(self, engine: Evaluator) -> None:
+        batch: Any = engine.state.batch
+        image = batch.get(Keys.IMAGE)
+        if image is None:  # a file that cannot be read
+            return
+        size = "x".join(str(n) for n in image.shape[2:])
+        names = getattr(image, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ) or batch.get("path", [])
+        name = Path(names[0] if isinstance(names, (list, tuple)) and names else str(names or "")).name
+        self.bar.set_postfix_str(f"{name} {size}".strip(), refresh=False)

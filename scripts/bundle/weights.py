@@ -13,6 +13,7 @@ import json
 import logging
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "WeightsLoader",
     "check_arguments",
     "load_weights",
+    "read_description",
     "read_weights",
     "save_weights",
     "what_differs",
@@ -63,13 +65,14 @@ FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECAS
 logger = logging.getLogger(__name__)
 
 
-def save_weights(network: AutoencoderKL, path: str | Path) -> None:
+def save_weights(network: Any, path: str | Path, description: Mapping[str, Any] | None = None) -> None:
     """
     Write ``network``'s weights to ``path`` and its arguments to the JSON file beside it, each in one step.
 
     Args:
-        network: the network.
+        network: the network, with ``arguments``.
         path: of the weights, e.g. ``models/model.pt``.
+        description: what else the JSON file is to say.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +81,12 @@ def save_weights(network: AutoencoderKL, path: str | Path) -> None:
     hashes = [hashlib.sha256(content).hexdigest()]
     if path.is_file():
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
-    description = {"network": network.arguments, "sha256": hashes[0], "sha256_before": hashes[-1]}
-    write_atomically(json.dumps(description, indent=2).encode(), path.with_suffix(".json"))
+    known = {"network": network.arguments, **(description or {}), "sha256": hashes[0], "sha256_before": hashes[-1]}
+    write_atomically(json.dumps(known, indent=2).encode(), path.with_suffix(".json"))
     write_atomically(content, path)
 
 
-def load_weights(network: AutoencoderKL, path: str | Path) -> None:
+def load_weights(network: Any, path: str | Path) -> None:
     """
     Load ``path`` into ``network``, after checking that the weights were made for it.
 
@@ -108,12 +111,13 @@ def load_weights(network: AutoencoderKL, path: str | Path) -> None:
     logger.info(f"loaded the weights {path}")
 
 
-def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
+def read_weights(path: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> tuple[Any, dict[str, Any] | None]:
     """
     Read a file of weights. No code in it is run.
 
     Args:
         path: of the weights.
+        schema: what the JSON file beside them must hold; as it is, that of an autoencoder.
 
     Returns:
         what the file holds, on the CPU, and the arguments of its network from the JSON file beside it, None without one.
@@ -127,7 +131,7 @@ def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
         advice = f"{_advice(path)}, or set `ckpt_dir` or `pretrained` to others."
         raise FileNotFoundError(f"there are no weights at {path}. {advice}")
     content = path.read_bytes()
-    description = _read_description(path.with_suffix(".json"))
+    description = read_description(path, schema)
     if description and hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
         raise ValueError(
             f"{path} is not the file that {path.with_suffix('.json')} describes: it was changed or damaged. "
@@ -149,11 +153,21 @@ def _advice(path: Path) -> str:
     return "Train first"
 
 
-def _read_description(path: Path) -> dict[str, Any] | None:
-    """What :py:func:`save_weights` wrote; None without it, or where another program's file has its name."""
+def read_description(weights: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> dict[str, Any] | None:
+    """
+    What :py:func:`save_weights` wrote beside weights; None without it, or where another program's file has its name.
+
+    Args:
+        weights: path of the weights.
+        schema: what the file must hold.
+
+    Raises:
+        ValueError: when it holds something else.
+    """
+    path = Path(weights).with_suffix(".json")
     if not path.is_file():
         return None
-    description = read_json(path, DESCRIPTION, advice="restore it, or remove it if you trust the weights")
+    description = read_json(path, schema, advice="restore it, or remove it if you trust the weights")
     return description if {"network", "sha256"} <= description.keys() else None
 
 

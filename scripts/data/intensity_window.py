@@ -1,4 +1,4 @@
-"""The one transform that MONAI lacks: an intensity window that can be undone, so that a reconstruction gets back the units
+"""The one transform that MONAI lacks: an intensity window that is remembered, so that a reconstruction gets back the units
 of its input."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform
+from monai.transforms import MapTransform, TraceableTransform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import ImageMetaKey
 
@@ -48,11 +48,11 @@ def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) 
     return values * (top - bottom) + bottom
 
 
-class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
+class ScaleIntensityWindowd(MapTransform, TraceableTransform):
     """
     Scale a window of intensities to [0, 1] and clip what lies outside, as MONAI's ``ScaleIntensityRangePercentilesd`` and
-    ``ScaleIntensityRanged`` do, but invertible: ``Invertd`` maps [0, 1] back to the window. The shares of voxels that were
-    clipped are noted with it.
+    ``ScaleIntensityRanged`` do, but note the window, for :py:func:`intensity_window`, with the shares of voxels that were
+    clipped.
 
     Args:
         keys: keys of the images, each ``CxHxWxD``.
@@ -89,13 +89,6 @@ class ScaleIntensityWindowd(MapTransform, InvertibleTransform):
             scaled = ((image - low) / (high - low)).clamp_(0, 1)
             window = {"low": low.flatten().tolist(), "high": high.flatten().tolist(), **clipped}
             d[key] = self.push_transform(scaled, extra_info=window)
-        return d
-
-    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            info = self.pop_transform(d[key])["extra_info"]
-            d[key] = unscaled(d[key], info["low"], info["high"])
         return d
 
     def _window(self, image: MetaTensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,22 +18,33 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Transform
-from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import file_hash, write_atomically
 from scripts.bundle.json_files import SHA256, read_json
 from scripts.bundle.processes import share_of
+from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import NETWORK, check_arguments
+from scripts.data.conditions import conditions_of, dataset_list_of
 from scripts.data.restored_volumes import DESCRIBED, RECORD, clipped_shares, nifti_bytes, output_path, problem_of_record
 from scripts.data.volume_checks import problem_of_claim, unreadable
 
-__all__ = ["LoadLatentd", "SaveLatentd", "find_latents", "without_whole_latents", "save_latent_scale"]
+__all__ = [
+    "LoadLatentd",
+    "SaveLatentd",
+    "all_latents",
+    "find_latents",
+    "read_description",
+    "read_latent",
+    "save_latent_scale",
+    "without_whole_latents",
+]
 
 POSTFIX = "latent"
 SCALE_FILE = "latent_scale.json"
 ADVICE = "encode the volume again"
 _NUMBER = {"type": "number", "description": "a finite number"}
+_NUMBERS = {"type": "array", "minItems": 1, "items": _NUMBER, "description": "a finite number for each channel"}
 DESCRIPTION = {  # schema of what lies beside a latent
     "type": "object",
     "required": [
@@ -63,6 +74,14 @@ DESCRIPTION = {  # schema of what lies beside a latent
         "network": NETWORK,
         "weights_sha256": SHA256,
         "latent_sha256": SHA256,
+        **dict.fromkeys(("channel_mean", "channel_mean_square", "image_scale"), _NUMBERS),
+        "conditions": {
+            "type": "object",
+            "maxProperties": 1000,
+            "additionalProperties": {"type": ["number", "string"], "description": "a number or text"},
+            "description": "an object",
+        },
+        "dataset_list": {"enum": ["training", "validation", "none", None], "description": "a list of dataset.json"},
     },
     "description": "an object",
 }
@@ -99,6 +118,9 @@ class SaveLatentd(Transform):
             "mean": z_mu.double().mean().item(),
             "mean_square": z_mu.double().square().mean().item(),
             "count": z_mu.numel(),
+            "channel_mean": z_mu.double().flatten(1).mean(1).tolist(),
+            "channel_mean_square": z_mu.double().flatten(1).square().mean(1).tolist(),
+            "image_scale": _image_scale(self.network),
             "network": self.network.arguments,
             "weights_sha256": file_hash(self.weights),
             "latent_sha256": _digest(content),
@@ -134,27 +156,49 @@ class LoadLatentd(Transform):
             raise ValueError(
                 f"{path} was made with other weights than {self.weights}; point `ckpt_dir` at those, or encode again."
             )
-        if description["latent_sha256"] != _digest(path.read_bytes()):
-            raise ValueError(f"{path} is not the file that its description names, it was changed or damaged; encode again.")
-        problem = problem_of_record(description, self.arguments["out_channels"]) or self._problem_of_padding(description)
-        if problem is not None:
-            raise ValueError(f"{_description_path(path)}: {problem}; {ADVICE}.")
-        z_mu = _read_latent(path, self._latent_shape(description))
+        z_mu = read_latent(
+            path, description, self.factors, self.arguments["latent_channels"], self.arguments["out_channels"]
+        )
         record = {name: description[name] for name in DESCRIBED if name in description}
         return {**data, self.key: z_mu, RECORD: json.dumps(record)}
 
-    def _problem_of_padding(self, description: Mapping[str, Any]) -> str | None:
-        size, padding = description["preprocessed_shape"], description["padding"]
-        if padding == [-n % factor for n, factor in zip(size, self.factors)]:
-            return None
-        return f"`padding` {padding} does not pad `preprocessed_shape` {size} to a multiple of {list(self.factors)}"
 
-    def _latent_shape(self, description: Mapping[str, Any]) -> tuple[int, ...]:
-        sizes = (-(-n // factor) for n, factor in zip(description["preprocessed_shape"], self.factors))
-        return (*sizes, self.arguments["latent_channels"])
+def read_latent(
+    path: Path, description: Mapping[str, Any], factors: Sequence[int], latent_channels: int, image_channels: int
+) -> torch.Tensor:
+    """
+    Read the voxels of a latent.
+
+    Args:
+        path: of the latent.
+        description: what :py:func:`read_description` found beside it.
+        factors: total downsample factor of its network along each axis.
+        latent_channels: of its network.
+        image_channels: ditto.
+
+    Returns:
+        ``CxHxWxD``.
+
+    Raises:
+        ValueError: for a file that is not what its description names, or a description that contradicts itself.
+    """
+    if description["latent_sha256"] != _digest(path.read_bytes()):
+        raise ValueError(f"{path} is not the file that its description names, it was changed or damaged; encode again.")
+    problem = problem_of_record(description, image_channels) or _problem_of_padding(description, factors)
+    if problem is not None:
+        raise ValueError(f"{_description_path(path)}: {problem}; {ADVICE}.")
+    sizes = (-(-n // factor) for n, factor in zip(description["preprocessed_shape"], factors))
+    return _read_voxels(path, (*sizes, latent_channels))
 
 
-def _read_latent(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
+def _problem_of_padding(description: Mapping[str, Any], factors: Sequence[int]) -> str | None:
+    size, padding = description["preprocessed_shape"], description["padding"]
+    if padding == [-n % factor for n, factor in zip(size, factors)]:
+        return None
+    return f"`padding` {padding} does not pad `preprocessed_shape` {size} to a multiple of {list(factors)}"
+
+
+def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     """The voxels of a latent, ``CxHxWxD``, if it has the shape ``HxWxDxC`` that its description and the network make."""
     try:
         image: Any = nib.load(path)
@@ -182,12 +226,22 @@ def find_latents(dataset_dir: str) -> list[dict[str, str]]:
     Raises:
         FileNotFoundError: when there is none.
     """
+    return share_of([{"image": path} for path in all_latents(dataset_dir)])
+
+
+def all_latents(dataset_dir: str) -> list[str]:
+    """
+    The latents below a folder, sorted.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
     found = sorted(str(path) for path in Path(dataset_dir).glob(f"**/*_{POSTFIX}.nii.gz"))
     if not found:
         raise FileNotFoundError(
             f"there is no latent (*_{POSTFIX}.nii.gz) below `dataset_dir` {dataset_dir!r}; encode first."
         )
-    return share_of([{"image": path} for path in found])
+    return found
 
 
 def without_whole_latents(
@@ -204,7 +258,8 @@ def without_whole_latents(
         settings: of the run, ditto.
     """
     missing = []
-    for item in tqdm(items, desc="looking for latents", unit="volume", leave=False, disable=idist.get_rank() > 0):
+    changed = 0
+    for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
         source = Path(item["image"])
         path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX)
         found = _usable_description(path)
@@ -214,10 +269,21 @@ def without_whole_latents(
             or found["weights_sha256"] != file_hash(weights)
             or _description_path(path).stat().st_mtime < source.stat().st_mtime
             or found["latent_sha256"] != _digest(path.read_bytes())
+            or "image_scale" not in found  # of a version that did not know what a generator needs
         ):
             missing.append(item)
+            continue
+        known = {
+            "conditions": conditions_of(item["image"], dataset_dir),
+            "dataset_list": dataset_list_of(item["image"], dataset_dir),
+        }
+        if any(found.get(key) != value for key, value in known.items()):
+            write_atomically(json.dumps({**found, **known}, indent=2).encode(), _description_path(path))
+            changed += 1
     if len(missing) < len(items):
         logger.info(f"{len(items) - len(missing)} of {len(items)} volumes are encoded already")
+    if changed:
+        logger.info(f"conditions or lists (participants.tsv, dataset.json) of {changed} of them have changed and are noted")
     return missing
 
 
@@ -267,6 +333,13 @@ def _latent_header(record: Mapping[str, Any], factors: Sequence[int]) -> dict[st
         "qform_code": 0,
         "sform_code": record["sform_code"] or 1,
     }
+
+
+def _image_scale(network: AutoencoderKL) -> list[float]:
+    """What each latent channel is multiplied by to be in units of the image; 1 without a linear shortcut."""
+    if network.shortcut is None:
+        return [1.0] * network.arguments["latent_channels"]
+    return network.shortcut.scale.flatten().tolist()
 
 
 def _digest(content: bytes) -> str:

@@ -26,6 +26,7 @@ from monai.utils import ImageMetaKey
 
 from scripts.bundle.files import write_atomically
 from scripts.bundle.json_files import shortened
+from scripts.data.conditions import conditions_of, dataset_list_of
 from scripts.data.intensity_window import intensity_window, unscaled
 from scripts.data.volume_checks import problem_of_affine, problem_of_memory
 from scripts.data.volume_lists import is_nifti
@@ -262,7 +263,7 @@ def nifti_bytes(stored: np.ndarray, record: Mapping[str, Any]) -> bytes:
     Args:
         stored: voxels as they are stored, ``HxWxD`` or ``HxWxDxC``.
         record: with ``affine``, ``data_type``, ``scl_slope``, ``scl_inter``, ``xyzt_units``, ``qform_code`` and
-            ``sform_code``.
+            ``sform_code``; what ``description`` says, if it is there, goes into the header.
     """
     affine = np.array(record["affine"])
     data_type = np.dtype(record["data_type"])
@@ -272,6 +273,7 @@ def nifti_bytes(stored: np.ndarray, record: Mapping[str, Any]) -> bytes:
     image.set_sform(affine, record["sform_code"])
     image.set_qform(affine, record["qform_code"])
     image.header["xyzt_units"] = record["xyzt_units"]
+    image.header["descrip"] = record.get("description", "")
     image.header.set_slope_inter(record["scl_slope"], record["scl_inter"])  # nibabel then writes the voxels as they are
     return gzip.compress(image.to_bytes(), COMPRESSION, mtime=0)
 
@@ -289,6 +291,8 @@ def _record(image: MetaTensor, dataset_dir: Path) -> dict[str, Any]:
         "clipped": window["clipped"],
         "clipped_below": window["clipped_below"],
         "clipped_above": window["clipped_above"],
+        "conditions": conditions_of(path, str(dataset_dir)),
+        "dataset_list": dataset_list_of(path, str(dataset_dir)),
     }
 
 

@@ -17,12 +17,12 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import LoadImage
-from tqdm.auto import tqdm
 
 from scripts.bundle.files import write_atomically
 from scripts.bundle.json_files import read_json
 from scripts.bundle.machine import total_memory
 from scripts.bundle.processes import merged, share_of
+from scripts.bundle.progress import ProgressBar
 from scripts.data.volume_lists import describe, is_nifti
 
 __all__ = [
@@ -265,7 +265,7 @@ def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_thread
     unknown = [path for path, key in keys.items() if known.get(path, {}).get("state") != key]
     if unknown:
         share = share_of(unknown)
-        bar = tqdm(total=len(share), desc="checking volumes", unit="file", disable=idist.get_rank() > 0)
+        bar = ProgressBar(total=len(share), desc="checking volumes", unit="file")
         with bar, ThreadPoolExecutor(num_threads) as pool:
 
             def check(path: str) -> str | None:

@@ -16,7 +16,7 @@ from nibabel.filebasedimages import ImageFileError
 
 from scripts.bundle.machine import free_memory, processes_on_host
 
-__all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "training_and_validation"]
+__all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "split_by_subject", "training_and_validation"]
 
 LABEL_WORDS = re.compile(
     r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|probseg|rois?|annotations?)(?:[^a-z]|$)"
@@ -54,7 +54,7 @@ def training_and_validation(
     if not lists:
         lists = {"training": find_images(dataset_dir, image_glob)}
     if not lists.get("validation"):
-        lists = _split_by_subject(lists["training"], dataset_dir, val_fraction, seed)
+        lists = split_by_subject(lists["training"], dataset_dir, val_fraction, seed)
     return lists
 
 
@@ -141,9 +141,21 @@ def _decathlon_lists(path: Path) -> dict[str, list[dict[str, str]]]:
     return lists
 
 
-def _split_by_subject(
+def split_by_subject(
     items: list[dict[str, str]], dataset_dir: str, val_fraction: float, seed: int
 ) -> dict[str, list[dict[str, str]]]:
+    """
+    Set a seeded share of the subjects aside, see :py:func:`training_and_validation`.
+
+    Args:
+        items: ``[{"image": path}, ...]``, with any further keys.
+        dataset_dir: folder of the volumes.
+        val_fraction: share of the subjects, between 0 and 1.
+        seed: of the split.
+
+    Raises:
+        ValueError: for another share, or when there is but one subject.
+    """
     if isinstance(val_fraction, bool) or not isinstance(val_fraction, (int, float)) or not 0 < val_fraction < 1:
         raise ValueError(f"`val_fraction` is {val_fraction!r}; it must lie between 0 and 1, both excluded.")
     subjects: dict[str, list[dict[str, str]]] = defaultdict(list)

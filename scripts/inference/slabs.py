@@ -25,6 +25,7 @@ from monai.networks.blocks import Upsample as MonaiUpsample
 from monai.networks.nets.autoencoderkl import AEKLDownsample
 
 from scripts.bundle.machine import free_memory
+from scripts.bundle.progress import ProgressBar
 from scripts.inference.feature_maps import FeatureMap, PaddedImage
 from scripts.layers.lean_blocks import ResidualBlock, SpatialAttention
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
@@ -40,10 +41,11 @@ INPUT_BYTES, RESULT_BYTES = 14, 10
 # Values of a convolution's slab, where the budget has room for them: PyTorch's CPU takes another way for fewer in float32,
 # four times slower and with more memory (between 1.3 and 1.6 million, PyTorch 2.14.1)
 LEAST_VALUES = 1_600_000
+LAYERS = "{l_bar}{bar}| layer {n:.1f}/{total} [{elapsed}]"  # without the time left: layers differ too much to tell it
 Slabwise = Callable[[torch.Tensor], torch.Tensor]
 
 
-def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float) -> torch.Tensor:
+def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, progress: bool = False) -> torch.Tensor:
     """
     Run ``network`` slab by slab. Slabs are never thinner than one row of the layer's coarser side, and attention takes its
     map whole: where that alone needs more than ``memory_gb``, so does the run.
@@ -53,14 +55,20 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float) -> t
         x: images ``BxCxHxWxD`` (or 1D, 2D) of any size, or latents to decode; on any device.
         operation: ``"reconstruct"``, ``"encode"`` or ``"decode"``.
         memory_gb: budget, see :py:class:`scripts.inference.StreamingInferer`.
+        progress: whether to show a progress bar over the layers.
 
     Returns:
         float32 on the host: what ``network.reconstruct``, the mean of ``network.encode`` or ``network.decode`` return, to
         rounding. Sizes that the total factor does not divide are padded to encode.
     """
     x = x.detach().as_subclass(torch.Tensor).cpu()
-    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="feature-maps-") as folder:
-        run = _Run(network, x, operation, int(memory_gb * GIB), Path(folder))
+    bar = None
+    if progress:
+        bar = ProgressBar(
+            total=_count_layers(network, operation), desc=f"{operation} in slabs", leave=False, bar_format=LAYERS
+        )
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="feature-maps-") as folder, bar or contextlib.nullcontext():
+        run = _Run(network, x, operation, int(memory_gb * GIB), Path(folder), bar)
         if operation == "decode":
             return run.decode(FeatureMap(x, run.dim)).tensor()
         sizes = x.shape
@@ -79,8 +87,10 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float) -> t
 class _Run:
     """One pass through a network; see :py:func:`stream`."""
 
-    def __init__(self, network: Any, x: torch.Tensor, operation: str, budget: int, folder: Path) -> None:
-        self.network, self.folder = network, folder
+    def __init__(
+        self, network: Any, x: torch.Tensor, operation: str, budget: int, folder: Path, bar: ProgressBar | None
+    ) -> None:
+        self.network, self.folder, self.bar = network, folder, bar
         self.device = next(network.parameters()).device
         factors = network.total_downsample_factor
         latent = [n if operation == "decode" else -(-n // f) for n, f in zip(x.shape[2:], factors)]
@@ -200,6 +210,8 @@ class _Run:
             if start == 0:
                 unit_bytes += RESULT_BYTES * rows_out * result.row_values
                 thickness = max(thickness, self.for_slabs // unit_bytes - 2 * halo)
+            if self.bar is not None:
+                self.bar.update((stop - start) / units)
             start = stop
             del slab  # before the next one is made
         assert result is not None  # a map has at least one row
@@ -220,6 +232,23 @@ class _Run:
 
     def _release(self, nbytes: int) -> None:
         self._held -= nbytes
+
+
+def _count_layers(network: Any, operation: str) -> int:
+    """How many layers an operation of a network streams."""
+    layers = 0
+    if operation != "decode":
+        layers += sum(map(_layers_of, network.encoder.blocks)) + 1  # z_mu
+    if operation != "encode":
+        layers += sum(map(_layers_of, network.decoder.blocks)) + 1  # post_quant_conv
+        layers += 2 * (network.shortcut is not None)  # its image, and what refines it
+    return layers
+
+
+def _layers_of(block: nn.Module) -> int:
+    if isinstance(block, nn.GroupNorm):
+        return 0
+    return 2 if isinstance(block, ResidualBlock) else 1
 
 
 def _return_freed_memory() -> None:

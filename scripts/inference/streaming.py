@@ -52,12 +52,20 @@ class StreamingInferer(ReconstructionInferer):
         memory_gb: GiB that may be used: on a GPU of its memory, the network included; on the CPU by how much the process may
             grow. The memory of the given volume is not counted. None for what :py:func:`available_memory_gb` says.
         operation: ``"reconstruct"``, ``"encode"`` (to ``z_mu``) or ``"decode"``.
+        progress: whether to show a progress bar over the layers of a volume that is streamed.
 
     Raises:
         ValueError: for a budget that is not positive, or an unknown operation or data type.
     """
 
-    def __init__(self, amp: bool, amp_dtype: str, memory_gb: float | None = None, operation: str = "reconstruct") -> None:
+    def __init__(
+        self,
+        amp: bool,
+        amp_dtype: str,
+        memory_gb: float | None = None,
+        operation: str = "reconstruct",
+        progress: bool = False,
+    ) -> None:
         super().__init__(amp, amp_dtype)
         if memory_gb is not None and (isinstance(memory_gb, (bool, str)) or not memory_gb > 0):
             raise ValueError(f"`memory_gb` is {memory_gb!r}; it must be a positive number of GiB.")
@@ -65,6 +73,7 @@ class StreamingInferer(ReconstructionInferer):
             raise ValueError(f"`operation` is {operation!r}; it must be one of {', '.join(OPERATIONS)}.")
         self.memory_gb = memory_gb
         self.operation = operation
+        self.progress = progress
         self._peaks: dict[tuple[int, ...], int] = {}
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -83,7 +92,7 @@ class StreamingInferer(ReconstructionInferer):
         with torch.no_grad(), torch.autocast(device.type, self.dtype, enabled=self.amp):
             if self._whole_volume_peak(inputs, network, device) <= budget * GIB:
                 return self._in_one_pass(inputs.to(device), network).float().to(inputs.device)
-            return stream(network, inputs, self.operation, budget).to(inputs.device)
+            return stream(network, inputs, self.operation, budget, self.progress).to(inputs.device)
 
     def _in_one_pass(self, x: torch.Tensor, network: Any) -> torch.Tensor:
         if self.operation == "reconstruct":

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from scripts.bundle.config import ROOT
 from scripts.bundle.files import write_atomically
+from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import per_axis
 from scripts.planning.estimates import Change, Estimate, estimate_plan, what_would_fit
 from scripts.planning.factor_candidates import Candidate, candidates
@@ -88,7 +87,7 @@ def recommend_downsample_factors(
     Raises:
         ValueError: as :py:func:`estimate_memory`.
     """
-    plan = read_plan(**overrides)
+    plan = read_plan(device=device, **overrides)
     size = voxels("spatial_size", spatial_size, plan.network.arguments["spatial_dims"])
     wanted = {"target_latent_size": target_latent_size, "memory_gb": memory_gb, "voxels_per_latent": voxels_per_latent}
     for name, value in wanted.items():
@@ -100,7 +99,7 @@ def recommend_downsample_factors(
     usual = [candidate for candidate in ranked if max(candidate.initial) <= MAX_INITIAL]
     last_resort = [candidate for candidate in ranked if max(candidate.initial) > MAX_INITIAL]
     found: list[Recommendation] = []
-    for candidate in tqdm(usual + last_resort, desc="candidates", leave=False):
+    for candidate in ProgressBar(usual + last_resort, desc="candidates", leave=False):
         if len(found) == count or (found and candidate in last_resort):
             break
         recommendation = _recommendation(candidate, plan, voxels_per_latent, device, overrides)
@@ -118,12 +117,12 @@ def leanest(
 
     The arguments are those of :py:func:`recommend_downsample_factors`.
     """
-    plan = read_plan(**overrides)
+    plan = read_plan(device=device, **overrides)
     size = voxels("spatial_size", spatial_size, plan.network.arguments["spatial_dims"])
     every = candidates(size, None, len(plan.network.downsample_factors), target=1)
     largest = max(max(candidate.initial) for candidate in every)
     coarse = [candidate for candidate in every if max(candidate.initial) >= min(MAX_INITIAL, largest)]
-    bar = tqdm(coarse, desc="looking for the leanest", leave=False)
+    bar = ProgressBar(coarse, desc="looking for the leanest", leave=False)
     lean = [_recommendation(candidate, plan, None, device, overrides) for candidate in bar]
     least = min(lean, key=lambda item: item.estimate.needed_bytes)
     factors = {key: least.overlay[key] for key in FACTOR_KEYS}

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
-from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
+from scripts.bundle.progress import ProgressBar
 from scripts.planning.estimates import estimate_plan
 from scripts.planning.plans import Plan, read_plan
 from scripts.planning.saved_tensors import SavedTensors
@@ -108,7 +108,7 @@ def _frozen(value: Any) -> Any:
 def check_all(root: Path = ROOT) -> list[CheckResult]:
     """Check all :py:func:`configurations`, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = tqdm(configurations(root), desc="checking", unit="configuration")
+    found = ProgressBar(configurations(root), desc="checking", unit="configuration")
     return [check_configuration(configuration, root, device) for configuration in found]
 
 
@@ -123,7 +123,7 @@ def check_configuration(configuration: Configuration, root: Path = ROOT, device:
     """
     try:
         overrides = {key: _thawed(value) for key, value in configuration.overrides}
-        plan = read_plan([str(root / file) for file in configuration.files], **overrides)
+        plan = read_plan([str(root / file) for file in configuration.files], device=device, **overrides)
         return _run(configuration.name, plan, device)
     except Exception as error:  # a self-test goes on to the next configuration, and says of each what is wrong
         return CheckResult(configuration.name, error=f"{type(error).__name__}: {error}".splitlines()[0])

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Events
+from ignite.handlers import Timer
 from ignite.metrics import Average
 from monai.engines import Evaluator, Trainer
 from monai.handlers import from_engine
 from monai.utils.enums import CommonKeys as Keys
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import by
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.resumable_trainer import ResumableTrainer
 
 __all__ = ["BeforeAndAfter", "Throughput", "TrainingProgress", "log_factors"]
 
@@ -49,11 +49,14 @@ def log_factors(network: AutoencoderKL, patch_size: Sequence[int]) -> None:
 
 class TrainingProgress:
     """
-    Trainer handler that shows one progress bar over all iterations (epoch, losses, time left), and logs the mean losses of
-    every epoch. All processes of a distributed run need it, because they share the means; the first shows the bar.
+    Trainer handler that shows one progress bar over all iterations (epoch, losses, time left; Ignite's ``ProgressBar`` knows
+    one epoch only), and logs the mean losses of every epoch. All processes of a distributed run need it, because they share
+    the means; the first shows the bar.
     """
 
-    def attach(self, engine: AutoencoderTrainer) -> None:
+    bar: ProgressBar | None = None
+
+    def attach(self, engine: ResumableTrainer) -> None:
         for name in engine.loss_names:
             Average(output_transform=from_engine([name], first=True)).attach(engine, name)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
@@ -62,28 +65,24 @@ class TrainingProgress:
         for event in (Events.COMPLETED, Events.TERMINATE, Events.EXCEPTION_RAISED):
             engine.add_event_handler(event, self._close)
 
-    def _start(self, engine: AutoencoderTrainer) -> None:
+    def _start(self, engine: ResumableTrainer) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(
-            total=total,
-            initial=engine.state.iteration,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=idist.get_rank() > 0,
-        )
+        self.bar = ProgressBar(total=total, initial=engine.state.iteration, desc="training", unit="step")
 
-    def _advance(self, engine: AutoencoderTrainer) -> None:
+    def _advance(self, engine: ResumableTrainer) -> None:
+        assert self.bar is not None
         if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait
             losses = {name: f"{engine.state.output[0][name].item():.3g}" for name in engine.loss_names}
-            self.bar.set_postfix({"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}", **losses})
+            epoch = f"{engine.state.epoch}/{engine.state.max_epochs}"
+            self.bar.set_postfix({"epoch": epoch, **losses}, refresh=False)
 
-    def _log(self, engine: AutoencoderTrainer) -> None:
+    def _log(self, engine: ResumableTrainer) -> None:
         losses = ", ".join(f"{name} {engine.state.metrics[name]:.4g}" for name in engine.loss_names)
         logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}")
 
-    def _close(self, engine: AutoencoderTrainer, error: BaseException | None = None) -> None:
-        self.bar.close()
+    def _close(self, engine: ResumableTrainer, error: BaseException | None = None) -> None:
+        if self.bar is not None:  # otherwise the run ends while it starts
+            self.bar.close()
         if error is not None:
             raise error  # ignite swallows an exception that has a handler
 
@@ -92,7 +91,7 @@ class Throughput:
     """
     Trainer handler that logs after every epoch how many volumes were trained on per second, by all processes, and the share
     of the time that was spent waiting for data: a large one means that the loader is too slow. It must come before
-    validation in the list.
+    validation in the list. (Ignite's ``Frequency`` rounds down to whole volumes, its profilers count the whole run.)
 
     Args:
         summary_writer: where to add both as curves, at the epoch as step.
@@ -100,28 +99,26 @@ class Throughput:
 
     def __init__(self, summary_writer: SummaryWriter | None = None) -> None:
         self.summary_writer = summary_writer
+        self.epoch, self.waiting = Timer(), Timer()
+        self.volumes = 0
 
     def attach(self, engine: Trainer) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
-        engine.add_event_handler(Events.GET_BATCH_STARTED, self._wait)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._receive)
+        start = Events.EPOCH_STARTED
+        self.epoch.attach(engine, start)
+        self.waiting.attach(engine, start, pause=Events.GET_BATCH_COMPLETED, resume=Events.GET_BATCH_STARTED)
+        engine.add_event_handler(start, self._start)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._count)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
 
     def _start(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
         self.volumes = 0
 
-    def _wait(self) -> None:
-        self.asked = time.perf_counter()
-
-    def _receive(self, engine: Trainer) -> None:
-        self.waited += time.perf_counter() - self.asked
+    def _count(self, engine: Trainer) -> None:
         self.volumes += len(engine.state.batch[Keys.IMAGE]) * idist.get_world_size()
 
     def _log(self, engine: Trainer) -> None:
-        seconds = time.perf_counter() - self.started
-        values = {"volumes_per_second": self.volumes / seconds, "data_wait": self.waited / seconds}
+        seconds = self.epoch.value()
+        values = {"volumes_per_second": self.volumes / seconds, "data_wait": self.waiting.value() / seconds}
         engine.state.metrics |= values
         logger.info(
             f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {values['volumes_per_second']:.3g} volumes/s, "
@@ -134,19 +131,28 @@ class Throughput:
 
 class BeforeAndAfter:
     """
-    Trainer handler that validates before the first step and after the last, and says at the end what training gained:
-    PSNR before and after, that of trilinear shrinking by the same factor, and where the picture and the weights are.
+    Trainer handler that validates before the first step and after the last, and says at the end what training gained: the
+    validation engine's key metric before and after, metrics to compare it with, and where to find what the run has made.
 
     Args:
-        validator: the validation engine, with the metrics ``psnr`` and ``trilinear_psnr``.
-        picture: path of the picture that validation draws.
-        weights: path of the best weights.
+        validator: the validation engine.
+        name: of its key metric, for a reader.
+        unit: ditto, of the metric and of those that it is compared with.
+        compare: further metrics of the engine that the key metric is to be compared with: ``{text: name of the metric}``.
+        files: what the run leaves: ``{text: path}``.
     """
 
-    def __init__(self, validator: Evaluator, picture: str, weights: str) -> None:
-        self.validator = validator
-        self.picture = picture
-        self.weights = weights
+    def __init__(
+        self,
+        validator: Evaluator,
+        name: str,
+        unit: str = "",
+        compare: Mapping[str, str] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        self.validator: Any = validator
+        self.name, self.unit = name, unit
+        self.compare, self.files = compare or {}, files or {}
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self._validate_before)
@@ -157,12 +163,12 @@ class BeforeAndAfter:
         if engine.state.iteration > 0:  # resumed
             return
         self.validator.run()
-        state: Any = self.validator.state
-        state.psnr_before = state.metrics["psnr"]  # checkpoints hold it
-        logger.info(f"before the first step: validation PSNR {state.psnr_before:.2f} dB")
+        state = self.validator.state
+        state.metric_before = state.metrics[state.key_metric_name]  # checkpoints hold it
+        logger.info(f"before the first step: validation {self.name} {self._value(state.metric_before)}")
         # an untrained network is not the best one, and the next validation is the first
-        self.validator.state.best_metric = self.validator.state.best_metric_epoch = -1
-        self.validator.state.epoch = 0
+        state.best_metric = state.best_metric_epoch = -1
+        state.epoch = 0
 
     def _validate_last_epoch(self, engine: Trainer) -> None:
         if engine.state.epoch == engine.state.max_epochs and self.validator.state.epoch != engine.state.epoch:
@@ -171,15 +177,16 @@ class BeforeAndAfter:
     def _report(self, engine: Trainer) -> None:
         if self.validator.state.epoch != engine.state.epoch:  # resumed after the last epoch
             self.validator.run(engine.state.epoch)
-        state: Any = self.validator.state
-        lines = ["training is complete"]
-        if hasattr(state, "psnr_before"):
-            lines.append(f"validation PSNR before the first step: {state.psnr_before:.2f} dB")
-        lines += [
-            f"validation PSNR at the end:            {state.metrics['psnr']:.2f} dB "
-            f"(best {state.best_metric:.2f} dB at epoch {state.best_metric_epoch})",
-            f"trilinear shrinking, same factor:      {state.metrics['trilinear_psnr']:.2f} dB",
-            f"picture: {self.picture}",
-            f"weights: {self.weights}",
-        ]
-        logger.info("\n  ".join(lines))
+        state = self.validator.state
+        rows = {}
+        if hasattr(state, "metric_before"):
+            rows[f"validation {self.name} before the first step:"] = self._value(state.metric_before)
+        best = f"(best {self._value(state.best_metric)} at epoch {state.best_metric_epoch})"
+        rows[f"validation {self.name} at the end:"] = f"{self._value(state.metrics[state.key_metric_name])} {best}"
+        rows |= {f"{text}:": self._value(state.metrics[metric]) for text, metric in self.compare.items()}
+        width = max(map(len, rows))
+        lines = [f"{text:<{width}} {value}" for text, value in rows.items()]
+        logger.info("\n  ".join(["training is complete", *lines, *(f"{text}: {path}" for text, path in self.files.items())]))
+
+    def _value(self, value: float) -> str:
+        return f"{value:#.4g} {self.unit}".rstrip()

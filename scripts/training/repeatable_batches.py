@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
 from torch.utils.data import Dataset, Sampler
 
@@ -77,7 +76,7 @@ class RepeatableBatchSampler(Sampler[list[Draw]]):
 class RepeatableDataset(Dataset):
     """
     A MONAI dataset whose random transforms are seeded for every item by its :py:class:`Draw`, and whose items also say
-    their ``file``.
+    their ``file`` and the ``seed`` of their draw.
 
     Args:
         dataset: with ``data`` (``[{"image": path}, ...]``) and a ``transform`` that is a ``Compose``: ``CacheDataset``,
@@ -95,7 +94,9 @@ class RepeatableDataset(Dataset):
         samples = self.dataset[draw.item]
         file = str(self.dataset.data[draw.item]["image"])
         # transforms that crop return a list, which MONAI's collate function takes apart
-        return [{**sample, "file": file} for sample in ensure_tuple(samples)]
+        return [
+            {**sample, "file": file, "seed": draw.seed} for sample in (samples if isinstance(samples, list) else [samples])
+        ]
 
 
 class RepeatableOrder:

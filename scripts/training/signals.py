@@ -1,9 +1,8 @@
-"""What a run does when it is told to stop: by Ctrl-C, or by a scheduler at the end of its time."""
+"""What a training run does when it is told to stop: by Ctrl-C, or by a scheduler at the end of its time."""
 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from types import FrameType
@@ -11,22 +10,24 @@ from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Events
-from monai.data.utils import worker_init_fn
 from monai.engines import Evaluator
 
+from scripts.bundle.signals import end_process
 from scripts.training.checkpoints import find_checkpoints
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.resumable_trainer import ResumableTrainer
 
-__all__ = ["StopOnSignal", "leave_signals_to_main"]
+__all__ = ["StopOnSignal"]
 
 logger = logging.getLogger(__name__)
 
 
 class StopOnSignal:
     """
-    Trainer handler: on SIGTERM or SIGINT the trainer finishes the step that it is in (or validation its volume) and
-    terminates, and the process ends with the exit code that a shell gives to the signal, 143 or 130. ``TrainingSaver``,
-    which must come before it in the list, writes a checkpoint then. A validation that is cut short counts for nothing.
+    Trainer handler: on SIGTERM or SIGINT within an epoch, the trainer finishes the step that it is in and terminates, and
+    the process ends with the exit code that a shell gives to the signal, 143 or 130. ``TrainingSaver``, which must come
+    before it in the list, writes a checkpoint then. A validation is cut short as soon as the operation that it is in
+    returns, and counts for nothing. Before the first epoch and after the last there is nothing to save, and
+    :py:func:`scripts.bundle.end_on_signals` applies.
 
     All processes of a distributed run stop at the same step; validation, of which each has another share, is finished there.
     A second SIGINT ends the process at once.
@@ -40,16 +41,19 @@ class StopOnSignal:
         self.evaluator: Any = evaluator
         self.ckpt_dir = ckpt_dir
         self.received: int | None = None
+        self.validating = False
         self.previous: dict[int, Any] = {}
 
-    def attach(self, engine: AutoencoderTrainer) -> None:
-        engine.add_event_handler(Events.STARTED, self._listen)
+    def attach(self, engine: ResumableTrainer) -> None:
+        self.engine = engine
+        engine.add_event_handler(Events.EPOCH_STARTED, self._listen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_within_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._stop)
         engine.add_event_handler(Events.TERMINATE, self._say_how_to_go_on)
-        for event in (Events.COMPLETED, Events.TERMINATE):
+        for event in (Events.EPOCH_COMPLETED, Events.TERMINATE):
             engine.add_event_handler(event, self._stop_listening)
-        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda: self._stop_validation(engine))
+        self.evaluator.add_event_handler(Events.GET_BATCH_STARTED, self._start_volume)
+        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._finish_volume)
 
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -61,27 +65,40 @@ class StopOnSignal:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if self.validating:
+            self._cut_validation_short()
 
-    def _stop_within_epoch(self, engine: AutoencoderTrainer) -> None:
+    def _stop_within_epoch(self, engine: ResumableTrainer) -> None:
         # the end of an epoch is left to the event that follows its validation
         if engine.step_is_complete and engine.state.iteration % engine.state.epoch_length:
             self._stop(engine)
 
-    def _stop(self, engine: AutoencoderTrainer) -> None:
+    def _stop(self, engine: ResumableTrainer) -> None:
         number = int(idist.all_reduce(self.received or 0, op="MAX"))
         if number:
             engine.exit_code = 128 + number
             engine.terminate(skip_completed=True)
 
-    def _stop_validation(self, engine: AutoencoderTrainer) -> None:
-        if self.received is None or idist.get_world_size() > 1:
-            return
-        if engine.last_event_name != Events.EPOCH_COMPLETED:  # before the first step or after the last: nothing to save
-            logger.warning(f"{signal.Signals(self.received).name} during validation: no step is lost")
-            raise SystemExit(128 + self.received)
-        self.evaluator.terminate(skip_completed=True)  # before its metrics are made of half the volumes
+    def _start_volume(self) -> None:
+        # not for the metrics that are made of all volumes, nor for the weights that are saved if they are the best
+        self.validating = idist.get_world_size() == 1
+        if self.validating and self.received is not None:
+            self._cut_validation_short()
 
-    def _say_how_to_go_on(self, engine: AutoencoderTrainer) -> None:
+    def _finish_volume(self) -> None:
+        self.validating = False
+
+    def _cut_validation_short(self) -> None:
+        # A volume takes minutes where it is large, so do not wait for its end. The epoch's steps are done and validation
+        # changes nothing that a checkpoint holds; what remains is to tell the handlers.
+        assert self.received is not None
+        self.validating = False
+        self.engine.exit_code = 128 + self.received
+        for engine in (self.evaluator, self.engine):
+            engine.fire_event(Events.TERMINATE)
+        end_process(self.received)
+
+    def _say_how_to_go_on(self, engine: ResumableTrainer) -> None:
         if engine.exit_code and idist.get_rank() == 0:
             logger.warning(
                 f"{signal.Signals(engine.exit_code - 128).name} after iteration {engine.state.iteration}: "
@@ -91,22 +108,4 @@ class StopOnSignal:
     def _stop_listening(self) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def leave_signals_to_main(worker_id: int) -> None:
-    """
-    ``worker_init_fn`` of a loader. Terminals and schedulers send SIGINT and SIGTERM to all processes; the workers leave them
-    to the main process, which needs their batches until it has stopped. It still ends them by a SIGTERM of its own.
-    """
-    worker_init_fn(worker_id)  # MONAI's default
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none
-        # Blocked rather than ignored, because only a signal that is waited for tells who sent it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_told(main: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-        pass
-    os._exit(0)
+        self.previous.clear()

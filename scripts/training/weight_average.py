@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Events
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.resumable_trainer import ResumableTrainer
 
 __all__ = ["WeightAverage", "moving_average"]
 
@@ -37,8 +37,8 @@ def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
 
 class WeightAverage:
     """
-    Trainer handler that updates the average after every optimizer step. In a new run it starts as the network does, so the
-    handler must come behind those that give the network its first weights.
+    Trainer handler that updates the average after every optimizer step. What it starts from is left to
+    :py:class:`scripts.training.InitialWeights`.
 
     Args:
         average: of the network, with :py:func:`moving_average`.
@@ -49,14 +49,9 @@ class WeightAverage:
         self.average = average
         self.network = network
 
-    def attach(self, engine: AutoencoderTrainer) -> None:
-        engine.add_event_handler(Events.STARTED, self._start)
+    def attach(self, engine: ResumableTrainer) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def _start(self, engine: AutoencoderTrainer) -> None:
-        if engine.state.iteration == 0:
-            self.average.module.load_state_dict(self.network.state_dict())
-
-    def __call__(self, engine: AutoencoderTrainer) -> None:
+    def __call__(self, engine: ResumableTrainer) -> None:
         if engine.step_is_complete:
             self.average.update_parameters(self.network)

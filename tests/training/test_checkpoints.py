@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from scripts.bundle.files import write_atomically
 from scripts.bundle.weights import load_weights, save_weights
 from scripts.inference.inferers import ReconstructionInferer
-from scripts.training.checkpoints import WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
+from scripts.training.checkpoints import WEIGHTS, TrainingSaver, claim_ckpt_dir, find_checkpoints
+from scripts.training.initial_weights import InitialWeights
 from scripts.training.progress import BeforeAndAfter
 from tests.training.test_training import images, small_network, trainer_of
 
@@ -87,7 +88,7 @@ def test_kill_while_weights_are_written_leaves_a_pair_that_loads(tmp_path, monke
             raise KeyboardInterrupt
         write_atomically(content, target)
 
-    monkeypatch.setattr("scripts.bundle.files.write_atomically", killed)
+    monkeypatch.setattr("scripts.bundle.weights.write_atomically", killed)
     other = small_network()
     with torch.no_grad():
         other.post_quant_conv.conv.weight.add_(1)
@@ -121,7 +122,7 @@ def test_folder_of_another_run_is_refused(tmp_path):
 def run_with_checkpoints(
     folder, network, epochs: int, resume: bool = False, num_images: int = 3, schedule=None, at_start=None, **arguments
 ):
-    """Train ``epochs`` epochs with validation, a saver and a resumer, as train.json wires them."""
+    """Train ``epochs`` epochs with validation and checkpoints, as train.json wires them."""
 
     def psnr_metric():
         return PeakSignalToNoiseRatio(max_val=1.0, output_transform=from_engine(["pred", "image"]))
@@ -137,9 +138,11 @@ def run_with_checkpoints(
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     state = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
     handlers = [
-        TrainingResumer(str(folder), resume, network, state, evaluator),
+        InitialWeights(network, ckpt_dir=str(folder), resume=resume, to_load=state, evaluator=evaluator),
         ValidationHandler(interval=2, validator=evaluator),
-        BeforeAndAfter(evaluator, picture="p.png", weights="model.pt"),
+        BeforeAndAfter(
+            evaluator, name="PSNR", unit="dB", compare={"trilinear": "trilinear_psnr"}, files={"weights": "model.pt"}
+        ),
         TrainingSaver(str(folder), network, state, evaluator),
     ]
     trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs, **arguments)
@@ -152,14 +155,26 @@ def run_with_checkpoints(
 
 def test_resumed_training_goes_on_where_it_stopped(tmp_path):
     _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=2)
-    best, before = evaluator.state.best_metric, evaluator.state.psnr_before
+    best, before = evaluator.state.best_metric, evaluator.state.metric_before
     network = small_network()
     resumed, evaluator = run_with_checkpoints(tmp_path, network, epochs=4, resume=True)
     assert resumed.state.epoch == 4 and resumed.state.iteration == 12
     assert evaluator.state.best_metric >= best
-    assert evaluator.state.psnr_before == before  # of the network before the very first step
+    assert evaluator.state.metric_before == before  # of the network before the very first step
     steps = [s["step"].item() for s in resumed.optimizer.state.values()]
     assert set(steps) == {12.0}
+
+
+def test_checkpoint_of_an_earlier_version_tells_what_was_measured_before_the_first_step(tmp_path, caplog):
+    run_with_checkpoints(tmp_path, small_network(), epochs=1)
+    newest = find_checkpoints(tmp_path)[0]
+    content = torch.load(newest, weights_only=True)
+    content["evaluator"]["psnr_before"] = 12.34
+    del content["evaluator"]["metric_before"]
+    torch.save(content, newest)
+    caplog.set_level("INFO")
+    run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
+    assert "validation PSNR before the first step: 12.34 dB" in caplog.text
 
 
 def test_resumed_run_has_the_scale_of_the_gradients(tmp_path):
@@ -275,7 +290,7 @@ def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_p
     monkeypatch.setattr("scripts.training.checkpoints.save_weights", record)
     _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=5)
     assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (30.0, 4)
-    assert evaluator.state.psnr_before == 40.0
+    assert evaluator.state.metric_before == 40.0
     assert len(saved) == 2
     best = small_network()
     load_weights(best, tmp_path / WEIGHTS)

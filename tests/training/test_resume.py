@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import builtins
 import errno
+import functools
+import importlib
 import os
 import resource
 import signal
@@ -139,9 +141,22 @@ def signal_in_validation(number: int, iteration: int, flow: ConfigWorkflow):
     )
 
 
+def signal_within_volume(number: int, iteration: int, flow: ConfigWorkflow):
+    """Between two layers of the network; the volume must not be finished."""
+    os.setpgid(0, 0)
+    trainer, network = flow.trainer, flow.evaluator.network
+    network.encoder.register_forward_hook(lambda *_: send_group(number) if trainer.state.iteration == iteration else None)
+    network.decoder.register_forward_hook(lambda *_: os._exit(77) if trainer.state.iteration == iteration else None)
+
+
 @pytest.mark.parametrize(
     "prepare, number, iteration",
-    [(signal_in_step, signal.SIGTERM, 5), (signal_in_step, signal.SIGINT, 6), (signal_in_validation, signal.SIGTERM, 9)],
+    [
+        (signal_in_step, signal.SIGTERM, 5),
+        (signal_in_step, signal.SIGINT, 6),
+        (signal_in_validation, signal.SIGTERM, 9),
+        (signal_within_volume, signal.SIGINT, 9),
+    ],
 )
 def test_signal_to_all_processes_saves_and_gives_its_exit_code(prepare, number, iteration, data, tmp_path, uninterrupted):
     """Iteration 6 ends an epoch, which is finished as well; iteration 9 is the last, still to be validated."""
@@ -155,6 +170,62 @@ def test_signal_to_all_processes_saves_and_gives_its_exit_code(prepare, number, 
     assert train(data, output_dir, resume=True) == 0
     assert same(final_state(output_dir)["network"], uninterrupted["network"])
     assert (output_dir / "checkpoints" / "model.pt").exists()
+
+
+def signal_when_called(place: str, number: int, flow: ConfigWorkflow):
+    """As soon as a function is called, given as ``module:name``; it does nothing else."""
+    os.setpgid(0, 0)
+    module, name = place.split(":")
+    *owners, name = name.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    setattr(owner, name, lambda *_, **__: send_group(number))
+
+
+MOMENTS = {
+    "validation": lambda number, flow: signal_within_volume(number, 0, flow),
+    "volumes are checked": partial(signal_when_called, "scripts.data.volume_checks:find_problem"),
+    "volumes are cached": partial(signal_when_called, "monai.data:CacheDataset._load_cache_item"),
+    "shortcut is fitted": partial(signal_when_called, "scripts.layers.linear_shortcut:LinearShortcut.fit"),
+}
+
+
+def signal_before_first_step(moment: str, number: int, flow: ConfigWorkflow):
+    MOMENTS[moment](number, flow)
+
+
+@pytest.mark.parametrize(
+    "moment, number",
+    [
+        ("validation", signal.SIGTERM),
+        ("validation", signal.SIGINT),
+        ("volumes are checked", signal.SIGINT),
+        ("volumes are cached", signal.SIGTERM),
+        ("shortcut is fitted", signal.SIGTERM),
+    ],
+)
+def test_signal_before_the_first_step_ends_with_words_and_its_exit_code(moment, number, data, tmp_path):
+    output_dir = tmp_path / "eval"
+    handlers = {"validate#handlers": [{"_target_": "StatsHandler", "iteration_log": False}]}  # it logs exceptions
+    code = train(data, output_dir, partial(signal_before_first_step, moment, number), num_workers=1, **handlers)
+    assert code == 128 + number, log_of(output_dir)
+    assert f"{number.name}: the run ends here; each file that it has written is whole" in log_of(output_dir)
+    assert "Traceback" not in log_of(output_dir) and "ERROR" not in log_of(output_dir)
+    assert not list((output_dir / "checkpoints").glob("*"))
+
+
+def signal_after_last_epoch(flow: ConfigWorkflow):
+    os.setpgid(0, 0)
+    flow.evaluator.network.encoder.register_forward_hook(lambda *_: send_group(signal.SIGTERM))
+
+
+def test_signal_after_the_last_epoch_loses_nothing(data, tmp_path):
+    """In the validation that a run makes whose epochs were all done before."""
+    output_dir = tmp_path / "eval"
+    assert train(data, output_dir, epochs=1) == 0
+    before = sorted((path.name, path.read_bytes()) for path in (output_dir / "checkpoints").iterdir())
+    assert train(data, output_dir, signal_after_last_epoch, epochs=1, resume=True) == 128 + signal.SIGTERM
+    assert "SIGTERM: the run ends here" in log_of(output_dir)
+    assert sorted((path.name, path.read_bytes()) for path in (output_dir / "checkpoints").iterdir()) == before
 
 
 def fill_disk():

@@ -1,0 +1,37 @@
+"""The generator: latents of a folder and what is known of them, the rectified flow that is learned on them, and samples."""
+
+from scripts.generation.conditions import Conditions
+from scripts.generation.flow import RectifiedFlow
+from scripts.generation.generator import Generator, describe, load_autoencoder, load_generator
+from scripts.generation.latent_data import LatentCollate, ReadLatentd, latent_lists, learn_space
+from scripts.generation.latent_space import LatentSpace
+from scripts.generation.latent_unet import LatentUNet
+from scripts.generation.prepare_batch import FlowPrepareBatch
+from scripts.generation.sampler import draw_noise, integrate
+from scripts.generation.samples import DrawStartd, SampleInferer, SaveSampled, plan_samples
+from scripts.generation.validation import FlowEvaluator, FlowInferer, averages
+
+__all__ = [
+    "Conditions",
+    "DrawStartd",
+    "FlowEvaluator",
+    "FlowInferer",
+    "FlowPrepareBatch",
+    "Generator",
+    "LatentCollate",
+    "LatentSpace",
+    "LatentUNet",
+    "ReadLatentd",
+    "RectifiedFlow",
+    "SampleInferer",
+    "SaveSampled",
+    "averages",
+    "describe",
+    "draw_noise",
+    "integrate",
+    "latent_lists",
+    "learn_space",
+    "load_autoencoder",
+    "load_generator",
+    "plan_samples",
+]

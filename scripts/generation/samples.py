@@ -1,0 +1,295 @@
+"""Which samples a run makes, how each is made, and how it is written: as NIfTI, with everything in a JSON file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import Inferer
+from monai.transforms import Transform
+from monai.utils.enums import CommonKeys as Keys
+
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.files import write_atomically
+from scripts.bundle.processes import share_of
+from scripts.bundle.progress import ProgressBar
+from scripts.data.restored_volumes import nifti_bytes, restore
+from scripts.generation.generator import Generator
+from scripts.generation.latent_space import LatentSpace
+from scripts.generation.latent_unet import NUM_TIMESTEPS
+from scripts.generation.sampler import SOLVERS, draw_noise, integrate
+from scripts.generation.validation import FlowInferer
+from scripts.layers.factors import padded_size
+from scripts.training.repeatable_batches import derive_seed
+
+__all__ = ["DrawStartd", "SampleInferer", "SaveSampled", "plan_samples"]
+
+PLAN = "plan"  # key of what a sample is made by, as JSON text
+MILLIMETRES = 2  # NIfTI's code
+HEADER = "synthetic volume of a generative model, no patient"  # up to 79 characters
+logger = logging.getLogger(__name__)
+
+
+def plan_samples(
+    generator: Generator,
+    output_dir: str,
+    num_samples: int,
+    seed: int,
+    num_inference_steps: int,
+    solver: str,
+    guidance_scale: float,
+    conditions: Mapping[str, Any],
+    spatial_size: Sequence[int] | None,
+    spacing: Sequence[float] | None,
+    amp_dtype: str | None,
+) -> list[dict[str, str]]:
+    """
+    This process's share of the samples that an earlier run into the folder did not make to the end.
+
+    Size and spacing of a sample are drawn from those of the training volumes, together, unless they are given.
+
+    Args:
+        generator: that makes them.
+        output_dir: folder of the samples, ``sample_0000.nii.gz`` and so on.
+        num_samples: how many the folder is to hold.
+        seed: of the run; a sample depends on it and on its number.
+        num_inference_steps: steps from noise to latent.
+        solver: see :py:func:`scripts.generation.integrate`.
+        guidance_scale: 1 follows the conditions as training did, more exaggerates them (Ho and Salimans,
+            https://arxiv.org/abs/2207.12598).
+        conditions: by name; what is missing is left to the generator.
+        spatial_size: voxels along each axis, or None.
+        spacing: mm along each axis, or None.
+        amp_dtype: of mixed precision, None without.
+
+    Returns:
+        ``[{"image": path, "plan": JSON text}, ...]``
+
+    Raises:
+        ValueError: for a setting that cannot be, or a condition that training did not see.
+    """
+    _check(generator, num_samples, num_inference_steps, solver, guidance_scale)
+    space = generator.space
+    told = space.conditions.checked(conditions)
+    _check_geometry(space, spatial_size, spacing)
+    items = []
+    for index in range(num_samples):
+        geometries = space.description["geometries"]
+        counts = np.array([each["count"] for each in geometries], dtype=float)
+        drawn = geometries[np.random.default_rng((seed, index)).choice(len(geometries), p=counts / counts.sum())]
+        plan = {
+            "synthetic": True,
+            "index": index,
+            "seed": seed,
+            "spatial_size": list(spatial_size or drawn["size"]),
+            "spacing": list(map(float, spacing or drawn["spacing"])),
+            "conditions": told,
+            "guidance_scale": float(guidance_scale),
+            "num_inference_steps": num_inference_steps,
+            "solver": solver,
+            "amp_dtype": amp_dtype,
+            "generator_sha256": generator.sha256,
+            "autoencoder_sha256": space.description["autoencoder"]["sha256"],
+        }
+        items.append({"image": str(Path(output_dir) / f"sample_{index:04d}.nii.gz"), PLAN: json.dumps(plan)})
+    missing = [item for item in items if not _is_whole(Path(item["image"]), json.loads(item[PLAN]))]
+    if len(missing) < len(items):
+        logger.info(f"{len(items) - len(missing)} of {len(items)} samples are there already")
+    return share_of(missing)
+
+
+def _check(generator: Generator, num_samples: int, num_inference_steps: int, solver: str, guidance_scale: float) -> None:
+    for name, value in (("num_samples", num_samples), ("num_inference_steps", num_inference_steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
+    if solver not in SOLVERS:
+        raise ValueError(f"`solver` is {solver!r}; it must be one of {', '.join(SOLVERS)}.")
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or guidance_scale < 0:
+        raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 on.")
+    if guidance_scale != 1 and generator.condition_dropout == 0:
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale}, which compares with what the generator makes when it is told nothing; "
+            "it was trained with `condition_dropout` 0 and knows no such case. Set it to 1."
+        )
+
+
+def _check_geometry(space: LatentSpace, spatial_size: Sequence[int] | None, spacing: Sequence[float] | None) -> None:
+    """Refuse what is no geometry, warn of one that training did not see."""
+    geometries = space.description["geometries"]
+    axes = len(geometries[0]["size"])
+    for name, value, seen, unit in (("spatial_size", spatial_size, "size", "voxels"), ("spacing", spacing, "spacing", "mm")):
+        if value is None:
+            continue
+        whole = name == "spatial_size"
+        numbers = isinstance(value, (list, tuple)) and all(isinstance(n, int if whole else (int, float)) for n in value)
+        if not numbers or len(value) != axes or not all(n > 0 for n in value):
+            raise ValueError(
+                f"`{name}` is {value!r}; it must be {axes} positive {'integers' if whole else 'numbers'} ({unit})."
+            )
+        ranges = [(min(along), max(along)) for along in zip(*(each[seen] for each in geometries))]
+        if not all(low <= n <= high for n, (low, high) in zip(value, ranges)):
+            text = " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ranges)
+            logger.warning(f"`{name}` {list(value)}: training saw {text} {unit}; expect less of what lies outside")
+
+
+class DrawStartd(Transform):
+    """
+    What a sample starts from: the noise and what the network is told. The latent of the sample's size is padded at its end
+    to what the network divides, as in training.
+
+    Args:
+        generator: that makes the samples.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self.space, self.network = generator.space, generator.network
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        plan = json.loads(data[PLAN])
+        latent_size = [n // f for n, f in zip(padded_size(plan["spatial_size"], self.space.factors), self.space.factors)]
+        size = padded_size(latent_size, [self.network.multiple] * len(latent_size))
+        shape = (self.space.latent_channels, *size)
+        told = self.space.conditions.vector(plan["conditions"], plan["spatial_size"], plan["spacing"])
+        return {
+            **data,
+            Keys.IMAGE: draw_noise(shape, derive_seed(plan["seed"], plan["index"])),
+            "context": told,
+            "latent_size": torch.tensor(latent_size),
+        }
+
+
+class SampleInferer(Inferer):
+    """
+    From noise to a volume: along the flow to a latent, and through the autoencoder's decoder.
+
+    Args:
+        generator: whose network, on its device, is called.
+        autoencoder: that decodes, on its device.
+        decoder: inferer that calls it, such as :py:class:`scripts.inference.StreamingInferer`.
+        num_inference_steps: see :py:func:`plan_samples`.
+        solver: ditto.
+        guidance_scale: ditto.
+        amp: whether the network of the generator uses mixed precision. The state is float32 in any case.
+        amp_dtype: ``"bfloat16"`` or ``"float16"``.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        autoencoder: AutoencoderKL,
+        decoder: Inferer,
+        num_inference_steps: int,
+        solver: str,
+        guidance_scale: float,
+        amp: bool,
+        amp_dtype: str,
+    ) -> None:
+        self.generator, self.autoencoder, self.decoder = generator, autoencoder, decoder
+        self.num_inference_steps, self.solver, self.guidance_scale = num_inference_steps, solver, guidance_scale
+        self.predict = FlowInferer(amp, amp_dtype)
+
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: Any, context: torch.Tensor, latent_size: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            inputs: noise, ``1xCxHxWxD``.
+            network: of the generator.
+            context: vector of conditions, ``1xK``.
+            latent_size: size of the latent without padding, ``1x3``.
+
+        Returns:
+            the volume in the range of the autoencoder, ``1xCxHxWxD`` on the device of ``inputs``, in sizes that are
+            multiples of the total factor.
+        """
+        latent = self.sample(inputs, network, context, latent_size)
+        return self.decoder(latent.to(inputs.device), self.autoencoder)
+
+    def sample(self, noise: torch.Tensor, network: Any, context: torch.Tensor, latent_size: torch.Tensor) -> torch.Tensor:
+        """The latent as the autoencoder knows it, without padding."""
+        device = next(network.parameters()).device
+        noise, context = noise.to(device), context.to(device)
+        size = latent_size[0].tolist()
+        extent = torch.tensor([[n / padded for n, padded in zip(size, noise.shape[2:])]], device=device)
+        nothing = self.generator.space.conditions.nothing()[None].to(device)
+        flow = self.generator.flow
+
+        def velocity(state: torch.Tensor, time: float) -> torch.Tensor:
+            timesteps = torch.full((1,), NUM_TIMESTEPS * time, device=device)
+            prediction = self.predict(state, network, timesteps=timesteps, context=context, extent=extent)
+            if self.guidance_scale != 1:
+                plain = self.predict(state, network, timesteps=timesteps, context=nothing, extent=extent)
+                prediction = plain + self.guidance_scale * (prediction - plain)
+            return flow.velocity(prediction, state, time)
+
+        num_values = float(noise.shape[1] * np.prod(size))
+        times = flow.sampling_times(self.num_inference_steps, num_values)
+        with ProgressBar(total=self.num_inference_steps, desc="sampling", unit="step", leave=False) as bar:
+            state = integrate(velocity, noise, times, self.solver, bar.update)
+        for axis, n in enumerate(size, start=2):
+            state = state.narrow(axis, 0, n)
+        return self.generator.space.restored(state)
+
+
+class SaveSampled(Transform):
+    """
+    Write a sample as NIfTI, in the units that the training volumes had, and then the JSON file that says how it was made.
+
+    Args:
+        key: of the volume, ``CxHxWxD`` in the range of the autoencoder.
+        space: of the generator.
+    """
+
+    def __init__(self, key: str, space: LatentSpace) -> None:
+        self.key, self.space = key, space
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        plan = json.loads(data[PLAN])
+        path = Path(data["path"])
+        record = _record(plan, self.space.description)
+        content = nifti_bytes(restore(data[self.key], record), record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(content, path)
+        window = {name: record[name] for name in ("intensity_low", "intensity_high")}
+        known = {**plan, **window, "volume_sha256": hashlib.sha256(content).hexdigest()}
+        write_atomically(json.dumps(known, indent=2).encode(), _description_path(path))
+        logger.info(f"{path}")
+        return dict(data)
+
+
+def _record(plan: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What `restore` and `nifti_bytes` need: axes to the right, anterior and superior, the origin in the volume's middle."""
+    size, spacing = plan["spatial_size"], plan["spacing"]
+    affine = np.diag([*spacing, 1.0])
+    affine[: len(size), -1] = [-(n - 1) / 2 * step for n, step in zip(size, spacing)]
+    return {
+        "shape": size,
+        "affine": affine.tolist(),
+        "preprocessed_shape": size,
+        "preprocessed_affine": affine.tolist(),
+        **{name: known[name] for name in ("intensity_low", "intensity_high", "data_type", "scl_slope", "scl_inter")},
+        "xyzt_units": MILLIMETRES,
+        "qform_code": 1,
+        "sform_code": 1,
+        "description": HEADER,
+    }
+
+
+def _description_path(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+
+
+def _is_whole(path: Path, plan: Mapping[str, Any]) -> bool:
+    """Whether a sample lies there that was made by this plan."""
+    try:
+        found = json.loads(_description_path(path).read_text())
+        made_so = isinstance(found, dict) and all(found.get(name) == value for name, value in plan.items())
+        return made_so and found.get("volume_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,114 @@
+"""What a run shows while it works: bars that move while they wait, on a terminal and in a file."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.engines import SupervisedEvaluator
+
+from scripts.bundle import progress
+from scripts.bundle.progress import ProgressBar, VolumeProgress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(params=[io.StringIO, Terminal])
+def output(request, monkeypatch):
+    """Where bars and the log go; the clock of a bar is quick."""
+    stream = request.param()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
+    monkeypatch.setattr(progress, "SECONDS", 0.02)
+    monkeypatch.setattr(progress, "SECONDS_IN_FILE", 0.05)
+    return stream
+
+
+def wait_for(condition, seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_bar_is_drawn_again_while_its_first_step_takes_long(output):
+    with ProgressBar(total=1, desc="validation"):
+        assert wait_for(lambda: output.getvalue().count("validation:   0%") >= 4)
+
+
+def test_closed_bar_is_drawn_no_more(output):
+    ProgressBar(total=1, desc="validation").close()
+    drawn = output.getvalue()
+    time.sleep(0.2)
+    assert output.getvalue() == drawn
+
+
+def test_bar_that_nobody_holds_ends_its_clock(output):
+    bar = ProgressBar(total=1, desc="validation")
+    assert wait_for(lambda: output.getvalue().count("validation:   0%") >= 4)
+    del bar
+    time.sleep(0.1)
+    drawn = output.getvalue()
+    time.sleep(0.2)
+    assert output.getvalue() == drawn
+
+
+@pytest.mark.parametrize("output", [io.StringIO], indirect=True)
+def test_in_a_file_bars_and_log_have_lines_of_their_own(output):
+    logger = logging.getLogger("test_progress")
+    logger.addHandler(logging.StreamHandler(output))
+    with ProgressBar(total=3, desc="outer"), ProgressBar(total=3, desc="inner", leave=False) as inner:
+        logger.warning("a line of the log")
+        for _ in range(3):
+            time.sleep(0.06)
+            inner.update()
+    lines = output.getvalue().splitlines()
+    assert "a line of the log" in lines
+    assert any(line.startswith("inner: 100%") for line in lines)
+    assert all(line.startswith(("outer: ", "inner: ", "a line")) for line in lines)
+    assert not {"\r", "\x1b"} & set(output.getvalue())
+
+
+@pytest.mark.parametrize("output", [Terminal], indirect=True)
+def test_on_a_terminal_the_log_stands_above_the_bar(output, monkeypatch):
+    monkeypatch.setattr("sys.stdout", output)
+    console = logging.StreamHandler(output)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [console])
+    with ProgressBar(total=1, desc="validation"):
+        logging.warning("a line of the log")
+        before, after = output.getvalue().split("a line of the log\n")
+        assert before.endswith("\r")  # the bar was wiped out
+        assert "validation:   0%" in after  # and is below now
+    assert logging.getLogger().handlers == [console]
+
+
+def test_volumes_are_named_with_their_sizes_while_they_are_worked_on(output):
+    def slow(inputs, network):
+        assert wait_for(lambda: "scan.nii.gz 6x7x8" in output.getvalue())
+        return inputs
+
+    image = MetaTensor(torch.zeros(1, 1, 6, 7, 8), meta={"filename_or_obj": ["/data/scan.nii.gz"]})
+    SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=[{"image": image, "label": image}],
+        network=torch.nn.Identity(),
+        inferer=slow,
+        decollate=False,
+        val_handlers=[VolumeProgress()],
+    ).run()
+    assert "volumes: 100%" in output.getvalue()
+
+
+def test_file_that_cannot_be_read_does_not_stop_the_bar(output):
+    handler = VolumeProgress()
+    engine = SupervisedEvaluator(torch.device("cpu"), [{"path": ["bad.nii"]}], torch.nn.Identity(), val_handlers=[handler])
+    engine._process_function = lambda engine, batch: {}
+    engine.run()
+    assert handler.bar.n == 1
