@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
 import fire
 import torch
+from ignite.engine import Events
 
+from benchmarks.loop import Stopwatch
 from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factors
+from scripts.bundle.machine import MIB
 from scripts.planning.saved_tensors import SavedTensors
+from scripts.planning.tables import table
+from scripts.training.trainer import AutoencoderTrainer
 
-MIB = 2**20
 REPEATS = 3
 SWITCHED = "initial 2, [4,2]"
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -46,39 +48,48 @@ def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> No
     print(f"Training step on {size}³, batch 1, bfloat16, channels (32, 64, 64), {device}:\n")
     rows = {name: (saved_activations(name, size, device), training_step(name, size, device)) for name in [MONAI, *FACTORS]}
     memory, seconds = rows[MONAI]
-    print_table(
-        ["network", "total", "saved activations", "less than MONAI", "training step"],
-        (
-            [
-                name,
-                f"{total_factors(build(name))[0]}x",
-                f"{m / MIB:.0f} MiB",
-                f"{1 - m / memory:.1%}",
-                f"{seconds / s:.1f}x faster",
-            ]
-            for name, (m, s) in rows.items()
+    print(
+        table(
+            ["network", "total", "saved activations", "less than MONAI", "training step"],
+            (
+                [
+                    name,
+                    f"{total_factors(build(name))[0]}x",
+                    f"{m / MIB:.0f} MiB",
+                    f"{1 - m / memory:.1%}",
+                    f"{seconds / s:.1f}x faster",
+                ]
+                for name, (m, s) in rows.items()
+            ),
         ),
+        flush=True,
     )
     print(f"\nThe same with the switches of the config, {SWITCHED}, against MONAI without any:\n")
     switched = {
         name: (saved_activations(SWITCHED, size, device, **switch), training_step(SWITCHED, size, device, **switch))
         for name, switch in SWITCHES.items()
     }
-    print_table(
-        ["switches", "saved activations", "less than MONAI", "training step"],
-        (
-            [name, f"{m / MIB:.0f} MiB", f"{1 - m / memory:.1%}", f"{seconds / s:.1f}x faster"]
-            for name, (m, s) in switched.items()
+    print(
+        table(
+            ["switches", "saved activations", "less than MONAI", "training step"],
+            (
+                [name, f"{m / MIB:.0f} MiB", f"{1 - m / memory:.1%}", f"{seconds / s:.1f}x faster"]
+                for name, (m, s) in switched.items()
+            ),
         ),
+        flush=True,
     )
     print(f"\nReconstruction of {inference_size}³ without gradients, float32, process peak above idle, {device}:\n")
     peaks = {name: inference_peak(name, inference_size, device) for name in [MONAI, *RECONSTRUCTED]}
-    print_table(
-        ["network", "total", "peak", "of MONAI's"],
-        (
-            [name, f"{total_factors(build(name))[0]}x", f"{p / MIB:.0f} MiB", f"1/{peaks[MONAI] / p:.1f}"]
-            for name, p in peaks.items()
+    print(
+        table(
+            ["network", "total", "peak", "of MONAI's"],
+            (
+                [name, f"{total_factors(build(name))[0]}x", f"{p / MIB:.0f} MiB", f"1/{peaks[MONAI] / p:.1f}"]
+                for name, p in peaks.items()
+            ),
         ),
+        flush=True,
     )
 
 
@@ -107,33 +118,20 @@ def saved_activations(name: str, size: int, device: str, **switches: Any) -> int
 def training_step(name: str, size: int, device: str, **switches: Any) -> float:
     """Seconds of a step with AdamW: the median of three after one to warm up."""
     network = switched_network(name, device, **switches)
+    images = [torch.rand(1, 1, size, size, size, device=device)] * (1 + REPEATS)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    image = torch.rand(1, 1, size, size, size, device=device)
-    times = []
-    for _ in range(1 + REPEATS):
-        start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16):
-            reconstruction, z_mu, _ = network(image)
-        loss = torch.nn.functional.l1_loss(reconstruction.float(), image) + 1e-8 * z_mu.float().square().sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
+    trainer = AutoencoderTrainer.of_images(images, network, optimizer, amp_dtype=torch.bfloat16)
+    watch = Stopwatch(device)
+    trainer.add_event_handler(Events.ITERATION_STARTED, watch.start)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, watch.stop)
+    trainer.run()
+    return median(watch.seconds[1:])
 
 
 def inference_peak(name: str, size: int, device: str) -> int:
     """Bytes by which reconstructing one volume raises the peak, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.inference_peak", repr(name), str(size), device]  # fire reads literals
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def print_table(header: list[str], rows: Iterable[list[str]]) -> None:
-    """Print a Markdown table."""
-    for row in [header, ["---"] * len(header), *rows]:
-        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

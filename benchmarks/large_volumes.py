@@ -10,30 +10,31 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cost import print_table
 from benchmarks.networks import FACTORS, MONAI, build_with, total_factors
+from scripts.bundle.machine import GIB
+from scripts.planning.inference_costs import inference_cost
 from scripts.planning.plans import read_plan
-from scripts.planning.step_costs import inference_cost, training_cost
+from scripts.planning.tables import table
+from scripts.planning.training_costs import training_cost
 
 SIZES = ((256, 256, 64), (256, 256, 256), (512, 512, 512))
 FIELD = {"channels": (64, 128, 256), "num_res_blocks": 2}  # the width that the field uses
 PRESETS = ("4x", "8x", "16x", "16x_lean", "32x", "64x", "thick_slices")
-GIB = 2**30
 
 
 def main() -> None:
     """Print the tables."""
     header = ["network", *(f"{name}, {size(s)}" for s in SIZES for name in ("train", "reconstruct"))]
     print("Peak, GiB, width (32, 64, 64), batch 1, bfloat16 mixed precision, AdamW:\n")
-    print_table(header, ([name, *peaks(build_with(name))] for name in (MONAI, *FACTORS)))
+    print(table(header, ([name, *peaks(build_with(name))] for name in (MONAI, *FACTORS))), flush=True)
     print("\nThe same at width (64, 128, 256) with two residual blocks per level:\n")
     wide = (MONAI, "initial 2, [2,2]", "initial 2, [4,2]", "initial 4, [2,2]")
-    print_table(header, ([name, *peaks(build_with(name, **FIELD))] for name in wide))
+    print(table(header, ([name, *peaks(build_with(name, **FIELD))] for name in wide)), flush=True)
     print("\nPresets:\n")
-    print_table(header, ([name, *peaks(preset(name))] for name in PRESETS))
+    print(table(header, ([name, *peaks(preset(name))] for name in PRESETS)), flush=True)
     print("\nReconstruction of 512³ with all in bfloat16, and what training on 256³ saves under both rules for norms:\n")
     header = ["network", "reconstruct, GiB", "saved, norms in bfloat16, GiB", "saved, CUDA's rule, GiB"]
-    print_table(header, ([name, *rules(name)] for name in wide))
+    print(table(header, ([name, *rules(name)] for name in wide)), flush=True)
 
 
 def peaks(network: torch.nn.Module) -> list[str]:

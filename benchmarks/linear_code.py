@@ -19,8 +19,8 @@ from monai.metrics import PSNRMetric
 from monai.utils import set_determinism
 
 from benchmarks.block_dct import block_dct_reconstruction
-from benchmarks.cost import print_table
 from benchmarks.quality import at_any_size, read_recipe, validation_volumes
+from scripts.planning.tables import table
 from scripts.training.repeatable_batches import training_patches
 from scripts.training.shortcut_fitter import CODE_PATCHES, NEIGHBOUR_PATCHES
 
@@ -37,7 +37,7 @@ def main(network: str = "8x", data: str = "sample", **overrides: Any) -> None:
     found = measure(read_recipe(network, data, **overrides))
     volumes = next(iter(found.values()))
     rows = ([code, *(f"{psnr:.2f} dB" for psnr in by_volume.values())] for code, by_volume in found.items())
-    print_table(["linear code", *volumes], rows)
+    print(table(["linear code", *volumes], rows), flush=True)
 
 
 @torch.no_grad()

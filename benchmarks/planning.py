@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost import MIB, print_table
 from benchmarks.networks import MONAI, build_with, total_factors
-from scripts.planning.step_costs import training_cost
+from scripts.bundle.machine import MIB
+from scripts.planning.tables import table
+from scripts.planning.training_costs import training_cost
 
 # glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -74,7 +75,7 @@ ROWS = {
 def main() -> None:
     """Print the table."""
     header = ["", "size", "batch", "saved: estimated", "counted", "off by", "peak: estimated", "measured", "off by"]
-    print_table(header, ([name, *compare(name)] for name in ROWS))
+    print(table(header, ([name, *compare(name)] for name in ROWS)), flush=True)
 
 
 def compare(name: str) -> list[str]:

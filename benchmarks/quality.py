@@ -37,15 +37,16 @@ from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
 
 from benchmarks.block_dct import block_dct_reconstruction
-from benchmarks.cost import print_table
 from benchmarks.large_volumes import PRESETS, preset
 from benchmarks.networks import total_factors
 from scripts.bundle.config import check_parser
+from scripts.bundle.machine import GIB
 from scripts.bundle.precision import autocast_dtype
 from scripts.evaluation.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
-from scripts.planning.step_costs import training_cost
+from scripts.planning.tables import table
+from scripts.planning.training_costs import training_cost
 
 RESULTS = Path("eval/quality")
 ROWS = Path(__file__).with_name("quality_rows.json")
@@ -271,7 +272,7 @@ def tables() -> None:
         print(f"\n`{name}`, trained on `data/{data}`:\n")
         header = ["network", "minutes", "steps", "voxels per number", "PSNR", "foreground", "SSIM", "block DCT", "trilinear"]
         cells = [table_row(row, row["volumes"][name]) for row in rows if name in row["volumes"] and row["data"] == data]
-        print_table([*header, "grid: image, ours, DCT"], cells)
+        print(table([*header, "grid: image, ours, DCT"], cells), flush=True)
 
 
 def plot(path: str = "docs/quality.png") -> None:
@@ -290,7 +291,7 @@ def plot(path: str = "docs/quality.png") -> None:
     highest: dict[str, tuple[float, float]] = {}  # dB and GiB, where a network's name is written
     for row in rows:
         network = preset(row["network"]) if row["network"] != MONAI else MonaiAutoencoderKL(**monai_arguments())
-        memory = training_cost(network, (256, 256, 256)).peak / 2**30
+        memory = training_cost(network, (256, 256, 256)).peak / GIB
         for name, volume in row["volumes"].items():
             for key, marker in markers.items():
                 axes.scatter(memory, volume[key], marker=marker, color=f"C{volumes.index(name)}", s=60)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import fire
 from monai.bundle import ConfigParser
 
-from benchmarks.cost import print_table
 from benchmarks.quality import measure_volumes
 from scripts.bundle.weights import load_weights
+from scripts.planning.tables import table
 
 CONFIGS = ["configs/train.json", "configs/shipped_weights.json"]
 
@@ -45,7 +45,7 @@ def evaluate(pictures: str | None = None, device: str = "cpu") -> None:
             ]
         )
     header = ["volume", "PSNR", "foreground", "SSIM", "MAE", "block DCT", "trilinear", "grid: image, network, DCT"]
-    print_table(header, cells)
+    print(table(header, cells), flush=True)
 
 
 if __name__ == "__main__":

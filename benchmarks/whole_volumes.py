@@ -15,9 +15,9 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from monai.metrics import PSNRMetric
 
-from benchmarks.cost import print_table
 from benchmarks.networks import total_factors
 from benchmarks.quality import RESULTS, at_any_size, recipe_of_row, validation_volumes
+from scripts.planning.tables import table
 
 NEAREST = 0.03  # of a crop's size, the width of a Gaussian window that leaves next to nothing to the other crops
 
@@ -48,7 +48,7 @@ def main(network: str = "8x", data: str = "sample") -> None:
         image = item.as_tensor()[None]
         found = (metric(code(image).clamp(0, 1), image).item() for code in (whole, lambda x: crops(x, whole)))
         rows.append([name, *(f"{psnr:.2f} dB" for psnr in found)])
-    print_table(["volume", "in one pass", f"in crops of {'x'.join(map(str, parser['patch_size']))}"], rows)
+    print(table(["volume", "in one pass", f"in crops of {'x'.join(map(str, parser['patch_size']))}"], rows), flush=True)
 
 
 if __name__ == "__main__":

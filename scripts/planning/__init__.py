@@ -5,8 +5,9 @@
 ``self_test`` runs every preset.
 """
 
-from scripts.planning.estimates import estimate_memory, log_estimate
+from scripts.planning.estimates import estimate_memory
 from scripts.planning.recommendations import recommend_downsample_factors
+from scripts.planning.training_start import log_estimate
 
 __all__ = [
     "estimate_memory",

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer, Trainer
 from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
 from monai.utils.enums import CommonKeys as Keys
 from torch.nn.parallel import DistributedDataParallel
 
 from scripts.bundle.precision import autocast_dtype
 from scripts.training.adversary import Adversary
 from scripts.training.losses import LossTerm, kl_divergence
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.10 has none
 
 __all__ = ["AutoencoderTrainer"]
 
@@ -77,6 +82,41 @@ class AutoencoderTrainer(SupervisedTrainer):
         self.nonfinite_steps = 0
         self.batches_of_step: list[tuple[list[str], torch.Tensor]] = []
         self.finite_losses: Losses = {}
+
+    @classmethod
+    def of_images(
+        cls,
+        images: Sequence[torch.Tensor],
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp_dtype: torch.dtype | None = None,
+        loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.l1_loss,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        A trainer for a few given steps, without data and handlers of a run: what estimates, tests and benchmarks use.
+
+        Args:
+            images: the batches of its only epoch, each ``BxCxHxWxD``, on the device where it trains.
+            network: on that device.
+            optimizer: of the network.
+            amp_dtype: data type of mixed precision, None for none.
+            loss_function: of reconstruction and image.
+            kwargs: further arguments of the trainer.
+        """
+        return cls(
+            device=images[0].device,
+            max_epochs=1,
+            train_data_loader=[{Keys.IMAGE: image} for image in images],
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            inferer=SimpleInferer(),
+            amp=amp_dtype is not None,
+            amp_dtype=str(amp_dtype or torch.bfloat16).removeprefix("torch."),
+            **{"kl_weight": 1e-8, **kwargs},
+        )
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -157,12 +197,17 @@ class AutoencoderTrainer(SupervisedTrainer):
         # The gradients of all processes are in the norms, so all agree. A gradient scaler leaves a step out by itself, and
         # an overflow is its way to find the scale: there the losses decide what is counted.
         decisive = [loss for _, loss in self.batches_of_step] if self.scaler.is_enabled() else norms
-        finite = bool(torch.isfinite(torch.stack(decisive)).all())
+        finite = self._are_finite(decisive)
         if finite or self.scaler.is_enabled():
             for optimizer, _ in pairs:
                 self.scaler.step(optimizer)
             self.scaler.update()
         self._count_nonfinite(finite, losses)
+
+    @staticmethod
+    def _are_finite(values: list[torch.Tensor]) -> bool:
+        """What a step decides by numbers: the planner, whose tensors have none, replaces it."""
+        return bool(torch.isfinite(torch.stack(values)).all())
 
     def _count_nonfinite(self, finite: bool, losses: Losses) -> None:
         if finite:

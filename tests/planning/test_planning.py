@@ -16,12 +16,16 @@ from benchmarks.inference_peak import peak_bytes, restart_peak
 from benchmarks.networks import MONAI, build_with
 from benchmarks.planning_step import saved_in_a_step
 from scripts.__main__ import main
-from scripts.planning.estimates import GIB, estimate_memory, log_estimate
+from scripts.bundle.machine import GIB
+from scripts.planning.estimates import estimate_memory
+from scripts.planning.inference_costs import inference_cost
 from scripts.planning.plans import TRAIN
 from scripts.planning.recommendations import leanest, recommend_downsample_factors, write_overlay
 from scripts.planning.self_test import Configuration, check_all, check_configuration, configurations
-from scripts.planning.step_costs import inference_cost, training_cost
 from scripts.planning.tables import verdict
+from scripts.planning.training_costs import training_cost
+from scripts.planning.training_start import log_estimate
+from scripts.training.trainer import AutoencoderTrainer
 from tests.conftest import ROOT, SMALL
 from tests.processes import bundle_run
 
@@ -301,7 +305,8 @@ def log_of_a_training_start(caplog) -> str:
     network = build_with("initial 4, [2,2]")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     with caplog.at_level(logging.INFO):
-        log_estimate(network, (32,) * 3, 1, "bfloat16", 1, torch.nn.functional.l1_loss, optimizer, "cpu")
+        trainer = AutoencoderTrainer.of_images([torch.rand(1, 1, 32, 32, 32)], network, optimizer, amp_dtype=torch.bfloat16)
+        log_estimate(trainer, (32,) * 3, 1)
     return caplog.text
 
 
@@ -318,13 +323,13 @@ def test_start_of_training_logs_one_line_and_leaves_the_random_state(caplog):
 
 
 def test_start_of_training_warns_when_the_device_is_too_small(caplog, monkeypatch):
-    monkeypatch.setattr("scripts.planning.estimates.total_memory", lambda device: GIB // 4)
+    monkeypatch.setattr("scripts.planning.training_start.total_memory", lambda device: GIB // 4)
     assert "cpu has 0.2 GiB" in log_of_a_training_start(caplog)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
 
 
 def test_training_starts_without_an_estimate_when_pytorch_has_changed(caplog, monkeypatch):
-    monkeypatch.setattr("scripts.planning.step_costs.FakeTensorMode", None)
+    monkeypatch.setattr("scripts.planning.fake_tensors.FakeTensorMode", None)
     assert "no estimate of the memory" in log_of_a_training_start(caplog)
 
 
