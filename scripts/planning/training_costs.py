@@ -111,17 +111,15 @@ def training_cost(
             adversary=None if discriminator is None else _fake_adversary(discriminator, optimizer),
             accumulation_steps=batches,
         )
-        trainer.prepare(device)
+        trainer.make_optimizer_states(device)
         modules = [*trainer.modules, *([AveragedModel(network).module] if averaged else [])]
         saved = SavedTensors(trainer.parameters)
         levels = LevelListener(network, saved)
         saved.attach(trainer)
         _PhaseListener(tracker).attach(trainer)
         with tracker, casting_rules(device), saved, levels.listening():
-            tracker.track(
-                [m.state_dict() for m in modules], trainer.gradients, trainer.optimizer_states, trainer.data_loader
-            )
-            trainer.make_last_step()
+            tracker.track([module.state_dict() for module in modules], trainer.gradients, trainer.optimizer_states, image)
+            trainer.make_last_step(image)
         return TrainingCost(
             parameters=sum(nbytes_of(module.state_dict()) for module in modules),
             gradients=nbytes_of(trainer.gradients),
@@ -171,7 +169,7 @@ class _FakeTrainer(AutoencoderTrainer):
     def optimizer_states(self) -> list[Any]:
         return [dict(optimizer.state) for optimizer in self.optimizers]
 
-    def prepare(self, device: str) -> None:
+    def make_optimizer_states(self, device: str) -> None:
         """Give the optimizers their state, which the first step makes, and leave gradients where batches accumulate."""
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
             if group.get("foreach", True) is None:  # PyTorch's choice, which it does not see on a fake device
