@@ -21,7 +21,7 @@ from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factors
 from scripts.bundle.machine import MIB
 from scripts.planning.saved_tensors import SavedTensors
 from scripts.planning.tables import table
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 REPEATS = 3
 SWITCHED = "initial 2, [4,2]"

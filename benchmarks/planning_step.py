@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.inference_peak import peak_bytes, resident
 from scripts.planning.saved_tensors import SavedTensors
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 
 def saved_in_a_step(network: torch.nn.Module, size: tuple[int, ...], batch_size: int, amp: bool) -> int:

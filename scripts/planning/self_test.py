@@ -15,7 +15,7 @@ from scripts.bundle.config import ROOT
 from scripts.planning.estimates import estimate_plan
 from scripts.planning.plans import Plan, read_plan
 from scripts.planning.saved_tensors import SavedTensors
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 __all__ = ["CheckResult", "Configuration", "check_all", "check_configuration", "configurations"]
 

@@ -25,8 +25,8 @@ from scripts.planning.cuda_casting import casting_rules
 from scripts.planning.fake_tensors import fake_copy, fake_image, fake_tensors
 from scripts.planning.saved_tensors import LevelCost, LevelListener, SavedTensors
 from scripts.training.adversary import Adversary
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.losses import LossTerm
-from scripts.training.trainer import AutoencoderTrainer
 
 __all__ = ["TrainingCost", "training_cost"]
 
@@ -146,7 +146,7 @@ class _FakeTrainer(AutoencoderTrainer):
         self.scaler = torch.amp.GradScaler(enabled=False)  # which would ask whether gradients are finite
 
     @staticmethod
-    def _are_finite(values: list[torch.Tensor]) -> bool:
+    def are_finite(values: list[torch.Tensor]) -> bool:
         return True
 
     @property

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from scripts.bundle.machine import GIB, total_memory
 from scripts.planning.estimates import with_margin
 from scripts.planning.training_costs import TrainingCost, training_cost
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 __all__ = ["log_estimate"]
 

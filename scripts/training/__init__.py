@@ -3,14 +3,15 @@ where weights start, checkpoints and exact resume, signals, and progress.
 """
 
 from scripts.training.adversary import Adversary
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.checkpoints import TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
 from scripts.training.losses import LossTerm, SpectralLoss, perceptual_loss
 from scripts.training.pretrained import PretrainedLoader, load_pretrained
 from scripts.training.progress import BeforeAndAfter, Throughput, TrainingProgress, log_factors
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
+from scripts.training.resumable_trainer import ResumableTrainer
 from scripts.training.shortcut_fitter import ShortcutFitter
 from scripts.training.signals import StopOnSignal, leave_signals_to_main
-from scripts.training.trainer import AutoencoderTrainer
 from scripts.training.weight_average import WeightAverage, moving_average
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "RepeatableBatchSampler",
     "RepeatableDataset",
     "RepeatableOrder",
+    "ResumableTrainer",
     "ShortcutFitter",
     "SpectralLoss",
     "StopOnSignal",

@@ -22,7 +22,7 @@ from monai.engines import Evaluator
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import UNFINISHED, serialise, write_atomically
 from scripts.bundle.weights import check_arguments, save_weights, what_is_wrong
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.resumable_trainer import ResumableTrainer
 
 __all__ = ["TrainingResumer", "TrainingSaver", "claim_ckpt_dir", "find_checkpoints"]
 
@@ -107,14 +107,14 @@ class TrainingSaver:
         self.keep = keep
         self.saved_metric: float | None = None
 
-    def attach(self, engine: AutoencoderTrainer) -> None:
+    def attach(self, engine: ResumableTrainer) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_if_due)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_checkpoint)
         engine.add_event_handler(Events.TERMINATE, self._save_unless_saved)
         self.evaluator.add_event_handler(Events.COMPLETED, lambda: self.save_best(engine))
 
-    def _start(self, trainer: AutoencoderTrainer) -> None:
+    def _start(self, trainer: ResumableTrainer) -> None:
         self.ckpt_dir.mkdir(parents=True, exist_ok=True)
         if trainer.state.iteration == 0:  # those of a run that is overwritten would pass for newer ones
             for path in find_checkpoints(self.ckpt_dir):
@@ -122,22 +122,22 @@ class TrainingSaver:
         self.saved_metric = _best(self.evaluator)
         self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
 
-    def save_best(self, trainer: AutoencoderTrainer) -> None:
+    def save_best(self, trainer: ResumableTrainer) -> None:
         if trainer.state.iteration > 0 and _best(self.evaluator) not in (None, self.saved_metric):
             save_weights(self.evaluator.network, self.ckpt_dir / WEIGHTS)
             self.saved_metric = _best(self.evaluator)
 
-    def _save_if_due(self, trainer: AutoencoderTrainer) -> None:
+    def _save_if_due(self, trainer: ResumableTrainer) -> None:
         # not at an epoch's last iteration: the checkpoint after its validation follows
         due = time.monotonic() - self.saved_at > 60 * self.minutes
         if due and trainer.step_is_complete and trainer.state.iteration % trainer.state.epoch_length:
             self.save_checkpoint(trainer)
 
-    def _save_unless_saved(self, trainer: AutoencoderTrainer) -> None:
+    def _save_unless_saved(self, trainer: ResumableTrainer) -> None:
         if self.saved_iteration != trainer.state.iteration:
             self.save_checkpoint(trainer)
 
-    def save_checkpoint(self, trainer: AutoencoderTrainer) -> None:
+    def save_checkpoint(self, trainer: ResumableTrainer) -> None:
         content = {
             "arguments": self.network.arguments,
             "network": self.network.state_dict(),
@@ -191,7 +191,7 @@ class TrainingResumer:
         if self.resume:
             engine.add_event_handler(Events.STARTED, self)
 
-    def __call__(self, trainer: AutoencoderTrainer) -> None:
+    def __call__(self, trainer: ResumableTrainer) -> None:
         found = self._newest_whole()
         iterations = idist.all_gather(found[1]["trainer"]["iteration"] if found else 0)
         if isinstance(iterations, list) and len(set(iterations)) > 1:
@@ -224,7 +224,7 @@ class TrainingResumer:
             )
         return None
 
-    def _load(self, trainer: AutoencoderTrainer, content: dict[str, Any], path: Path) -> None:
+    def _load(self, trainer: ResumableTrainer, content: dict[str, Any], path: Path) -> None:
         self.network.load_state_dict(content["network"])
         if content["scaler"]:  # empty when the run so far had no scaler
             trainer.scaler.load_state_dict(content["scaler"])
@@ -239,7 +239,7 @@ class TrainingResumer:
         self._set_position(trainer, **content["trainer"])
         _set_random_states(content["random"])
 
-    def _set_position(self, trainer: AutoencoderTrainer, iteration: int, epoch: int, epoch_length: int) -> None:
+    def _set_position(self, trainer: ResumableTrainer, iteration: int, epoch: int, epoch_length: int) -> None:
         complete = iteration // epoch_length
         if epoch_length != trainer.state.epoch_length:
             logger.warning(

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.resumable_trainer import ResumableTrainer
 
 __all__ = ["BeforeAndAfter", "Throughput", "TrainingProgress", "log_factors"]
 
@@ -56,7 +56,7 @@ class TrainingProgress:
     every epoch. All processes of a distributed run need it, because they share the means; the first shows the bar.
     """
 
-    def attach(self, engine: AutoencoderTrainer) -> None:
+    def attach(self, engine: ResumableTrainer) -> None:
         for name in engine.loss_names:
             Average(output_transform=from_engine([name], first=True)).attach(engine, name)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
@@ -65,7 +65,7 @@ class TrainingProgress:
         for event in (Events.COMPLETED, Events.TERMINATE, Events.EXCEPTION_RAISED):
             engine.add_event_handler(event, self._close)
 
-    def _start(self, engine: AutoencoderTrainer) -> None:
+    def _start(self, engine: ResumableTrainer) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
         self.bar = tqdm(
             total=total,
@@ -76,16 +76,16 @@ class TrainingProgress:
             disable=idist.get_rank() > 0,
         )
 
-    def _advance(self, engine: AutoencoderTrainer) -> None:
+    def _advance(self, engine: ResumableTrainer) -> None:
         if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait
             losses = {name: f"{engine.state.output[0][name].item():.3g}" for name in engine.loss_names}
             self.bar.set_postfix({"epoch": f"{engine.state.epoch}/{engine.state.max_epochs}", **losses})
 
-    def _log(self, engine: AutoencoderTrainer) -> None:
+    def _log(self, engine: ResumableTrainer) -> None:
         losses = ", ".join(f"{name} {engine.state.metrics[name]:.4g}" for name in engine.loss_names)
         logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}")
 
-    def _close(self, engine: AutoencoderTrainer, error: BaseException | None = None) -> None:
+    def _close(self, engine: ResumableTrainer, error: BaseException | None = None) -> None:
         self.bar.close()
         if error is not None:
             raise error  # ignite swallows an exception that has a handler

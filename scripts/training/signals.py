@@ -15,7 +15,7 @@ from monai.data.utils import worker_init_fn
 from monai.engines import Evaluator
 
 from scripts.training.checkpoints import find_checkpoints
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.resumable_trainer import ResumableTrainer
 
 __all__ = ["StopOnSignal", "leave_signals_to_main"]
 
@@ -42,7 +42,7 @@ class StopOnSignal:
         self.received: int | None = None
         self.previous: dict[int, Any] = {}
 
-    def attach(self, engine: AutoencoderTrainer) -> None:
+    def attach(self, engine: ResumableTrainer) -> None:
         engine.add_event_handler(Events.STARTED, self._listen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_within_epoch)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._stop)
@@ -62,18 +62,18 @@ class StopOnSignal:
             raise KeyboardInterrupt
         self.received = number
 
-    def _stop_within_epoch(self, engine: AutoencoderTrainer) -> None:
+    def _stop_within_epoch(self, engine: ResumableTrainer) -> None:
         # the end of an epoch is left to the event that follows its validation
         if engine.step_is_complete and engine.state.iteration % engine.state.epoch_length:
             self._stop(engine)
 
-    def _stop(self, engine: AutoencoderTrainer) -> None:
+    def _stop(self, engine: ResumableTrainer) -> None:
         number = int(idist.all_reduce(self.received or 0, op="MAX"))
         if number:
             engine.exit_code = 128 + number
             engine.terminate(skip_completed=True)
 
-    def _stop_validation(self, engine: AutoencoderTrainer) -> None:
+    def _stop_validation(self, engine: ResumableTrainer) -> None:
         if self.received is None or idist.get_world_size() > 1:
             return
         if engine.last_event_name != Events.EPOCH_COMPLETED:  # before the first step or after the last: nothing to save
@@ -81,7 +81,7 @@ class StopOnSignal:
             raise SystemExit(128 + self.received)
         self.evaluator.terminate(skip_completed=True)  # before its metrics are made of half the volumes
 
-    def _say_how_to_go_on(self, engine: AutoencoderTrainer) -> None:
+    def _say_how_to_go_on(self, engine: ResumableTrainer) -> None:
         if engine.exit_code and idist.get_rank() == 0:
             logger.warning(
                 f"{signal.Signals(engine.exit_code - 128).name} after iteration {engine.state.iteration}: "

@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Events
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.resumable_trainer import ResumableTrainer
 
 __all__ = ["WeightAverage", "moving_average"]
 
@@ -49,14 +49,14 @@ class WeightAverage:
         self.average = average
         self.network = network
 
-    def attach(self, engine: AutoencoderTrainer) -> None:
+    def attach(self, engine: ResumableTrainer) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def _start(self, engine: AutoencoderTrainer) -> None:
+    def _start(self, engine: ResumableTrainer) -> None:
         if engine.state.iteration == 0:
             self.average.module.load_state_dict(self.network.state_dict())
 
-    def __call__(self, engine: AutoencoderTrainer) -> None:
+    def __call__(self, engine: ResumableTrainer) -> None:
         if engine.step_is_complete:
             self.average.update_parameters(self.network)

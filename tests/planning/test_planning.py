@@ -25,7 +25,7 @@ from scripts.planning.self_test import Configuration, check_all, check_configura
 from scripts.planning.tables import verdict
 from scripts.planning.training_costs import training_cost
 from scripts.planning.training_start import log_estimate
-from scripts.training.trainer import AutoencoderTrainer
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from tests.conftest import ROOT, SMALL
 from tests.processes import bundle_run
 

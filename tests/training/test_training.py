@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.training.adversary import Adversary
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.losses import LossTerm, SpectralLoss, kl_divergence, perceptual_loss
-from scripts.training.trainer import AutoencoderTrainer
 from scripts.training.weight_average import WeightAverage, moving_average
 
 

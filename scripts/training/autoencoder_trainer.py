@@ -1,0 +1,127 @@
+"""The trainer of the autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
+from monai.utils.enums import CommonKeys as Keys
+
+from scripts.training.adversary import Adversary
+from scripts.training.losses import LossTerm, kl_divergence
+from scripts.training.resumable_trainer import Losses, ResumableTrainer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.10 has none
+
+__all__ = ["AutoencoderTrainer"]
+
+
+class AutoencoderTrainer(ResumableTrainer):
+    """
+    Trainer of an autoencoder. The target is the image, and the loss is the sum of
+
+    - ``recon_loss``: ``loss_function`` of the reconstruction;
+    - ``kl_loss``: the KL divergence of the latent, times ``kl_weight``;
+    - each of ``loss_terms``, times its weight;
+    - ``adv_loss``: whether the adversary takes the reconstruction for an image, times its weight, after its warm-up. The
+      adversary then makes its own step on the same batch (``discriminator_loss``).
+
+    ``engine.state.output`` holds ``loss`` and its parts without their weights.
+
+    Args:
+        kl_weight: weight of the KL divergence, which is summed over the latent.
+        loss_terms: further terms of the loss, by name.
+        adversary: the discriminator, or None to train without.
+        kwargs: arguments of :py:class:`ResumableTrainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        kl_weight: float,
+        loss_terms: dict[str, LossTerm] | None = None,
+        adversary: Adversary | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.kl_weight = kl_weight
+        self.loss_terms = loss_terms or {}  # before handlers are attached, which ask for `loss_names`
+        self.adversary = adversary
+        super().__init__(**kwargs)
+
+    @classmethod
+    def of_images(
+        cls,
+        images: Sequence[torch.Tensor],
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp_dtype: torch.dtype | None = None,
+        loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.l1_loss,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        A trainer for a few given steps, without data and handlers of a run: what estimates, tests and benchmarks use.
+
+        Args:
+            images: the batches of its only epoch, each ``BxCxHxWxD``, on the device where it trains.
+            network: on that device.
+            optimizer: of the network.
+            amp_dtype: data type of mixed precision, None for none.
+            loss_function: of reconstruction and image.
+            kwargs: further arguments of the trainer.
+        """
+        return cls(
+            device=images[0].device,
+            max_epochs=1,
+            train_data_loader=[{Keys.IMAGE: image} for image in images],
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            inferer=SimpleInferer(),
+            amp=amp_dtype is not None,
+            amp_dtype=str(amp_dtype or torch.bfloat16).removeprefix("torch."),
+            **{"kl_weight": 1e-8, **kwargs},
+        )
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        adversarial = ("adv_loss", "discriminator_loss") if self.adversary else ()
+        return (Keys.LOSS.value, "recon_loss", "kl_loss", *self.loss_terms, *adversarial)
+
+    def compute_losses(self, batchdata: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Losses]:
+        image, *_ = self.prepare(batchdata)
+        with torch.autocast(**self.autocast):
+            reconstruction, z_mu, z_sigma = self.inferer(image, self.network)
+        self.fire_event(IterationEvents.FORWARD_COMPLETED)
+        pred = reconstruction.float()
+        losses = {"recon_loss": self.loss_function(pred, image), "kl_loss": kl_divergence(z_mu, z_sigma)}
+        total = losses["recon_loss"] + self.kl_weight * losses["kl_loss"]
+        for name, term in self.loss_terms.items():
+            losses[name] = term.function(pred, image)
+            total = total + term.weight * losses[name]
+        if (adversary := self._opponent()) is not None:
+            with torch.autocast(**self.autocast):
+                losses["adv_loss"] = adversary.generator_loss(pred)
+            total = total + adversary.weight * losses["adv_loss"]
+        return {Keys.IMAGE: image, Keys.PRED: reconstruction}, {Keys.LOSS: total, **losses}
+
+    def further_backward(self, output: dict[str, torch.Tensor], losses: Losses, last: bool) -> None:
+        if (adversary := self._opponent()) is None:
+            return
+        with self.gradients_shared(adversary.discriminator, last):
+            with torch.autocast(**self.autocast):
+                losses["discriminator_loss"] = adversary.discriminator_loss(output[Keys.IMAGE], output[Keys.PRED])
+            self.backward(losses["discriminator_loss"])
+
+    def pairs(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Module]]:
+        adversary = self._opponent()
+        own = super().pairs()
+        return own if adversary is None else [*own, (adversary.optimizer, adversary.discriminator)]
+
+    def _opponent(self) -> Adversary | None:
+        """The adversary, once its warm-up is over."""
+        return self.adversary if self.adversary and self.adversary.has_started(self.state.epoch) else None

@@ -1,0 +1,195 @@
+"""A trainer whose runs can be resumed to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.engines import SupervisedTrainer, Trainer
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
+from torch.nn.parallel import DistributedDataParallel
+
+from scripts.bundle.precision import autocast_dtype
+
+__all__ = ["Losses", "ResumableTrainer"]
+
+Losses = dict[str, torch.Tensor]
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(SupervisedTrainer):
+    """
+    MONAI's ``SupervisedTrainer`` with mixed precision on any device, clipped gradients, and a gradient scaler that lives as
+    long as the trainer, so that a resumed one keeps its scale. A step whose loss or gradient is not finite is left out.
+
+    ``engine.state.output`` is a list of one dict, as MONAI's handlers expect: the image, the prediction, and the losses of
+    the whole batch. The loss is ``loss_function`` of prediction and target; a trainer with further losses overrides
+    :py:meth:`compute_losses` and ``loss_names``, and one with a second network :py:meth:`pairs` and
+    :py:meth:`further_backward` too.
+
+    Args:
+        amp_dtype: ``"bfloat16"``, or ``"float16"`` with a gradient scaler.
+        max_grad_norm: clip gradients to this norm.
+        max_nonfinite_steps: stop with an error after so many steps in a row that are not finite.
+        kwargs: arguments of ``SupervisedTrainer``; ``amp`` switches mixed precision on, ``accumulation_steps`` counts the
+            batches of one optimizer step.
+
+    Attributes:
+        exit_code: that ``run`` ends the process with, if it is not 0.
+
+    Raises:
+        FloatingPointError: when training, after ``max_nonfinite_steps``, with the files of the batch and the last finite
+            losses.
+    """
+
+    def __init__(self, *, amp_dtype: str, max_grad_norm: float = 1.0, max_nonfinite_steps: int = 10, **kwargs: Any) -> None:
+        super().__init__(decollate=False, **kwargs)  # handlers read scalars, no need to take apart
+        self.max_grad_norm = max_grad_norm
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.autocast = {"device_type": self.state.device.type, "dtype": autocast_dtype(amp_dtype), "enabled": self.amp}
+        self.scaler: Any = torch.amp.GradScaler(self.state.device.type, enabled=self.amp and amp_dtype == "float16")
+        self.exit_code = 0
+        self.nonfinite_steps = 0
+        self.batches_of_step: list[tuple[list[str], torch.Tensor]] = []
+        self.finite_losses: Losses = {}
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Names of the losses in ``engine.state.output``, the total first."""
+        return (Keys.LOSS.value,)
+
+    @property
+    def step_is_complete(self) -> bool:
+        """Whether the optimizer has used all gradients so far, so that none would be lost if the run stopped here."""
+        return self._accumulation_window()[1]
+
+    def run(self) -> None:  # type: ignore[override]
+        super(Trainer, self).run()  # past MONAI's Trainer, which would make a new gradient scaler
+        if self.exit_code:
+            raise SystemExit(self.exit_code)
+
+    # --- what another trainer overrides ------------------------------------------------------------------------------
+
+    def compute_losses(self, batchdata: dict[str, Any]) -> tuple[dict[str, Any], Losses]:
+        """
+        The forward pass of one batch, which fires ``FORWARD_COMPLETED``.
+
+        Returns:
+            what the output holds besides the losses (``"image"``, ``"pred"``); and the losses, of which ``"loss"`` is the
+            one to minimise.
+        """
+        inputs, targets, args, kwargs = self.prepare(batchdata)
+        with torch.autocast(**self.autocast):
+            pred = self.inferer(inputs, self.network, *args, **kwargs)
+        self.fire_event(IterationEvents.FORWARD_COMPLETED)
+        loss = self.loss_function(pred.float(), targets)
+        return {Keys.IMAGE: inputs, Keys.LABEL: targets, Keys.PRED: pred}, {Keys.LOSS: loss}
+
+    def further_backward(self, output: dict[str, torch.Tensor], losses: Losses, last: bool) -> None:
+        """
+        Compute the gradients of a second network from the output of the first, detached, and add its losses.
+
+        Args:
+            output: of :py:meth:`compute_losses`.
+            losses: of the batch so far.
+            last: whether this batch is the last of its optimizer step.
+        """
+
+    def pairs(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Module]]:
+        """Each optimizer of this step, and the network whose gradients it uses."""
+        return [(self.optimizer, self.network)]
+
+    # --- one iteration -----------------------------------------------------------------------------------------------
+
+    def prepare(self, batchdata: dict[str, Any]) -> tuple[Any, Any, tuple, dict[str, Any]]:
+        """A batch on the trainer's device, by ``prepare_batch``: inputs, targets, and further arguments of the inferer."""
+        batch: Any = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
+        inputs, targets, args, kwargs = batch if len(batch) == 4 else (*batch, (), {})
+        inputs, targets = (item.as_tensor() if isinstance(item, MetaTensor) else item for item in (inputs, targets))
+        return inputs, targets, args, kwargs
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one batch's loss to those of its optimizer step."""
+        self.scaler.scale(loss / self.accumulation_steps).backward()
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> list[Losses]:  # type: ignore[override]
+        first, last = self._accumulation_window()
+        self.network.train()
+        if first:
+            self._start_step()
+        with self.gradients_shared(self.network, last):
+            output, losses = self.compute_losses(batchdata)
+            self.fire_event(IterationEvents.LOSS_COMPLETED)
+            self.backward(losses[Keys.LOSS])
+        output[Keys.PRED] = output[Keys.PRED].detach()
+        self.further_backward(output, losses, last)
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+
+        zero = losses[Keys.LOSS].new_zeros(())  # for a loss that is not computed yet
+        losses = {name: losses.get(name, zero).detach() for name in self.loss_names}
+        self.batches_of_step.append((batchdata.get("file", []), losses[Keys.LOSS]))
+        if last:
+            self._finish_step(losses)
+        self.state.output = [{**output, **losses}]
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return self.state.output
+
+    def _start_step(self) -> None:
+        self.batches_of_step = []
+        for optimizer, _ in self.pairs():
+            optimizer.zero_grad(set_to_none=True)
+
+    def _finish_step(self, losses: Losses) -> None:
+        norms = []
+        for optimizer, network in self.pairs():
+            self.scaler.unscale_(optimizer)
+            norms.append(torch.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm))
+        # The gradients of all processes are in the norms, so all agree. A gradient scaler leaves a step out by itself, and
+        # an overflow is its way to find the scale: there the losses decide what is counted.
+        decisive = [loss for _, loss in self.batches_of_step] if self.scaler.is_enabled() else norms
+        finite = self.are_finite(decisive)
+        if finite or self.scaler.is_enabled():
+            for optimizer, _ in self.pairs():
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        self._count_nonfinite(finite, losses)
+
+    @staticmethod
+    def are_finite(values: list[torch.Tensor]) -> bool:
+        """Whether numbers are finite: all that a step asks of values, which tensors without data do not have."""
+        return bool(torch.isfinite(torch.stack(values)).all())
+
+    def _count_nonfinite(self, finite: bool, losses: Losses) -> None:
+        if finite:
+            self.nonfinite_steps = 0
+            self.finite_losses = losses
+            return
+        self.nonfinite_steps += 1
+        batches = [files for files, loss in self.batches_of_step if not torch.isfinite(loss)]
+        files = [file for batch in batches for file in batch]
+        where = f"the loss of {', '.join(files)}" if batches else "the gradient"
+        logger.warning(f"iteration {self.state.iteration}: {where} is not finite; the step is left out")
+        if self.nonfinite_steps >= self.max_nonfinite_steps:
+            last = ", ".join(f"{name} {value.item():.4g}" for name, value in self.finite_losses.items())
+            raise FloatingPointError(
+                f"{self.nonfinite_steps} steps in a row were not finite (`max_nonfinite_steps`), the last at iteration "
+                f"{self.state.iteration}, because of {where}. The last finite losses were: {last or 'none'}. The weights "
+                "have not moved since. Look at the volume, lower `lr` or set `amp` to false, and go on with `--resume true`."
+            )
+
+    @staticmethod
+    def gradients_shared(network: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Processes need each other's gradients only for the last batch of a step."""
+        if isinstance(network, DistributedDataParallel) and not last:
+            return network.no_sync()
+        return contextlib.nullcontext()
+
+    def _accumulation_window(self) -> tuple[bool, bool]:
+        """Whether this batch is the first and the last of its optimizer step. The last step of an epoch may be shorter."""
+        position = (self.state.iteration - 1) % self.state.epoch_length
+        last = (position + 1) % self.accumulation_steps == 0 or position + 1 == self.state.epoch_length
+        return position % self.accumulation_steps == 0, last
