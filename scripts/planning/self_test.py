@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ class Configuration:
     """A configuration of this bundle: config files relative to its root, and overrides."""
 
     files: tuple[str, ...]
-    overrides: tuple[tuple[str, Any], ...] = ()
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         files = " + ".join(file.removeprefix("configs/").removesuffix(".json") for file in self.files)
-        return " ".join([files, *(f"--{key} {str(value).replace(' ', '')}" for key, value in self.overrides)])
+        return " ".join([files, *(f"--{key} {str(value).replace(' ', '')}" for key, value in self.overrides.items())])
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,10 @@ def check_configuration(configuration: Configuration, root: Path = ROOT, device:
         device: where to run.
     """
     try:
-        overrides = {key: _thawed(value) for key, value in configuration.overrides}
-        plan = read_plan([str(root / file) for file in configuration.files], **overrides)
+        plan = read_plan([str(root / file) for file in configuration.files], **configuration.overrides)
         return _run(configuration.name, plan, device)
     except Exception as error:  # a self-test goes on to the next configuration, and says of each what is wrong
         return CheckResult(configuration.name, error=f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _thawed(value: Any) -> Any:
-    return [_thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _run(name: str, plan: Plan, device: str) -> CheckResult:

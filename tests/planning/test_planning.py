@@ -272,15 +272,15 @@ def test_every_command_has_a_help(capsys, command, words):
     assert words in printed.out + printed.err
 
 
-def test_presets_and_documented_configurations_are_checked():
+def test_default_and_every_preset_are_checked():
     names = [configuration.name for configuration in configurations()]
     assert {f"train + presets/{path.stem}" for path in (ROOT / "configs/presets").glob("*.json")} <= set(names)
-    assert {"train", "train + evaluate", "inference", "train --downsample_factors (4,2) --latent_channels 64"} <= set(names)
+    assert "train" in names
     assert len(names) == len(set(names))
 
 
 def test_check_counts_what_was_estimated():
-    small = Configuration(("configs/train.json", "configs/presets/16x.json"), (("channels", (4, 8, 8)),))
+    small = Configuration(("configs/train.json", "configs/presets/16x.json"), {"channels": [4, 8, 8]})
     result = check_configuration(small)
     assert result.error is None
     assert result.latent_shape[1:] == (2, 2, 2)
