@@ -22,7 +22,7 @@ from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.quality import at_any_size, read_recipe, validation_volumes
 from scripts.planning.tables import table
 from scripts.training.repeatable_batches import training_patches
-from scripts.training.shortcut_fitter import CODE_PATCHES, NEIGHBOUR_PATCHES
+from scripts.training.shortcut_fit import CODE_PATCHES, NEIGHBOUR_PATCHES
 
 
 def main(network: str = "8x", data: str = "sample", **overrides: Any) -> None:

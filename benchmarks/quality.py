@@ -85,9 +85,10 @@ def train(
     """
     name = str(name or network)
     parser = read_recipe(network, data, device, **overrides)
-    needed = {"ShortcutFitter", "RepeatableOrder", "WeightAverage"} - ({"ShortcutFitter"} if network == MONAI else set())
+    needed = {"InitialWeights", "RepeatableOrder", "WeightAverage"}
     handlers = parser["train#handlers"]
     parser["train#handlers"] = [handler for handler in handlers if handler["_target_"].rpartition(".")[2] in needed]
+    parser["validate#handlers"] = []
     parser.parse()
     set_determinism(seed=parser.get_parsed_content("seed"))
     trainer = parser.get_parsed_content("train#trainer")
@@ -167,6 +168,7 @@ def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) 
         "channels_last": device == "cpu",
         "epochs": 10**6,
         "num_workers": 0,
+        "fit_shortcut": network != MONAI,
     }
     parser.update({**settings, **overrides})
     parser.parse()

@@ -1,16 +1,17 @@
-"""The training of the autoencoder: its trainer and losses, the adversary, the average of the weights, repeatable batches,
-where weights start, checkpoints and exact resume, signals, and progress.
+"""Training: a trainer that can be resumed and that of the autoencoder, its losses and adversary, the average of the weights,
+repeatable batches, where weights start, checkpoints and exact resume, signals, and progress.
 """
 
 from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
-from scripts.training.checkpoints import TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
-from scripts.training.losses import LossTerm, SpectralLoss, perceptual_loss
-from scripts.training.pretrained import PretrainedLoader, load_pretrained
+from scripts.training.checkpoints import TrainingSaver, claim_ckpt_dir, find_checkpoints
+from scripts.training.curves import lr_and_losses
+from scripts.training.initial_weights import InitialWeights
+from scripts.training.losses import LossTerm, ReconstructionLoss, SpectralLoss, perceptual_loss
+from scripts.training.pretrained import load_pretrained
 from scripts.training.progress import BeforeAndAfter, Throughput, TrainingProgress, log_factors
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
 from scripts.training.resumable_trainer import ResumableTrainer
-from scripts.training.shortcut_fitter import ShortcutFitter
 from scripts.training.signals import StopOnSignal, leave_signals_to_main
 from scripts.training.weight_average import WeightAverage, moving_average
 
@@ -18,18 +19,17 @@ __all__ = [
     "Adversary",
     "AutoencoderTrainer",
     "BeforeAndAfter",
+    "InitialWeights",
     "LossTerm",
-    "PretrainedLoader",
+    "ReconstructionLoss",
     "RepeatableBatchSampler",
     "RepeatableDataset",
     "RepeatableOrder",
     "ResumableTrainer",
-    "ShortcutFitter",
     "SpectralLoss",
     "StopOnSignal",
     "Throughput",
     "TrainingProgress",
-    "TrainingResumer",
     "TrainingSaver",
     "WeightAverage",
     "claim_ckpt_dir",
@@ -37,6 +37,7 @@ __all__ = [
     "leave_signals_to_main",
     "load_pretrained",
     "log_factors",
+    "lr_and_losses",
     "moving_average",
     "perceptual_loss",
 ]

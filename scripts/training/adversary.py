@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from monai.losses import PatchAdversarialLoss
+from monai.optimizers import WarmupCosineSchedule
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Adversary"]
@@ -13,13 +15,14 @@ __all__ = ["Adversary"]
 
 class Adversary:
     """
-    A patch discriminator with its optimizer, as in VQGAN (Esser et al., https://arxiv.org/abs/2012.09841), with least
-    squares for a loss.
+    A patch discriminator with its optimizer and schedule, as in VQGAN (Esser et al., https://arxiv.org/abs/2012.09841), with
+    least squares for a loss.
 
     Args:
         discriminator: MONAI's ``PatchDiscriminator``, wrapped for distributed training or not. Its last output is the map
             that judges.
-        optimizer: of the discriminator.
+        optimizer: makes the optimizer of its parameters.
+        num_steps: the learning rate falls to zero over so many batches, along a cosine.
         weight: of the adversarial loss in the autoencoder's.
         warmup_epochs: epochs that the autoencoder trains alone first.
     """
@@ -27,12 +30,14 @@ class Adversary:
     def __init__(
         self,
         discriminator: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        num_steps: int,
         weight: float,
         warmup_epochs: int,
     ) -> None:
         self.discriminator = discriminator
-        self.optimizer = optimizer
+        self.optimizer = optimizer(discriminator.parameters())
+        self.lr_scheduler = WarmupCosineSchedule(self.optimizer, warmup_steps=1, t_total=num_steps)
         self.weight = weight
         self.warmup_epochs = warmup_epochs
         self.loss = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)

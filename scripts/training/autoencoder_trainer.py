@@ -122,6 +122,12 @@ class AutoencoderTrainer(ResumableTrainer):
         own = super().pairs()
         return own if adversary is None else [*own, (adversary.optimizer, adversary.discriminator)]
 
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> list[Losses]:  # type: ignore[override]
+        output = super()._iteration(engine, batchdata)
+        if self.adversary:
+            self.adversary.lr_scheduler.step()
+        return output
+
     def _opponent(self) -> Adversary | None:
         """The adversary, once its warm-up is over."""
         return self.adversary if self.adversary and self.adversary.has_started(self.state.epoch) else None

@@ -3,34 +3,27 @@ best weights so far."""
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import random
 import re
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from monai.engines import Evaluator
 
-from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import UNFINISHED, serialise, write_atomically
-from scripts.bundle.weights import check_arguments, save_weights, what_is_wrong
+from scripts.bundle.weights import save_weights
 from scripts.training.resumable_trainer import ResumableTrainer
 
-__all__ = ["TrainingResumer", "TrainingSaver", "claim_ckpt_dir", "find_checkpoints"]
+__all__ = ["TrainingSaver", "claim_ckpt_dir", "find_checkpoints", "set_random_states"]
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
-EVALUATOR_STATE: dict[str, type] = {"best_metric": float, "best_metric_epoch": int, "psnr_before": float}
-SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
-logger = logging.getLogger(__name__)
 
 
 def find_checkpoints(ckpt_dir: str | Path) -> list[Path]:
@@ -72,18 +65,18 @@ def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
 class TrainingSaver:
     """
     Handler that writes a checkpoint after every epoch, every few minutes within one, and when a signal ends the run; and
-    ``model.pt`` (with ``model.json``) whenever the evaluator's key metric is better than ever. It must come after
-    all that change the state, so that what they do at the same moment is in the checkpoint.
+    ``model.pt`` (with ``model.json``) whenever the evaluator's key metric is better than ever.
 
-    A checkpoint holds everything that :py:class:`TrainingResumer` needs for going on as if nothing had happened. It is
-    written beside its place, flushed to the disk and renamed, and only then are old ones removed: a kill, a full disk or a
-    power cut never costs one that was whole.
+    A checkpoint holds everything that :py:func:`scripts.training.resume.resume_run` needs for going on as if nothing had
+    happened. It is written beside its place, flushed to the disk and renamed, and only then are old ones removed: a kill, a
+    full disk or a power cut never costs one that was whole.
 
     Args:
         ckpt_dir: folder for the checkpoints.
-        network: the network whose weights are saved, not wrapped.
+        network: the network whose weights are saved, not wrapped; its ``arguments`` are what it was made with.
         to_save: further objects with a ``state_dict``, by name; None stands for one that this run does not have.
-        evaluator: the validation engine; the weights of its network are ``model.pt``.
+        evaluator: the validation engine; the weights of its network are ``model.pt``. Its best metric is kept, and the
+            numbers in its state that its ``state_dict_user_keys`` name.
         minutes: write a checkpoint within an epoch when the last one is older.
         keep: how many to keep, besides that of the best epoch.
     """
@@ -91,7 +84,7 @@ class TrainingSaver:
     def __init__(
         self,
         ckpt_dir: str,
-        network: AutoencoderKL,
+        network: Any,
         to_save: dict[str, Any],
         evaluator: Evaluator,
         minutes: float = 10.0,
@@ -101,7 +94,7 @@ class TrainingSaver:
             raise ValueError(f"`keep` is {keep!r}; at least 1 checkpoint must be kept.")
         self.ckpt_dir = Path(ckpt_dir)
         self.network = network
-        self.to_save = _present(to_save)
+        self.to_save = {name: item for name, item in to_save.items() if item is not None}
         self.evaluator: Any = evaluator
         self.minutes = minutes
         self.keep = keep
@@ -143,17 +136,18 @@ class TrainingSaver:
             "network": self.network.state_dict(),
             "scaler": trainer.scaler.state_dict(),
             "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
-            "evaluator": {
-                name: kind(getattr(self.evaluator.state, name))
-                for name, kind in EVALUATOR_STATE.items()
-                if hasattr(self.evaluator.state, name)
-            },
+            "evaluator": self._numbers_of_validation(),
             "random": _random_states(),
             **{name: item.state_dict() for name, item in self.to_save.items()},
         }
         write_atomically(serialise(content), self.ckpt_dir / f"checkpoint_{trainer.state.iteration:08d}.pt")
         self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
         self._prune(best=self.evaluator.state.best_metric_epoch * trainer.state.epoch_length)
+
+    def _numbers_of_validation(self) -> dict[str, Any]:
+        state = self.evaluator.state
+        further = {name: float(getattr(state, name)) for name in self.evaluator.state_dict_user_keys if hasattr(state, name)}
+        return {"best_metric": float(state.best_metric), "best_metric_epoch": int(state.best_metric_epoch), **further}
 
     def _prune(self, best: int) -> None:
         for path in find_checkpoints(self.ckpt_dir)[self.keep :]:
@@ -162,108 +156,8 @@ class TrainingSaver:
                 path.unlink(missing_ok=True)
 
 
-class TrainingResumer:
-    """
-    Handler that goes on from the newest checkpoint that is whole, if ``resume`` is set and there is one. It must come first
-    in the list.
-
-    Args:
-        ckpt_dir: folder of the checkpoints; with several machines, one that all of them share.
-        resume: whether to go on; if False the handler does nothing.
-        network: the network to load, not wrapped.
-        to_load: further objects, by name, as in :py:class:`TrainingSaver`.
-        evaluator: the validation engine, which gets back its best metric.
-
-    Raises:
-        ValueError: when training starts and no checkpoint is whole, or it is of another network.
-    """
-
-    def __init__(
-        self, ckpt_dir: str, resume: bool, network: AutoencoderKL, to_load: dict[str, Any], evaluator: Evaluator
-    ) -> None:
-        self.ckpt_dir = Path(ckpt_dir)
-        self.resume = resume
-        self.network = network
-        self.to_load = _present(to_load)
-        self.evaluator = evaluator
-
-    def attach(self, engine: Engine) -> None:
-        if self.resume:
-            engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, trainer: ResumableTrainer) -> None:
-        found = self._newest_whole()
-        iterations = idist.all_gather(found[1]["trainer"]["iteration"] if found else 0)
-        if isinstance(iterations, list) and len(set(iterations)) > 1:
-            raise ValueError(
-                f"the processes found checkpoints of different iterations in {self.ckpt_dir}: {sorted(set(iterations))}. "
-                "All machines must see the same `ckpt_dir`."
-            )
-        if found is None:
-            logger.info(f"nothing to resume in {self.ckpt_dir}: training starts from the beginning")
-            return
-        path, content = found
-        check_arguments(content["arguments"], self.network.arguments, path)
-        self._load(trainer, content, path)
-        logger.info(f"resumed {path} after iteration {trainer.state.iteration}, epoch {trainer.state.epoch} complete")
-        if trainer.state.epoch >= trainer.state.max_epochs:
-            logger.info(f"all {trainer.state.max_epochs} epochs are done; set `epochs` higher to train on")
-
-    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
-        paths = find_checkpoints(self.ckpt_dir)
-        for path in paths:
-            try:
-                return path, _read(path)
-            except Exception as error:  # damaged archives raise whatever the reader stumbles over
-                reason = what_is_wrong(error)
-            logger.warning(f"{path} {reason}. Trying the one before.")
-        if paths:
-            raise ValueError(
-                f"none of the {len(paths)} checkpoints in {self.ckpt_dir} can be used; {paths[-1]} {reason}. "
-                "Remove them to start again, or choose another `ckpt_dir`."
-            )
-        return None
-
-    def _load(self, trainer: ResumableTrainer, content: dict[str, Any], path: Path) -> None:
-        self.network.load_state_dict(content["network"])
-        if content["scaler"]:  # empty when the run so far had no scaler
-            trainer.scaler.load_state_dict(content["scaler"])
-        for name, item in self.to_load.items():
-            if name not in content:
-                logger.warning(f"{path} has no `{name}`, which this run has: it starts anew")
-                continue
-            length = {key: value for key, value in item.state_dict().items() if key in SCHEDULE_LENGTH}
-            item.load_state_dict({**content[name], **length})
-        for name, value in content["evaluator"].items():
-            setattr(self.evaluator.state, name, value)
-        self._set_position(trainer, **content["trainer"])
-        _set_random_states(content["random"])
-
-    def _set_position(self, trainer: ResumableTrainer, iteration: int, epoch: int, epoch_length: int) -> None:
-        complete = iteration // epoch_length
-        if epoch_length != trainer.state.epoch_length:
-            logger.warning(
-                f"an epoch has {trainer.state.epoch_length} batches and had {epoch_length}: going on after epoch {complete}"
-            )
-            iteration = complete * trainer.state.epoch_length
-        trainer.state.iteration, trainer.state.epoch = iteration, complete
-
-
-def _present(items: dict[str, Any]) -> dict[str, Any]:
-    return {name: item for name, item in items.items() if item is not None}
-
-
 def _best(evaluator: Evaluator) -> float | None:
     return float(evaluator.state.best_metric) if evaluator.state.best_metric_epoch != -1 else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch writes; torch itself does not look at its checksums
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"{damaged} in it has changed")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _random_states() -> dict[str, Any]:
@@ -276,7 +170,7 @@ def _random_states() -> dict[str, Any]:
     }
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     name, key, *rest = states["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))

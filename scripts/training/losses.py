@@ -1,4 +1,4 @@
-"""Terms of the training loss that neither PyTorch nor MONAI has."""
+"""Terms of the training loss."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from monai.losses import JukeboxLoss, PerceptualLoss
+from torch.nn import functional
 
-__all__ = ["LossTerm", "SpectralLoss", "kl_divergence", "perceptual_loss"]
+__all__ = ["LossTerm", "ReconstructionLoss", "SpectralLoss", "kl_divergence", "perceptual_loss"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,16 @@ class LossTerm:
 
     weight: float
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ReconstructionLoss:
+    """Mean absolute error plus ``mse_weight`` times the mean squared error, of reconstruction and image, ``BxCxHxWxD``."""
+
+    mse_weight: float
+
+    def __call__(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.l1_loss(pred, target) + self.mse_weight * functional.mse_loss(pred, target)
 
 
 def kl_divergence(z_mu: torch.Tensor, z_sigma: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.weights import read_weights, what_differs
 
-__all__ = ["PretrainedLoader", "load_pretrained"]
+__all__ = ["load_pretrained"]
 
 LAYER = re.compile(r"((?:encoder|decoder)\.blocks\.\d+|decoder\.refine|\w+)\.(.+)")  # and the name of a tensor in it
 BLOCK = re.compile(r"(encoder|decoder)\.blocks\.(\d+)")
@@ -31,29 +30,6 @@ ENDS = ("encoder norm", "decoder norm", "decoder last", "quant_conv_mu", "quant_
 logger = logging.getLogger(__name__)
 
 Layer = tuple[str, dict[str, torch.Tensor]]  # its name in the state dict, and its tensors
-
-
-class PretrainedLoader:
-    """
-    Trainer handler that starts a new run from weights, see :py:func:`load_pretrained`. In a run that is resumed it does
-    nothing.
-
-    Args:
-        network: the network, not wrapped.
-        path: of the weights.
-    """
-
-    def __init__(self, network: AutoencoderKL, path: str) -> None:
-        self.network = network
-        self.path = path
-
-    def attach(self, engine: Engine) -> None:
-        """Register with a trainer, behind the handler that resumes."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        if engine.state.iteration == 0:
-            load_pretrained(self.network, self.path)
 
 
 def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:

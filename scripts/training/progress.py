@@ -152,6 +152,7 @@ class BeforeAndAfter:
         self.weights = weights
 
     def attach(self, engine: Trainer) -> None:
+        self.validator.state_dict_user_keys.append("psnr_before")  # checkpoints hold it
         engine.add_event_handler(Events.STARTED, self._validate_before)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._validate_last_epoch)
         engine.add_event_handler(Events.COMPLETED, self._report)
@@ -161,7 +162,7 @@ class BeforeAndAfter:
             return
         self.validator.run()
         state: Any = self.validator.state
-        state.psnr_before = state.metrics["psnr"]  # checkpoints hold it
+        state.psnr_before = state.metrics["psnr"]
         logger.info(f"before the first step: validation PSNR {state.psnr_before:.2f} dB")
         # an untrained network is not the best one, and the next validation is the first
         self.validator.state.best_metric = self.validator.state.best_metric_epoch = -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch.nn.parallel import DistributedDataParallel
 
 from scripts.bundle.precision import autocast_dtype
+from scripts.training.handler_order import check_order
 
 __all__ = ["Losses", "ResumableTrainer"]
 
@@ -42,6 +44,7 @@ class ResumableTrainer(SupervisedTrainer):
         exit_code: that ``run`` ends the process with, if it is not 0.
 
     Raises:
+        ValueError: for handlers in an order that does not work, see :py:mod:`scripts.training.handler_order`.
         FloatingPointError: when training, after ``max_nonfinite_steps``, with the files of the batch and the last finite
             losses.
     """
@@ -66,6 +69,10 @@ class ResumableTrainer(SupervisedTrainer):
     def step_is_complete(self) -> bool:
         """Whether the optimizer has used all gradients so far, so that none would be lost if the run stopped here."""
         return self._accumulation_window()[1]
+
+    def _register_handlers(self, handlers: Sequence) -> None:
+        check_order(handlers)
+        super()._register_handlers(handlers)
 
     def run(self) -> None:  # type: ignore[override]
         super(Trainer, self).run()  # past MONAI's Trainer, which would make a new gradient scaler

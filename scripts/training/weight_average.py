@@ -37,8 +37,8 @@ def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
 
 class WeightAverage:
     """
-    Trainer handler that updates the average after every optimizer step. In a new run it starts as the network does, so the
-    handler must come behind those that give the network its first weights.
+    Trainer handler that updates the average after every optimizer step. What it starts from is left to
+    :py:class:`scripts.training.InitialWeights`.
 
     Args:
         average: of the network, with :py:func:`moving_average`.
@@ -50,12 +50,7 @@ class WeightAverage:
         self.network = network
 
     def attach(self, engine: ResumableTrainer) -> None:
-        engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-
-    def _start(self, engine: ResumableTrainer) -> None:
-        if engine.state.iteration == 0:
-            self.average.module.load_state_dict(self.network.state_dict())
 
     def __call__(self, engine: ResumableTrainer) -> None:
         if engine.step_is_complete:

@@ -32,7 +32,10 @@ def test_inference_builds_the_network_that_training_builds():
     keys = {value[1:] for value in definition.values() if isinstance(value, str) and value.startswith("@")}
     keys |= {"spacing", "intensity_percentiles", "intensity_range", "amp", "amp_dtype", "device", "image_glob"}
     assert {key: inference[key] for key in keys} == {key: train[key] for key in keys}
-    assert inference["preprocessing"]["transforms"][:-1] == train["load"]  # the last one notes where a volume comes from
+    assert inference["settings"] == ConfigParser.load_config_file(CONFIGS / "evaluate.json")["settings"]
+    assert (
+        inference["preprocessing"]["transforms"][:-1] == train["deterministic_transforms"]
+    )  # the last one notes where a volume comes from
 
 
 def test_8x_is_the_default():

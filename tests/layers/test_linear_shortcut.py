@@ -11,8 +11,9 @@ from scipy.fft import dctn, idctn
 
 from scripts.evaluation.metrics import grid_energy
 from scripts.layers.linear_shortcut import RIDGES, LinearShortcut, OverlappedTransform, beside_neighbours
+from scripts.training.initial_weights import InitialWeights
 from scripts.training.repeatable_batches import RepeatableBatchSampler
-from scripts.training.shortcut_fitter import ShortcutFitter
+from scripts.training.shortcut_fit import fit_shortcut
 from tests.conftest import head_like
 from tests.test_autoencoderkl import build, image_for
 
@@ -151,13 +152,15 @@ def test_fitter_fits_a_new_run_alike_in_every_process_and_leaves_a_resumed_one(m
             return [{"image": torch.rand(1, 16, 16, 16, generator=generator)}]
 
     weights = []
-    for rank, iteration in ((0, 0), (1, 0), (0, 7)):
+    for rank, resumed in ((0, False), (1, False), (0, True)):
+        monkeypatch.setattr("scripts.training.initial_weights.resume_run", lambda *args, resumed=resumed: resumed)
         monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
         network = shortcut_network()
         sampler = RepeatableBatchSampler(num_items=3, batch_size=1, seed=5)
-        state = SimpleNamespace(iteration=iteration, dataloader=SimpleNamespace(dataset=Patches()))
+        state = SimpleNamespace(dataloader=SimpleNamespace(dataset=Patches(), batch_sampler=sampler))
         torch.manual_seed(rank)
-        ShortcutFitter(network, sampler)(SimpleNamespace(state=state))
+        start = InitialWeights(network, ckpt_dir="", resume=True, to_load={}, evaluator=None, fit_shortcut=True)
+        start(SimpleNamespace(state=state))
         weights.append(network.shortcut.state_dict())
     fresh = shortcut_network().shortcut.state_dict()
     for name in fresh:
@@ -172,7 +175,7 @@ def test_a_code_that_was_fitted_or_loaded_is_not_fitted_again():
     loaded = shortcut_network()
     assert loaded.shortcut.is_as_built() and LinearShortcut(2, 20, (2, 2)).is_as_built()
     loaded.load_state_dict(fitted.state_dict())
-    ShortcutFitter(loaded, sampler=None)(SimpleNamespace(state=SimpleNamespace(iteration=0)))
+    fit_shortcut(loaded.shortcut, dataset=None, sampler=None)
     assert all(torch.equal(weight, fitted.state_dict()[name]) for name, weight in loaded.state_dict().items())
 
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from scripts.bundle.files import write_atomically
 from scripts.bundle.weights import load_weights, save_weights
 from scripts.inference.inferers import ReconstructionInferer
-from scripts.training.checkpoints import WEIGHTS, TrainingResumer, TrainingSaver, claim_ckpt_dir, find_checkpoints
+from scripts.training.checkpoints import WEIGHTS, TrainingSaver, claim_ckpt_dir, find_checkpoints
+from scripts.training.initial_weights import InitialWeights
 from scripts.training.progress import BeforeAndAfter
 from tests.training.test_training import images, small_network, trainer_of
 
@@ -121,7 +122,7 @@ def test_folder_of_another_run_is_refused(tmp_path):
 def run_with_checkpoints(
     folder, network, epochs: int, resume: bool = False, num_images: int = 3, schedule=None, at_start=None, **arguments
 ):
-    """Train ``epochs`` epochs with validation, a saver and a resumer, as train.json wires them."""
+    """Train ``epochs`` epochs with validation and checkpoints, as train.json wires them."""
 
     def psnr_metric():
         return PeakSignalToNoiseRatio(max_val=1.0, output_transform=from_engine(["pred", "image"]))
@@ -137,7 +138,7 @@ def run_with_checkpoints(
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     state = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
     handlers = [
-        TrainingResumer(str(folder), resume, network, state, evaluator),
+        InitialWeights(network, ckpt_dir=str(folder), resume=resume, to_load=state, evaluator=evaluator),
         ValidationHandler(interval=2, validator=evaluator),
         BeforeAndAfter(evaluator, picture="p.png", weights="model.pt"),
         TrainingSaver(str(folder), network, state, evaluator),

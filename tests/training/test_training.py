@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from ignite.engine import Events
@@ -13,7 +15,8 @@ from torch.utils.data import DataLoader
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
-from scripts.training.losses import LossTerm, SpectralLoss, kl_divergence, perceptual_loss
+from scripts.training.initial_weights import InitialWeights
+from scripts.training.losses import LossTerm, ReconstructionLoss, SpectralLoss, kl_divergence, perceptual_loss
 from scripts.training.weight_average import WeightAverage, moving_average
 
 
@@ -94,7 +97,7 @@ def test_loss_is_its_parts():
 def adversary_of(weight=0.1, warmup_epochs=0):
     torch.manual_seed(1)
     discriminator = PatchDiscriminator(3, channels=4, in_channels=1, num_layers_d=1, norm="INSTANCE")
-    return Adversary(discriminator, torch.optim.Adam(discriminator.parameters(), lr=0.01), weight, warmup_epochs)
+    return Adversary(discriminator, partial(torch.optim.Adam, lr=0.01), 1000, weight, warmup_epochs)
 
 
 def snapshot(module) -> torch.Tensor:
@@ -145,7 +148,14 @@ def test_discriminator_learns_to_tell_images_from_noise():
         losses.append(adversary.discriminator_loss(smooth, torch.rand(2, 1, 8, 8, 8)))
         losses[-1].backward()
         adversary.optimizer.step()
+        adversary.lr_scheduler.step()
     assert losses[-1] < losses[0] / 2
+
+
+def test_reconstruction_loss_is_absolute_error_and_weighted_squared_error():
+    pred, target = torch.rand(2, 1, 1, 4, 4, 4).unbind()
+    expected = (pred - target).abs().mean() + 3 * (pred - target).square().mean()
+    assert torch.isclose(ReconstructionLoss(3.0)(pred, target), expected)
 
 
 def test_loss_terms_are_weighted_and_named():
@@ -212,14 +222,14 @@ def test_average_is_updated_once_a_step():
     assert average.n_averaged == 3
 
 
-def test_average_starts_as_the_network_does_in_a_new_run():
+def test_average_starts_as_the_network_does_in_a_new_run(monkeypatch):
     network = small_network()
     average = AveragedModel(network)
     network.post_quant_conv.conv.weight.data.add_(1)  # as a handler that loads weights would
-    trainer = trainer_of(network, images(1), handlers=[WeightAverage(average, network)])
-    for iteration, same in ((7, False), (0, True)):
-        trainer.state.iteration = iteration
-        trainer.fire_event(Events.STARTED)
+    for resumed, same in ((True, False), (False, True)):
+        monkeypatch.setattr("scripts.training.initial_weights.resume_run", lambda *args, resumed=resumed: resumed)
+        start = InitialWeights(network, average, ckpt_dir="", resume=True, to_load={}, evaluator=None)
+        trainer_of(network, images(1), handlers=[start]).fire_event(Events.STARTED)
         assert torch.equal(snapshot(average.module), snapshot(network)) == same
 
 

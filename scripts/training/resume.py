@@ -1,0 +1,114 @@
+"""A run goes on from its newest checkpoint that is whole."""
+
+from __future__ import annotations
+
+import io
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from monai.engines import Evaluator
+
+from scripts.bundle.weights import check_arguments, what_is_wrong
+from scripts.training.checkpoints import find_checkpoints, set_random_states
+from scripts.training.resumable_trainer import ResumableTrainer
+
+__all__ = ["resume_run"]
+
+SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
+logger = logging.getLogger(__name__)
+
+
+def resume_run(
+    trainer: ResumableTrainer, ckpt_dir: str | Path, network: Any, to_load: dict[str, Any], evaluator: Evaluator
+) -> bool:
+    """
+    Load the newest checkpoint that is whole, as :py:class:`scripts.training.TrainingSaver` wrote it.
+
+    Args:
+        trainer: gets back its position, and the scale of its gradients.
+        ckpt_dir: folder of the checkpoints; with several machines, one that all of them share.
+        network: the network to load, not wrapped, with the ``arguments`` that it was made with.
+        to_load: further objects, by name, as the saver has them.
+        evaluator: the validation engine, which gets back its best metric.
+
+    Returns:
+        whether there was one.
+
+    Raises:
+        ValueError: when no checkpoint is whole, or it is of another network, or the processes of a distributed run do not
+            find the same.
+    """
+    found = _newest_whole(Path(ckpt_dir))
+    iterations = idist.all_gather(found[1]["trainer"]["iteration"] if found else 0)
+    if isinstance(iterations, list) and len(set(iterations)) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of different iterations in {ckpt_dir}: {sorted(set(iterations))}. "
+            "All machines must see the same `ckpt_dir`."
+        )
+    if found is None:
+        logger.info(f"nothing to resume in {ckpt_dir}: training starts from the beginning")
+        return False
+    path, content = found
+    check_arguments(content["arguments"], network.arguments, path)
+    network.load_state_dict(content["network"])
+    _load_items(to_load, content, path)
+    if content["scaler"]:  # empty when the run so far had no scaler
+        trainer.scaler.load_state_dict(content["scaler"])
+    for name, value in content["evaluator"].items():
+        setattr(evaluator.state, name, value)
+    _set_position(trainer, **content["trainer"])
+    set_random_states(content["random"])
+    logger.info(f"resumed {path} after iteration {trainer.state.iteration}, epoch {trainer.state.epoch} complete")
+    if trainer.state.epoch >= trainer.state.max_epochs:
+        logger.info(f"all {trainer.state.max_epochs} epochs are done; set `epochs` higher to train on")
+    return True
+
+
+def _newest_whole(ckpt_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    paths = find_checkpoints(ckpt_dir)
+    for path in paths:
+        try:
+            return path, _read(path)
+        except Exception as error:  # damaged archives raise whatever the reader stumbles over
+            reason = what_is_wrong(error)
+        logger.warning(f"{path} {reason}. Trying the one before.")
+    if paths:
+        raise ValueError(
+            f"none of the {len(paths)} checkpoints in {ckpt_dir} can be used; {paths[-1]} {reason}. "
+            "Remove them to start again, or choose another `ckpt_dir`."
+        )
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch writes; torch itself does not look at its checksums
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} in it has changed")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _load_items(to_load: dict[str, Any], content: dict[str, Any], path: Path) -> None:
+    for name, item in to_load.items():
+        if item is None:
+            continue
+        if name not in content:
+            logger.warning(f"{path} has no `{name}`, which this run has: it starts anew")
+            continue
+        length = {key: value for key, value in item.state_dict().items() if key in SCHEDULE_LENGTH}
+        item.load_state_dict({**content[name], **length})
+
+
+def _set_position(trainer: ResumableTrainer, iteration: int, epoch: int, epoch_length: int) -> None:
+    complete = iteration // epoch_length
+    if epoch_length != trainer.state.epoch_length:
+        logger.warning(
+            f"an epoch has {trainer.state.epoch_length} batches and had {epoch_length}: going on after epoch {complete}"
+        )
+        iteration = complete * trainer.state.epoch_length
+    trainer.state.iteration, trainer.state.epoch = iteration, complete

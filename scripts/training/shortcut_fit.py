@@ -1,0 +1,49 @@
+"""Training starts with a linear shortcut that is fitted to the training data."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from tqdm.auto import tqdm
+
+from scripts.layers.linear_shortcut import LinearShortcut
+from scripts.training.repeatable_batches import RepeatableBatchSampler, training_patches
+
+__all__ = ["fit_shortcut"]
+
+CODE_PATCHES, NEIGHBOUR_PATCHES = 64, 128  # that a code is fitted to, and then what it decodes from neighbours
+logger = logging.getLogger(__name__)
+
+
+def fit_shortcut(shortcut: LinearShortcut | None, dataset: Any, sampler: RepeatableBatchSampler) -> None:
+    """
+    Fit a network's linear shortcut to training patches, by :py:meth:`scripts.layers.LinearShortcut.fit` and
+    :py:meth:`~scripts.layers.LinearShortcut.fit_neighbours`; all processes get the same. Where there is none, or one that
+    is not as it was built, because it was fitted or came from other weights, nothing happens.
+
+    Args:
+        shortcut: of a :py:class:`scripts.autoencoderkl.AutoencoderKL`.
+        dataset: the :py:class:`scripts.training.RepeatableDataset` of the trainer.
+        sampler: of its loader.
+    """
+    if shortcut is None or not shortcut.is_as_built():
+        return
+    total = CODE_PATCHES + NEIGHBOUR_PATCHES
+    patches = itertools.islice(training_patches(dataset, sampler), total)
+    silent = idist.get_rank() > 0
+    bar = iter(tqdm(patches, "fitting the shortcut", total, leave=False, unit="patch", disable=silent))
+    with torch.random.fork_rng():  # the same code in one process and in many
+        torch.manual_seed(sampler.seed)
+        number = shortcut.fit(itertools.islice(bar, CODE_PATCHES))
+        shortcut.fit_neighbours(bar)
+    if idist.get_world_size() > 1:
+        for tensor in shortcut.state_dict().values():
+            idist.broadcast(tensor, src=0)
+    components, *block = shortcut.outer.analysis.shape
+    scarce = "; larger patches would tell it more" if number < math.prod(block) else ""
+    logger.info(f"linear shortcut: {components} principal components of {number} blocks{scarce}")
