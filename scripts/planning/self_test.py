@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from scripts.autoencoderkl import AutoencoderKL
@@ -134,6 +135,7 @@ def _train(plan: Plan, network: AutoencoderKL, image: torch.Tensor) -> tuple[int
     on_gpu = image.device.type == "cuda"
     if on_gpu:
         trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: torch.cuda.reset_peak_memory_stats())
+    average = AveragedModel(network) if plan.averaged else None  # noqa: F841  lies beside the weights while they train
     saved = SavedTensors(list(network.parameters()))
     saved.attach(trainer)
     with saved:

@@ -134,8 +134,7 @@ def training_cost(
 
 
 def _fake_adversary(discriminator: nn.Module, optimizer: MakeOptimizer) -> Adversary:
-    discriminator = fake_copy(discriminator)
-    return Adversary(discriminator, optimizer(discriminator.parameters()), weight=1.0, warmup_epochs=0)
+    return Adversary(fake_copy(discriminator), optimizer, num_steps=1, weight=1.0, warmup_epochs=0)
 
 
 class _FakeTrainer(AutoencoderTrainer):
