@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
-from torch.optim.swa_utils import AveragedModel
 
 from scripts.planning.allocations import AllocationTracker, nbytes_of
 from scripts.planning.cuda_casting import casting_rules
@@ -91,7 +90,7 @@ def training_cost(
         optimizer: makes an optimizer from parameters, the discriminator's too.
         accumulates: gradients of an earlier batch are there while the batch runs (gradient accumulation).
         discriminator: adversarial training with MONAI's ``PatchDiscriminator`` or one with its interface.
-        averaged: an average of the weights lies beside them.
+        averaged: an average of the weights, PyTorch's ``AveragedModel``, lies beside them.
 
     Raises:
         ValueError: for another device.
@@ -112,7 +111,7 @@ def training_cost(
             accumulation_steps=batches,
         )
         trainer.make_optimizer_states(device)
-        modules = [*trainer.modules, *([AveragedModel(network).module] if averaged else [])]
+        modules = [*trainer.modules, *([fake_copy(network)] if averaged else [])]
         saved = SavedTensors(trainer.parameters)
         levels = LevelListener(network, saved)
         saved.attach(trainer)
