@@ -6,6 +6,7 @@ python -m benchmarks.planning_step "'16x lean'"
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import fire
 import torch
@@ -15,15 +16,16 @@ from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 
-def saved_in_a_step(network: torch.nn.Module, size: tuple[int, ...], batch_size: int, amp: bool) -> int:
-    """Bytes that the second of two iterations on the CPU saves for its backward pass."""
+def saved_in_a_step(network: torch.nn.Module, size: tuple[int, ...], batch_size: int, amp: bool, **further: Any) -> int:
+    """Bytes that the second of two iterations on the CPU saves; ``further`` are arguments of the trainer."""
     trainer = AutoencoderTrainer.of_images(
         [torch.rand(batch_size, 1, *size)] * 2,
         network,
         torch.optim.AdamW(network.parameters()),
         amp_dtype=torch.bfloat16 if amp else None,
+        **further,
     )
-    saved = SavedTensors(list(network.parameters()))
+    saved = SavedTensors([parameter for _, module in trainer.pairs() for parameter in module.parameters()])
     saved.attach(trainer)
     with saved:
         trainer.run()

@@ -25,7 +25,9 @@ from scripts.planning.self_test import Configuration, check_all, check_configura
 from scripts.planning.tables import verdict
 from scripts.planning.training_costs import training_cost
 from scripts.planning.training_start import log_estimate
+from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
+from scripts.training.losses import LossTerm, SpectralLoss
 from tests.conftest import ROOT, SMALL
 from tests.processes import bundle_run
 
@@ -117,6 +119,18 @@ def test_adversarial_training_costs_a_discriminator():
     assert adversarial.parameters >= plain.parameters + weights
     assert adversarial.gradients == plain.gradients + weights
     assert adversarial.saved_activations > plain.saved_activations
+
+
+def test_saved_activations_of_adversary_and_further_losses_are_those_of_a_real_step():
+    network = build_with("initial 4, [2,2]")
+    discriminator = PatchDiscriminator(spatial_dims=3, channels=8, in_channels=1, num_layers_d=2)
+    terms = {"spectral_loss": LossTerm(0.1, SpectralLoss(spatial_dims=3))}
+    shared = {"amp_dtype": None, "device": "cpu"}
+    estimate = training_cost(network, (32,) * 3, loss_terms=terms, discriminator=discriminator, **shared)
+    adversary = Adversary(discriminator, torch.optim.AdamW, num_steps=2, weight=1.0, warmup_epochs=0)
+    counted = saved_in_a_step(network, (32,) * 3, 1, False, loss_terms=terms, adversary=adversary)
+    assert estimate.saved_activations == pytest.approx(counted, rel=0.02)
+    assert estimate.saved_activations > 1.5 * training_cost(network, (32,) * 3, **shared).saved_activations
 
 
 def test_average_of_the_weights_is_counted():
