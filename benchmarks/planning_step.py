@@ -25,7 +25,8 @@ def saved_in_a_step(network: torch.nn.Module, size: tuple[int, ...], batch_size:
         amp_dtype=torch.bfloat16 if amp else None,
         **further,
     )
-    saved = SavedTensors([parameter for _, module in trainer.pairs() for parameter in module.parameters()])
+    modules = [network, *([trainer.adversary.discriminator] if trainer.adversary else [])]
+    saved = SavedTensors([parameter for module in modules for parameter in module.parameters()])
     saved.attach(trainer)
     with saved:
         trainer.run()
