@@ -8,22 +8,24 @@ ratios of a table are measured in one run on one machine.
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
-from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
 import fire
 import torch
+from ignite.engine import Events
 
-from benchmarks.machine import described, now
+from benchmarks.loop import Stopwatch
+from benchmarks.machine import described
 from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factors
+from benchmarks.tables import print_table
+from scripts.bundle.machine import MIB
 from scripts.bundle.precision import autocast_dtype, choose_precision
 from scripts.planning.saved_tensors import SavedTensors
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
-MIB = 2**20
 REPEATS = 3
 SWITCHED = "initial 2, [4,2]"
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -117,33 +119,22 @@ def saved_activations(name: str, size: int, device: str, **switches: Any) -> int
 def training_step(name: str, size: int, device: str, **switches: Any) -> float:
     """Seconds of a step with AdamW: the median of three after one to warm up."""
     network = switched_network(name, device, **switches)
+    images = [torch.rand(1, 1, size, size, size, device=device)] * (1 + REPEATS)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-    image = torch.rand(1, 1, size, size, size, device=device)
-    times = []
-    for _ in range(1 + REPEATS):
-        start = now(device)
-        with mixed_precision(device):
-            reconstruction, z_mu, _ = network(image)
-        loss = torch.nn.functional.l1_loss(reconstruction.float(), image) + 1e-8 * z_mu.float().square().sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(now(device) - start)
-    return median(times[1:])
+    precision = choose_precision(device)
+    dtype = autocast_dtype(precision.amp_dtype) if precision.amp else None
+    trainer = AutoencoderTrainer.of_images(images, network, optimizer, amp_dtype=dtype)
+    watch = Stopwatch(device)
+    trainer.add_event_handler(Events.ITERATION_STARTED, watch.start)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, watch.stop)
+    trainer.run()
+    return median(watch.seconds[1:])
 
 
 def inference_peak(name: str, size: int, device: str) -> int:
     """Bytes by which reconstructing one volume raises the peak, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.inference_peak", repr(name), str(size), device]  # fire reads literals
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def print_table(header: list[str], rows: Iterable[list[str]]) -> None:
-    """Print a Markdown table."""
-    for row in itertools.chain([header, ["---"] * len(header)], rows):  # each row as soon as it is there
-        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cost import print_table
 from benchmarks.networks import FACTORS, MONAI, build_with, total_factors
+from benchmarks.tables import print_table
+from scripts.bundle.machine import GIB
+from scripts.planning.inference_costs import inference_cost
 from scripts.planning.plans import read_plan
-from scripts.planning.step_costs import inference_cost, training_cost
+from scripts.planning.training_costs import training_cost
 
 SIZES = ((256, 256, 64), (256, 256, 256), (512, 512, 512))
 FIELD = {"channels": (64, 128, 256), "num_res_blocks": 2}  # the width that the field uses
 PRESETS = ("4x", "8x", "16x", "16x_lean", "32x", "64x", "thick_slices")
-GIB = 2**30
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from monai.metrics import PSNRMetric
 from monai.utils import set_determinism
 
 from benchmarks.block_dct import block_dct_reconstruction
-from benchmarks.cost import print_table
 from benchmarks.quality import at_any_size, read_recipe, validation_volumes
+from benchmarks.tables import print_table
 from scripts.training.repeatable_batches import training_patches
 from scripts.training.shortcut_fit import CODE_PATCHES, NEIGHBOUR_PATCHES
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost import MIB, print_table
 from benchmarks.machine import described
 from benchmarks.networks import MONAI, build_with, total_factors
+from benchmarks.tables import print_table
+from scripts.bundle.machine import MIB
 from scripts.bundle.precision import choose_precision
-from scripts.planning.step_costs import training_cost
+from scripts.planning.training_costs import training_cost
 
 # glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -10,40 +10,27 @@ from typing import Any
 
 import fire
 import torch
-from monai.inferers import SimpleInferer
 
 from benchmarks.inference_peak import peak_bytes, resident
 from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 
-class CountingTrainer(AutoencoderTrainer):
-    """The trainer, which counts what its second iteration saves for the backward pass."""
-
-    def _iteration(self, engine: Any, batchdata: Any) -> Any:
-        if engine.state.iteration == 1:
-            return super()._iteration(engine, batchdata)
-        self.saved = SavedTensors(list(engine.network.parameters()))
-        with self.saved:
-            return super()._iteration(engine, batchdata)
-
-
-def saved_in_a_step(network: torch.nn.Module, size: tuple[int, ...], batch_size: int, amp: bool) -> int:
-    """Bytes that the second of two iterations on the CPU saves for its backward pass."""
-    trainer = CountingTrainer(
-        kl_weight=1e-8,
-        amp_dtype="bfloat16",
-        amp=amp,
-        device=torch.device("cpu"),
-        max_epochs=1,
-        train_data_loader=[{"image": torch.rand(batch_size, 1, *size)}] * 2,
-        network=network,
-        optimizer=torch.optim.AdamW(network.parameters()),
-        loss_function=torch.nn.functional.l1_loss,
-        inferer=SimpleInferer(),
+def saved_in_a_step(network: torch.nn.Module, size: tuple[int, ...], batch_size: int, amp: bool, **further: Any) -> int:
+    """Bytes that the second of two iterations on the CPU saves; ``further`` are arguments of the trainer."""
+    trainer = AutoencoderTrainer.of_images(
+        [torch.rand(batch_size, 1, *size)] * 2,
+        network,
+        torch.optim.AdamW(network.parameters()),
+        amp_dtype=torch.bfloat16 if amp else None,
+        **further,
     )
-    trainer.run()
-    return trainer.saved.nbytes
+    modules = [network, *([trainer.adversary.discriminator] if trainer.adversary else [])]
+    saved = SavedTensors([parameter for module in modules for parameter in module.parameters()])
+    saved.attach(trainer)
+    with saved:
+        trainer.run()
+    return saved.nbytes
 
 
 def step(name: str) -> None:

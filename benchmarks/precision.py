@@ -20,8 +20,8 @@ import fire
 import torch
 from monai.bundle import ConfigParser
 
-from benchmarks.cost import print_table
 from benchmarks.machine import described, instruction_set, now
+from benchmarks.tables import print_table
 from scripts.bundle.precision import LOWER_PRECISIONS, autocast_dtype
 
 STEP_SIZE = 96  # the default `patch_size`

@@ -37,16 +37,17 @@ from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
 
 from benchmarks.block_dct import block_dct_reconstruction
-from benchmarks.cost import print_table
 from benchmarks.large_volumes import PRESETS, preset
 from benchmarks.machine import described
 from benchmarks.networks import total_factors
+from benchmarks.tables import print_table
 from scripts.bundle.config import check_parser
+from scripts.bundle.machine import GIB
 from scripts.bundle.precision import autocast_dtype, computing_dtype
 from scripts.evaluation.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
-from scripts.planning.step_costs import training_cost
+from scripts.planning.training_costs import training_cost
 
 RESULTS = Path("eval/quality")
 ROWS = Path(__file__).with_name("quality_rows.json")
@@ -298,7 +299,7 @@ def plot(path: str = "docs/quality.png") -> None:
     highest: dict[str, tuple[float, float]] = {}  # dB and GiB, where a network's name is written
     for row in rows:
         network = preset(row["network"]) if row["network"] != MONAI else MonaiAutoencoderKL(**monai_arguments())
-        memory = training_cost(network, (256, 256, 256)).peak / 2**30
+        memory = training_cost(network, (256, 256, 256)).peak / GIB
         for name, volume in row["volumes"].items():
             for key, marker in markers.items():
                 axes.scatter(memory, volume[key], marker=marker, color=f"C{volumes.index(name)}", s=60)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import fire
 from monai.bundle import ConfigParser
 
-from benchmarks.cost import print_table
 from benchmarks.quality import measure_volumes
+from benchmarks.tables import print_table
 from scripts.bundle.weights import load_weights
 
 CONFIGS = ["configs/train.json", "configs/shipped_weights.json"]

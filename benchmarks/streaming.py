@@ -15,11 +15,10 @@ from monai.bundle import ConfigParser
 
 from benchmarks.inference_peak import peak_bytes, restart_peak
 from benchmarks.machine import described
+from scripts.bundle.machine import GIB
 from scripts.bundle.precision import choose_precision, computing_dtype
 from scripts.inference.streaming import StreamingInferer
-from scripts.planning.step_costs import inference_cost
-
-GIB = 2**30
+from scripts.planning.inference_costs import inference_cost
 
 
 def compare(size: int = 256, share: float = 0.25, amp: bool | None = None) -> None:

@@ -15,10 +15,10 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from monai.metrics import PSNRMetric
 
-from benchmarks.cost import print_table
 from benchmarks.machine import described
 from benchmarks.networks import total_factors
 from benchmarks.quality import RESULTS, at_any_size, recipe_of_row, validation_volumes
+from benchmarks.tables import print_table
 from scripts.bundle.precision import autocast_dtype, computing_dtype
 
 NEAREST = 0.03  # of a crop's size, the width of a Gaussian window that leaves next to nothing to the other crops

@@ -18,10 +18,11 @@ from typing import Any
 import fire
 
 from scripts.planning import tables
-from scripts.planning.estimates import Estimate, estimate_plan, what_would_fit
+from scripts.planning.estimates import Estimate, estimate_plan
 from scripts.planning.plans import TRAIN, read_plan
 from scripts.planning.recommendations import FACTOR_KEYS, leanest, recommend_downsample_factors, write_overlay
 from scripts.planning.request_checks import positive
+from scripts.planning.savings import what_would_fit
 from scripts.planning.self_test import check_all
 
 
@@ -121,7 +122,7 @@ def recommend(
 
 def check(*unexpected: Any, json: bool = False, **unknown: Any) -> None:
     """
-    Build every preset and every configuration that the documents name, run it forward and backward, encode and decode.
+    Build the default configuration and every preset, train it for two steps on a small volume, encode and decode.
 
     Args:
         json: print JSON.

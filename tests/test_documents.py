@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fire
@@ -22,6 +23,7 @@ from monai.networks.nets import PatchDiscriminator
 from scripts.__main__ import COMMANDS
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import check_parser
+from scripts.planning.self_test import Configuration, check_configuration
 from tests.conftest import ROOT, save_volume
 from tests.training.test_training import small_network
 
@@ -110,6 +112,33 @@ def test_bundle_command_names_files_and_keys_that_exist(words):
     assert words[0].startswith("--") or words[0] in parser, f"there is no {words[0]}"
     for key in ("meta_file", "logging_file", "tracking"):
         assert key not in given or given[key] == "mlflow" or (ROOT / given[key]).is_file(), given[key]
+
+
+def documented_configurations() -> list[Configuration]:
+    """The configs that the commands name, with the keys that shape the network, each once."""
+    definition = ConfigParser.load_config_file(ROOT / "configs/train.json")["network_def"]
+    shaping = {value[1:] for value in definition.values() if str(value).startswith("@")}
+    found = {}
+    for param in typed(["-m", "monai.bundle", "run"]):
+        given = options(param.values[0])
+        files = [given["config_file"]] if isinstance(given["config_file"], str) else given["config_file"]
+        if all(file.startswith("configs/") for file in files):  # others are the reader's own
+            one = Configuration(tuple(files), {key: value for key, value in given.items() if key in shaping})
+            found[one.name] = one
+    return list(found.values())
+
+
+def test_configurations_are_found_in_the_commands():
+    names = {configuration.name for configuration in documented_configurations()}
+    assert {"train", "train + evaluate", "inference", "train --downsample_factors [4,2] --latent_channels 64"} <= names
+
+
+@pytest.mark.parametrize("configuration", documented_configurations(), ids=lambda configuration: configuration.name)
+def test_documented_configuration_trains_encodes_and_decodes(configuration):
+    in_float32 = replace(configuration, overrides={**configuration.overrides, "amp": False})  # fast on every processor
+    result = check_configuration(in_float32)
+    assert result.error is None
+    assert result.parameters > 0
 
 
 @pytest.mark.parametrize("words", [param for param in typed(["-m", "monai.bundle"]) if param.values[0][0] != "run"])

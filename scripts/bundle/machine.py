@@ -6,7 +6,9 @@ import os
 
 import torch
 
-__all__ = ["free_memory", "processes_on_host", "total_memory"]
+__all__ = ["GIB", "MIB", "free_memory", "processes_on_host", "total_memory"]
+
+MIB, GIB = 2**20, 2**30  # bytes
 
 
 def total_memory(device: str | torch.device) -> int | None:

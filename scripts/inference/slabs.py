@@ -24,7 +24,7 @@ from monai.networks.blocks import Convolution
 from monai.networks.blocks import Upsample as MonaiUpsample
 from monai.networks.nets.autoencoderkl import AEKLDownsample
 
-from scripts.bundle.machine import free_memory
+from scripts.bundle.machine import GIB, MIB, free_memory
 from scripts.bundle.progress import ProgressBar
 from scripts.inference.feature_maps import FeatureMap, PaddedImage
 from scripts.layers.lean_blocks import ResidualBlock, SpatialAttention
@@ -32,7 +32,6 @@ from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUp
 
 __all__ = ["stream"]
 
-MIB, GIB = 2**20, 2**30
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; larger maps go to files
 # What a value of a slab takes, in bytes, whatever its type: itself, its normed form, the library's reordered copies, float32

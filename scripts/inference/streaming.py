@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 
-from scripts.bundle.machine import processes_on_host, total_memory
+from scripts.bundle.machine import GIB, processes_on_host, total_memory
 from scripts.inference.inferers import ReconstructionInferer
 from scripts.inference.slabs import stream
 from scripts.layers.factors import padded_size
 from scripts.layers.resampling import pad_to_multiple
-from scripts.planning.step_costs import inference_cost
+from scripts.planning.inference_costs import inference_cost
 
 __all__ = ["StreamingInferer", "available_memory_gb"]
 
-GIB = 2**30
 OPERATIONS = ("reconstruct", "encode", "decode")
 SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; others use it too
 

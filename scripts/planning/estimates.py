@@ -1,32 +1,23 @@
-"""What a plan needs in memory and operations, margin included, and what would need less."""
+"""What a plan needs in memory and operations, margin included."""
 
 from __future__ import annotations
 
-import inspect
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from scripts.autoencoderkl import AutoencoderKL
-from scripts.bundle.machine import total_memory
-from scripts.bundle.precision import autocast_dtype
+from scripts.bundle.machine import GIB
 from scripts.layers.factors import padded_size
-from scripts.planning.plans import TRAIN, Plan, read_plan, total_loss
+from scripts.planning.inference_costs import InferenceCost, inference_cost
+from scripts.planning.plans import TRAIN, Plan, read_plan
 from scripts.planning.request_checks import voxels
-from scripts.planning.step_costs import InferenceCost, TrainingCost, inference_cost, training_cost
+from scripts.planning.training_costs import TrainingCost, training_cost
 
-__all__ = ["GIB", "Change", "Estimate", "estimate_memory", "estimate_plan", "log_estimate", "what_would_fit"]
+__all__ = ["Estimate", "estimate_memory", "estimate_plan", "with_margin"]
 
-GIB = 2**30
 CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB: CUDA's context and libraries; the process before the first step
 FRAGMENTATION = 0.08  # of the peak: what an allocator holds and cannot use
-LAST_RESORT_INITIAL = 8
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,12 +50,12 @@ class Estimate:
     @property
     def training_bytes(self) -> int:
         """Memory that training needs: the peak, and the margin for context, allocator and convolution workspace."""
-        return 0 if self.training is None else _with_margin(self.training, self.device)
+        return 0 if self.training is None else with_margin(self.training, self.device)
 
     @property
     def inference_bytes(self) -> int:
         """Memory that reconstruction needs, the same margin included."""
-        return _with_margin(self.inference, self.device)
+        return with_margin(self.inference, self.device)
 
     @property
     def needed_bytes(self) -> int:
@@ -74,14 +65,6 @@ class Estimate:
     def fits(self, memory_gb: float) -> bool:
         """Whether training and reconstruction both fit into ``memory_gb`` GiB."""
         return self.needed_bytes <= memory_gb * GIB
-
-
-@dataclass(frozen=True)
-class Change:
-    """Something to do about a lack of memory: ``what``, and the bytes that training or reconstruction then needs."""
-
-    what: str
-    nbytes: int
 
 
 def estimate_memory(
@@ -156,6 +139,7 @@ def _training_cost(plan: Plan, size: Sequence[int], device: str) -> TrainingCost
         amp_dtype=plan.amp_dtype,
         device=device,
         loss=plan.loss,
+        loss_terms=plan.loss_terms,
         optimizer=plan.optimizer,
         accumulates=plan.accumulates,
         discriminator=plan.discriminator,
@@ -163,115 +147,10 @@ def _training_cost(plan: Plan, size: Sequence[int], device: str) -> TrainingCost
     )
 
 
-def _with_margin(cost: TrainingCost | InferenceCost, device: str) -> int:
+def with_margin(cost: TrainingCost | InferenceCost, device: str) -> int:
     """
     Peak and margin. The margin is for what PyTorch does not allocate itself (``CONTEXT``), for what its allocator cannot use
     (``FRAGMENTATION``), and on CUDA for one convolution's workspace, which is not in the peak there.
     """
     workspace = cost.convolution if device == "cuda" else 0
     return int(cost.peak * (1 + FRAGMENTATION)) + workspace + int(CONTEXT[device] * GIB)
-
-
-def what_would_fit(
-    plan: Plan, spatial_size: Sequence[int], volume_size: Sequence[int], memory_gb: float, device: str = "cuda"
-) -> list[Change]:
-    """
-    Changes of a plan that needs too much memory, each estimated.
-
-    Args:
-        plan: the plan.
-        spatial_size: of the training patch, voxels.
-        volume_size: of the volume that is reconstructed, voxels.
-        memory_gb: the budget, GiB.
-        device: ``"cuda"`` or ``"cpu"``.
-
-    Returns:
-        the changes that fit, or if none does, those that help, least memory first.
-    """
-    changes = []
-    needed = estimate_plan(plan, spatial_size, volume_size, device).needed_bytes
-    for what, changed, patch in _changes(plan, tuple(spatial_size)):
-        estimate = estimate_plan(changed, patch, volume_size, device)
-        if estimate.needed_bytes < needed:
-            changes.append(Change(what, estimate.needed_bytes))
-    fitting = [change for change in changes if change.nbytes <= memory_gb * GIB]
-    return fitting or sorted(changes, key=lambda change: change.nbytes)
-
-
-def _changes(plan: Plan, size: tuple[int, ...]) -> Iterator[tuple[str, Plan, tuple[int, ...]]]:
-    if plan.patch_size is not None:
-        if plan.batch_size > 1:
-            yield (
-                f"batch_size 1 with gradient_accumulation_steps {plan.batch_size}",
-                replace(plan, batch_size=1, accumulates=True),
-                size,
-            )
-        if not plan.network.use_checkpoint:
-            yield "activation checkpointing (use_checkpoint true)", plan.with_network(use_checkpoint=True), size
-        for divisor in (2, 4):
-            factors = plan.network.total_downsample_factor
-            patch = tuple(max(n // divisor // f, 1) * f for n, f in zip(size, factors))
-            yield f"patch_size {list(patch)}", plan, patch
-    initial = [min(2 * f, LAST_RESORT_INITIAL) for f in plan.network.initial_downsample_factor]
-    if max(initial) > max(plan.network.initial_downsample_factor):
-        larger = plan.with_network(initial_downsample_factor=initial)
-        yield f"initial_downsample_factor {initial}", larger, padded_size(size, larger.network.total_downsample_factor)
-
-
-def log_estimate(
-    network: AutoencoderKL,
-    patch_size: Sequence[int],
-    batch_size: int,
-    amp_dtype: str | None,
-    accumulation_steps: int,
-    loss: Any,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device | str,
-    loss_terms: dict[str, Any] | None = None,
-    **further: Any,
-) -> None:
-    """
-    Log in one line what a training step will need, and warn when the device has less.
-
-    Args:
-        network: the network.
-        patch_size: spatial size of a training patch, voxels.
-        batch_size: patches per step.
-        amp_dtype: ``"bfloat16"`` or ``"float16"``, None without mixed precision.
-        accumulation_steps: batches per optimizer step.
-        loss: of reconstruction and image.
-        optimizer: its kind and settings are used, not its state.
-        device: where training will run.
-        loss_terms: what is added to the loss, see :py:func:`total_loss`.
-        further: arguments of :py:func:`scripts.planning.step_costs.training_cost`, such as ``discriminator``.
-    """
-    device = torch.device(device)
-    rules = "cpu" if device.type == "cpu" else "cuda"
-    accepted = inspect.signature(type(optimizer)).parameters
-    settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
-    try:
-        cost = training_cost(
-            network,
-            patch_size,
-            batch_size=batch_size,
-            amp_dtype=None if amp_dtype is None else autocast_dtype(amp_dtype),
-            device=rules,
-            loss=total_loss(loss, loss_terms),
-            optimizer=partial(type(optimizer), **settings),
-            accumulates=accumulation_steps > 1,
-            **further,
-        )
-    except Exception as error:  # whatever private parts of PyTorch raise: a week of training is worth more than its forecast
-        logger.warning(f"no estimate of the memory: {type(error).__name__}: {error}")
-        return
-    needed = _with_margin(cost, rules)
-    logger.info(
-        f"estimate for one training step: {needed / GIB:.2f} GiB with margin, {cost.peak / GIB:.3g} GiB without, of which "
-        f"saved activations {cost.saved_activations / GIB:.3g} GiB; {cost.flops / 1e12:.3g} TFLOP"
-    )
-    available = total_memory(device)
-    if available is not None and needed > available:
-        logger.warning(
-            f"{device} has {available / GIB:.1f} GiB, and training is estimated to need {needed / GIB:.1f} GiB. Ask "
-            f"`python -m scripts estimate --memory_gb {available / GIB:.0f}` with this configuration what would fit."
-        )

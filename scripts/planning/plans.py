@@ -16,8 +16,9 @@ from scripts.bundle.config import ROOT, check_parser
 from scripts.bundle.errors import reason
 from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
 from scripts.planning.request_checks import voxels, whole
+from scripts.training.losses import LossTerm
 
-__all__ = ["TRAIN", "Plan", "read_plan", "total_loss"]
+__all__ = ["TRAIN", "Plan", "read_plan"]
 
 TRAIN = str(ROOT / "configs" / "train.json")
 
@@ -35,6 +36,7 @@ class Plan:
         amp_dtype: data type of mixed precision, None for none.
         accumulates: whether several batches make one optimizer step.
         loss: of reconstruction and image.
+        loss_terms: further terms of the loss, by name.
         optimizer: makes the optimizer from parameters.
         discriminator: on the ``meta`` device, where adversarial training is on.
         averaged: whether an average of the weights is kept.
@@ -47,6 +49,7 @@ class Plan:
     amp_dtype: torch.dtype | None = None
     accumulates: bool = False
     loss: Any = torch.nn.functional.l1_loss
+    loss_terms: dict[str, LossTerm] | None = None
     optimizer: Any = torch.optim.AdamW
     discriminator: torch.nn.Module | None = None
     averaged: bool = False
@@ -129,29 +132,14 @@ def _training_settings(parser: ConfigParser, network: AutoencoderKL) -> dict[str
     adversarial = float(parser.get_parsed_content("adv_weight")) > 0 if "adv_weight" in parser else False
     with torch.device("meta"):
         discriminator = parser.get_parsed_content("discriminator_def") if adversarial else None
-    terms = parser.get_parsed_content("loss_terms") if "loss_terms" in parser else None
     steps = whole("gradient_accumulation_steps", parser.get_parsed_content("gradient_accumulation_steps"))
     return {
         "patch_size": voxels("patch_size", parser.get_parsed_content("patch_size"), network.arguments["spatial_dims"]),
         "batch_size": whole("batch_size", parser.get_parsed_content("batch_size")),
         "accumulates": steps > 1,
-        "loss": total_loss(parser.get_parsed_content("loss"), terms),
+        "loss": parser.get_parsed_content("loss"),
+        "loss_terms": parser.get_parsed_content("loss_terms") if "loss_terms" in parser else None,
         "optimizer": parser.get_parsed_content("optimizer"),
         "discriminator": discriminator,
         "averaged": "average" in parser,
     }
-
-
-def total_loss(loss: Any, terms: dict[str, Any] | None) -> Any:
-    """
-    The loss that is trained on.
-
-    Args:
-        loss: of reconstruction and image.
-        terms: what is added to it, by name: objects with a ``function`` of the same arguments and a ``weight``.
-    """
-    if not terms:
-        return loss
-    return lambda pred, target: sum(
-        (term.weight * term.function(pred, target) for term in terms.values()), start=loss(pred, target)
-    )

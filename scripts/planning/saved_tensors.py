@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from ignite.engine import Events
+from monai.engines import Trainer
+from monai.engines.utils import IterationEvents
 
 __all__ = ["LevelCost", "LevelListener", "SavedTensors"]
 
@@ -46,16 +49,29 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._keep, lambda tensor: tensor)
         self.place: Any = None
         self.places: dict[Any, dict[int, int]] = {}
+        self.counting = True
         self.known = {tensor.untyped_storage()._cdata for tensor in apart}
+
+    def attach(self, trainer: Trainer) -> None:
+        """Count only what forward pass and loss of the trainer's last iteration keep, when it has one epoch."""
+        self.counting = False
+        trainer.add_event_handler(Events.ITERATION_STARTED, self._start)
+        trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, self._stop)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all places."""
         return sum(sum(storages.values()) for storages in self.places.values())
 
+    def _start(self, trainer: Trainer) -> None:
+        self.counting = trainer.state.iteration == trainer.state.epoch_length
+
+    def _stop(self) -> None:
+        self.counting = False
+
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
+        if self.counting and storage._cdata not in self.known:
             self.known.add(storage._cdata)
             self.places.setdefault(self.place, {})[storage._cdata] = storage.nbytes()
         return tensor

@@ -1,18 +1,14 @@
-"""Self-test: every preset, and every configuration that the documents name, runs on this machine."""
+"""Self-test: the default configuration and every preset run on this machine."""
 
 from __future__ import annotations
 
-import ast
-import itertools
-import re
-import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
+from ignite.engine import Events
+from torch.optim.swa_utils import AveragedModel
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
@@ -20,12 +16,11 @@ from scripts.bundle.progress import ProgressBar
 from scripts.planning.estimates import estimate_plan
 from scripts.planning.plans import Plan, read_plan
 from scripts.planning.saved_tensors import SavedTensors
-from scripts.training.losses import kl_divergence
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 __all__ = ["CheckResult", "Configuration", "check_all", "check_configuration", "configurations"]
 
 TOLERANCE = 0.02  # of the saved activations, between estimate and count
-COMMAND = re.compile(r"^\s*(?:python|torchrun)\b.*-m monai\.bundle run (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -33,12 +28,12 @@ class Configuration:
     """A configuration of this bundle: config files relative to its root, and overrides."""
 
     files: tuple[str, ...]
-    overrides: tuple[tuple[str, Any], ...] = ()
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         files = " + ".join(file.removeprefix("configs/").removesuffix(".json") for file in self.files)
-        return " ".join([files, *(f"--{key} {str(value).replace(' ', '')}" for key, value in self.overrides)])
+        return " ".join([files, *(f"--{key} {str(value).replace(' ', '')}" for key, value in self.overrides.items())])
 
 
 @dataclass(frozen=True)
@@ -70,39 +65,10 @@ class CheckResult:
 
 
 def configurations(root: Path = ROOT) -> list[Configuration]:
-    """The default, every preset, and what README.md and docs/ name in their commands, as far as it shapes the network."""
-    found = [Configuration(("configs/train.json",))]
-    for preset in sorted((root / "configs" / "presets").glob("*.json")):
-        found.append(Configuration(("configs/train.json", f"configs/presets/{preset.name}")))
-    for document in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
-        found += _documented(document.read_text(), _network_keys(root))
-    return list(dict.fromkeys(found))
-
-
-def _network_keys(root: Path) -> set[str]:
-    definition = ConfigParser.load_config_file(root / "configs" / "train.json")["network_def"]
-    return {value[1:] for value in definition.values() if str(value).startswith("@")}
-
-
-def _documented(text: str, keys: set[str]) -> Iterator[Configuration]:
-    for command in COMMAND.findall(text.replace("\\\n", " ")):
-        words = shlex.split(command, comments=True)
-        options = {key[2:]: value for key, value in itertools.pairwise(words) if key.startswith("--")}
-        files = _literal(options.pop("config_file", "()"))
-        files = (files,) if isinstance(files, str) else tuple(files)
-        if files and all(file.startswith("configs/") for file in files):  # others are the reader's own
-            yield Configuration(files, tuple((k, _frozen(_literal(v))) for k, v in options.items() if k in keys))
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+    """The default and every preset."""
+    presets = sorted(path.name for path in (root / "configs" / "presets").glob("*.json"))
+    default = "configs/train.json"
+    return [Configuration((default,)), *(Configuration((default, f"configs/presets/{name}")) for name in presets)]
 
 
 def check_all(root: Path = ROOT) -> list[CheckResult]:
@@ -122,15 +88,11 @@ def check_configuration(configuration: Configuration, root: Path = ROOT, device:
         device: where to run.
     """
     try:
-        overrides = {key: _thawed(value) for key, value in configuration.overrides}
-        plan = read_plan([str(root / file) for file in configuration.files], device=device, **overrides)
+        files = [str(root / file) for file in configuration.files]
+        plan = read_plan(files, device=device, **configuration.overrides)
         return _run(configuration.name, plan, device)
     except Exception as error:  # a self-test goes on to the next configuration, and says of each what is wrong
         return CheckResult(configuration.name, error=f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _thawed(value: Any) -> Any:
-    return [_thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _run(name: str, plan: Plan, device: str) -> CheckResult:
@@ -163,22 +125,25 @@ def _run(name: str, plan: Plan, device: str) -> CheckResult:
 
 def _train(plan: Plan, network: AutoencoderKL, image: torch.Tensor) -> tuple[int, int | None]:
     """Two steps, so that the second has the optimizer's state: bytes that it saves, and the GPU's peak."""
-    device_type = image.device.type
-    optimizer = plan.optimizer(network.train().parameters())
-    for _ in range(2):
-        optimizer.zero_grad(set_to_none=True)
-        if device_type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        saved = SavedTensors(list(network.parameters()))
-        with saved:
-            with torch.autocast(device_type, plan.amp_dtype, enabled=plan.amp_dtype is not None):
-                reconstruction, z_mu, z_sigma = network(image)
-            loss = plan.loss(reconstruction.float(), image) + 1e-8 * kl_divergence(z_mu, z_sigma)
-        loss.backward()
-        optimizer.step()
-    if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
-        raise ArithmeticError("a training step made weights that are not finite")
-    return saved.nbytes, torch.cuda.max_memory_allocated() if device_type == "cuda" else None
+    trainer = AutoencoderTrainer.of_images(
+        [image, image],
+        network,
+        plan.optimizer(network.parameters()),
+        amp_dtype=plan.amp_dtype,
+        loss_function=plan.loss,
+        loss_terms=plan.loss_terms,
+    )
+    on_gpu = image.device.type == "cuda"
+    if on_gpu:
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: torch.cuda.reset_peak_memory_stats())
+    average = AveragedModel(network) if plan.averaged else None  # noqa: F841  lies beside the weights while they train
+    saved = SavedTensors(list(network.parameters()))
+    saved.attach(trainer)
+    with saved:
+        trainer.run()
+    if trainer.nonfinite_steps or not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
+        raise ArithmeticError("a training step was not finite")
+    return saved.nbytes, torch.cuda.max_memory_allocated() if on_gpu else None
 
 
 @torch.no_grad()

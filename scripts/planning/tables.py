@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from scripts.bundle.machine import GIB, MIB
 from scripts.layers.factors import by
-from scripts.planning.estimates import GIB, Change, Estimate
+from scripts.planning.estimates import Estimate
 from scripts.planning.recommendations import Recommendation
+from scripts.planning.savings import Change
 from scripts.planning.self_test import CheckResult
 
 __all__ = ["checks_table", "estimate_table", "recommendations_table", "table", "verdict"]
@@ -23,7 +25,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def memory(nbytes: int | None) -> str:
     if nbytes is None:
         return "-"
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= 0.1 * GIB else f"{nbytes / 2**20:.1f} MiB"
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= 0.1 * GIB else f"{nbytes / MIB:.1f} MiB"
 
 
 def estimate_table(estimate: Estimate) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.engines.utils import IterationEvents
+from monai.inferers import SimpleInferer
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.training.adversary import Adversary
 from scripts.training.losses import LossTerm, kl_divergence
 from scripts.training.resumable_trainer import Losses, ResumableTrainer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.10 has none
 
 __all__ = ["AutoencoderTrainer"]
 
@@ -46,6 +51,41 @@ class AutoencoderTrainer(ResumableTrainer):
         self.loss_terms = loss_terms or {}  # before handlers are attached, which ask for `loss_names`
         self.adversary = adversary
         super().__init__(**kwargs)
+
+    @classmethod
+    def of_images(
+        cls,
+        images: Sequence[torch.Tensor],
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp_dtype: torch.dtype | None = None,
+        loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.l1_loss,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        A trainer for a few given steps, without data and handlers of a run: what estimates, tests and benchmarks use.
+
+        Args:
+            images: the batches of its only epoch, each ``BxCxHxWxD``, on the device where it trains.
+            network: on that device.
+            optimizer: of the network.
+            amp_dtype: data type of mixed precision, None for none.
+            loss_function: of reconstruction and image.
+            kwargs: further arguments of the trainer.
+        """
+        return cls(
+            device=images[0].device,
+            max_epochs=1,
+            train_data_loader=[{Keys.IMAGE: image} for image in images],
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            inferer=SimpleInferer(),
+            amp=amp_dtype is not None,
+            amp_dtype=str(amp_dtype or torch.bfloat16).removeprefix("torch."),
+            **{"kl_weight": 1e-8, **kwargs},
+        )
 
     @property
     def loss_names(self) -> tuple[str, ...]:

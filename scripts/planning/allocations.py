@@ -1,0 +1,86 @@
+"""The memory that operations allocate and free, and how many operations they are."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from scripts.planning.operation_workspace import workspace
+
+__all__ = ["AllocationTracker", "nbytes_of"]
+
+UNIT = {"cpu": 64, "cuda": 512}  # bytes that the allocators round up to
+
+
+class AllocationTracker(TorchDispatchMode):
+    """
+    A context that follows the storages that are allocated and freed in it, fake or not.
+
+    ``peak`` is the most that was allocated at one time, in bytes, and ``peak_phase`` the value of ``phase`` at that moment.
+    ``convolution`` has the bytes of input and result of the largest convolution; ``flops`` counts the operations, a
+    multiplication and an addition as two.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``, whose allocator is followed.
+
+    Raises:
+        ValueError: for another device.
+    """
+
+    def __init__(self, device: str) -> None:
+        if device not in UNIT:
+            raise ValueError(f"`device` is {device!r}; it must be one of {', '.join(UNIT)}.")
+        super().__init__()
+        self.device = device
+        self.alive: dict[int, weakref.ref] = {}
+        self.nbytes = self.peak = self.convolution = self.flops = 0
+        self.phase = self.peak_phase = "forward"
+
+    def track(self, *tensors: Any) -> None:
+        """Count tensors that are there before the first operation."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        self._note(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # FlopCounterMode would count the same, but its hooks keep gradients alive for longer than they are
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        self._note(workspace(func, args, result, self.device))
+        if func is torch.ops.aten.convolution.default:
+            self.convolution = max(self.convolution, args[0].nbytes + result.nbytes)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.alive:
+            return
+        unit = UNIT[self.device]
+        nbytes = -(-storage.nbytes() // unit) * unit
+
+        def free(_: Any) -> None:
+            del self.alive[key]
+            self.nbytes -= nbytes
+
+        self.alive[key] = weakref.ref(storage, free)
+        self.nbytes += nbytes
+
+    def _note(self, beside: int) -> None:
+        if self.nbytes + beside > self.peak:
+            self.peak, self.peak_phase = self.nbytes + beside, self.phase
+
+
+def nbytes_of(tensors: Any) -> int:
+    """Bytes of all tensors in lists, tuples and dictionaries of whatever depth."""
+    return sum(tensor.nbytes for tensor in tree_leaves(tensors) if isinstance(tensor, torch.Tensor))

@@ -1,0 +1,67 @@
+"""What the reconstruction of a volume costs in memory and operations, found by running it on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from scripts.planning.allocations import AllocationTracker, nbytes_of
+from scripts.planning.cuda_casting import autocast, casting_rules
+from scripts.planning.fake_tensors import fake_copy, fake_image, fake_tensors
+
+__all__ = ["InferenceCost", "inference_cost"]
+
+
+@dataclass(frozen=True)
+class InferenceCost:
+    """
+    Cost of reconstructing volumes without gradients. All but ``flops`` are bytes.
+
+    Args:
+        parameters: of the network, and its buffers.
+        peak: most that is alive at one time, everything included.
+        convolution: input and result of the largest convolution: libraries may need as much again to reorder them.
+        flops: operations, a multiplication and an addition counted as two.
+    """
+
+    parameters: int
+    peak: int
+    convolution: int
+    flops: int
+
+
+def inference_cost(
+    network: nn.Module,
+    spatial_size: Sequence[int],
+    *,
+    batch_size: int = 1,
+    amp_dtype: torch.dtype | None = torch.bfloat16,
+    device: str = "cuda",
+) -> InferenceCost:
+    """
+    Cost of ``network.reconstruct`` of whole volumes without gradients, as ``ReconstructionInferer`` runs it.
+
+    Args:
+        network: with ``encoder.in_channels``, as MONAI's ``AutoencoderKL``. It is not changed, and may be on the ``meta``
+            device.
+        spatial_size: of the volume, voxels.
+        batch_size: volumes at once.
+        amp_dtype: data type of mixed precision, None for none.
+        device: ``"cuda"`` or ``"cpu"``, whose casting rules and allocator are followed. No such device is needed.
+
+    Raises:
+        ValueError: for another device.
+    """
+    tracker = AllocationTracker(device)
+    with fake_tensors(), torch.no_grad():
+        network = fake_copy(network).eval()
+        image = fake_image(network, batch_size, spatial_size)
+        with tracker, casting_rules(device):
+            tracker.track(network.state_dict(), image)
+            with autocast(amp_dtype):
+                reconstruction = network.reconstruct(image).to(image.dtype)  # type: ignore[operator]
+            del reconstruction
+    return InferenceCost(nbytes_of(network.state_dict()), tracker.peak, tracker.convolution, tracker.flops)

@@ -1,0 +1,207 @@
+"""What a training step costs in memory and operations, found by running it on fake tensors.
+
+The trainer makes the step with the real network, loss and optimizer under PyTorch's ``FakeTensorMode``: every operation
+takes place, in the order and the data types of the real one, but no tensor has numbers. So a volume of any size takes a
+second and no memory, and the result follows the code by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from ignite.engine import Events
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
+
+from scripts.planning.allocations import AllocationTracker, nbytes_of
+from scripts.planning.cuda_casting import casting_rules
+from scripts.planning.fake_tensors import fake_copy, fake_image, fake_tensors
+from scripts.planning.saved_tensors import LevelCost, LevelListener, SavedTensors
+from scripts.training.adversary import Adversary
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
+from scripts.training.losses import LossTerm
+
+__all__ = ["TrainingCost", "training_cost"]
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """
+    Cost of one training step, after the first one. All but ``flops`` are bytes.
+
+    Args:
+        parameters: of the network, its buffers, their average, and the discriminator's.
+        gradients: of all trained parameters.
+        optimizer_state: of all optimizers.
+        saved_activations: what forward pass and loss keep for the backward pass, parameters apart.
+        levels: the same per level, from the image to the latent and back.
+        peak: most that is alive at one time, everything included.
+        peak_phase: when that is: ``"forward"``, ``"loss"``, ``"backward"``, ``"discriminator"`` or ``"optimizer"``.
+        convolution: input and result of the largest convolution: libraries may need as much again to reorder them.
+        flops: operations of forward and backward pass, a multiplication and an addition counted as two.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    saved_activations: int
+    levels: tuple[LevelCost, ...]
+    peak: int
+    peak_phase: str
+    convolution: int
+    flops: int
+
+
+def training_cost(
+    network: nn.Module,
+    spatial_size: Sequence[int],
+    *,
+    batch_size: int = 1,
+    amp_dtype: torch.dtype | None = torch.bfloat16,
+    device: str = "cuda",
+    loss: Loss = F.l1_loss,
+    loss_terms: dict[str, LossTerm] | None = None,
+    optimizer: MakeOptimizer = torch.optim.AdamW,
+    accumulates: bool = False,
+    discriminator: nn.Module | None = None,
+    averaged: bool = False,
+) -> TrainingCost:
+    """
+    Cost of a step of :py:class:`scripts.training.AutoencoderTrainer`. Nothing is computed or allocated.
+
+    Args:
+        network: MONAI's ``AutoencoderKL`` or one with its interface (``encoder.blocks``, ``decoder.blocks``, ``forward``
+            returning the reconstruction, ``z_mu`` and ``z_sigma``). It is not changed, and may be on the ``meta`` device.
+        spatial_size: of the volume or patch, voxels.
+        batch_size: volumes per step.
+        amp_dtype: data type of mixed precision, None for none.
+        device: ``"cuda"`` or ``"cpu"``, whose casting rules, optimizer and allocator are followed. No such device is needed.
+        loss: of reconstruction and image, ``BxCxHxWxD`` in float32.
+        loss_terms: further terms of the loss, by name.
+        optimizer: makes an optimizer from parameters, the discriminator's too.
+        accumulates: gradients of an earlier batch are there while the batch runs (gradient accumulation).
+        discriminator: adversarial training with MONAI's ``PatchDiscriminator`` or one with its interface.
+        averaged: an average of the weights, PyTorch's ``AveragedModel``, lies beside them.
+
+    Raises:
+        ValueError: for another device.
+    """
+    tracker = AllocationTracker(device)
+    with fake_tensors():
+        network = fake_copy(network)
+        batches = 2 if accumulates else 1
+        image = fake_image(network, batch_size, spatial_size)
+        trainer = _FakeTrainer.of_images(
+            [image] * batches,
+            network,
+            optimizer(network.parameters()),
+            amp_dtype=amp_dtype,
+            loss_function=loss,
+            loss_terms=loss_terms,
+            adversary=None if discriminator is None else _fake_adversary(discriminator, optimizer),
+            accumulation_steps=batches,
+        )
+        trainer.make_optimizer_states(device)
+        modules = [*trainer.modules, *([fake_copy(network)] if averaged else [])]
+        saved = SavedTensors(trainer.parameters)
+        levels = LevelListener(network, saved)
+        saved.attach(trainer)
+        _PhaseListener(tracker).attach(trainer)
+        with tracker, casting_rules(device), saved, levels.listening():
+            tracker.track([module.state_dict() for module in modules], trainer.gradients, trainer.optimizer_states, image)
+            trainer.make_last_step(image)
+        return TrainingCost(
+            parameters=sum(nbytes_of(module.state_dict()) for module in modules),
+            gradients=nbytes_of(trainer.gradients),
+            optimizer_state=nbytes_of(trainer.optimizer_states),
+            saved_activations=saved.nbytes,
+            levels=levels.costs(),
+            peak=tracker.peak,
+            peak_phase=tracker.peak_phase,
+            convolution=tracker.convolution,
+            flops=tracker.flops,
+        )
+
+
+def _fake_adversary(discriminator: nn.Module, optimizer: MakeOptimizer) -> Adversary:
+    return Adversary(fake_copy(discriminator), optimizer, num_steps=1, weight=1.0, warmup_epochs=0)
+
+
+class _FakeTrainer(AutoencoderTrainer):
+    """The trainer on fake tensors, of which it asks for no number, for a single step."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.scaler = torch.amp.GradScaler(enabled=False)  # which would ask whether gradients are finite
+
+    @staticmethod
+    def are_finite(values: list[torch.Tensor]) -> bool:
+        return True
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.network, *([self.adversary.discriminator] if self.adversary else [])]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer, *([self.adversary.optimizer] if self.adversary else [])]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for module in self.modules for p in module.parameters() if p.requires_grad]
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    @property
+    def optimizer_states(self) -> list[Any]:
+        return [dict(optimizer.state) for optimizer in self.optimizers]
+
+    def make_optimizer_states(self, device: str) -> None:
+        """Give the optimizers their state, which the first step makes, and leave gradients where batches accumulate."""
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
+            if group.get("foreach", True) is None:  # PyTorch's choice, which it does not see on a fake device
+                group["foreach"] = device == "cuda" and not group.get("fused")
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            if self.accumulation_steps == 1:
+                optimizer.zero_grad(set_to_none=True)
+
+    def make_last_step(self, image: torch.Tensor) -> None:
+        """The last iteration of the epoch, which ends with a step of the optimizers."""
+        self.state.epoch, self.state.iteration = 1, self.state.epoch_length
+        self.fire_event(Events.ITERATION_STARTED)
+        self._iteration(self, {Keys.IMAGE: image})
+
+
+class _PhaseListener:
+    """Trainer handler that tells an :py:class:`AllocationTracker` in which phase the step is."""
+
+    def __init__(self, tracker: AllocationTracker) -> None:
+        self.tracker = tracker
+
+    def attach(self, engine: AutoencoderTrainer) -> None:
+        ends = (IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED, IterationEvents.BACKWARD_COMPLETED)
+        for end, phase in zip(ends, ("loss", "backward", "optimizer")):
+            engine.add_event_handler(end, self._start, phase)
+        if engine.adversary:
+            engine.adversary.discriminator.register_forward_pre_hook(self._judge)
+
+    def _start(self, phase: str) -> None:
+        self.tracker.phase = phase
+
+    def _judge(self, *_: Any) -> None:
+        if self.tracker.phase == "backward":  # judged once before, for the loss
+            self.tracker.phase = "discriminator"
