@@ -71,6 +71,6 @@ def test_a_run_keeps_its_precision_to_its_end(tmp_path):
             == 0
         )
     assert final_state(output_dir)["precision"] == {"amp": True, "amp_dtype": "float16"}
-    started, resumed = (line for line in log_of(output_dir).splitlines() if "precision: " in line)
+    started, resumed = (line for line in log_of(output_dir).splitlines() if "INFO scripts.bundle.precision: " in line)
     assert "precision: float16 on cpu, as configured" in started
     assert "precision: float16 on cpu: that of" in resumed and "checkpoint_00000003.pt" in resumed
