@@ -52,6 +52,13 @@ def make_weights(folder: Path, seed: int = 0) -> Path:
     return folder / "model.pt"
 
 
+def leave_start(network: torch.nn.Module) -> None:
+    """Give weights to the layers that start as zero, without which neither time nor conditions change what comes out."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
 def encode(volumes: Path, latents: Path, weights: Path, **keys) -> Path:
     keys = {**AUTOENCODER, "ckpt_dir": weights.parent, **keys}
     workflow("inference.json", "encoding", "infer", dataset_dir=volumes, output_dir=latents, **keys).run()
