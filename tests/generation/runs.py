@@ -24,7 +24,6 @@ KEYS = {
     "val_interval": 2,
     "val_fraction": 0.25,
     "ckpt_minutes": 0,  # at every step
-    "device": "cpu",
     "amp": False,
 }
 

@@ -79,7 +79,7 @@ def test_encoding_notes_conditions_and_follows_their_changes(volumes, weights, t
 
 def test_split_is_that_of_the_autoencoder_on_the_same_volumes(volumes, latents):
     keys = {"dataset_dir": volumes, "val_fraction": 0.34}
-    lists = workflow("train.json", "training", "train", **keys).parser.get_parsed_content("listing")
+    lists = workflow("train.json", "training", "train", **keys).parser.get_parsed_content("volume_lists")
     for half, items in latent_lists(str(latents), 0.34, 0).items():
         assert [Path(item["image"]).parent.name for item in items] == [
             Path(item["image"]).parent.name for item in lists[half]
@@ -88,7 +88,9 @@ def test_split_is_that_of_the_autoencoder_on_the_same_volumes(volumes, latents):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_space_normalises_the_training_latents(latents, weights, gamma):
-    flow = workflow("train_diffusion.json", "training", "train", dataset_dir=latents, latent_gamma=gamma, **KEYS)
+    flow = workflow(
+        "train_diffusion.json", "training", "train", dataset_dir=latents, latent_gamma=gamma, device="cpu", **KEYS
+    )
     space = flow.parser.get_parsed_content("space")
     dataset = flow.parser.get_parsed_content("train#dataset")
     found = torch.cat([space.normalised(item["image"][None])[0].flatten(1) for item in dataset], 1)
@@ -202,5 +204,7 @@ def test_two_processes_with_batch_1_equal_one_with_batch_2(weights, tmp_path):
 
 
 def test_bundle_finds_every_property(latents, tmp_path):
-    flow = workflow("train_diffusion.json", "training", "train", dataset_dir=latents, output_dir=tmp_path, **KEYS)
+    flow = workflow(
+        "train_diffusion.json", "training", "train", dataset_dir=latents, output_dir=tmp_path, device="cpu", **KEYS
+    )
     assert flow.check_properties() == []
