@@ -106,7 +106,7 @@ def test_demonstration_heads_differ_in_anatomy_and_lie_within_the_volume(demonst
             assert first.shape == (1, 1, 96, 112, 96)
             assert max(first[..., side, :, :].max() for side in (0, -1)) < 0.5 * first.max()
             for second in kind[:i]:
-                assert similarity(first, second).item() < 0.8
+                assert similarity(first, second).item() < 0.9  # of a copy: 1
 
 
 def test_demonstration_heads_come_out_the_same_again(tissues):
