@@ -15,7 +15,7 @@ from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.precision import choose_precision
 from scripts.bundle.weights import load_weights
 from scripts.data.intensity_window import ScaleIntensityWindowd
-from scripts.data.sample_volumes import t1_template
+from scripts.data.mni152 import t1_template
 from tests.conftest import ROOT
 
 METRICS = json.loads((ROOT / "configs/metadata.json").read_text())["eval_metrics"]["mni152_t1"]

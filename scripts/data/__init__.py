@@ -5,7 +5,7 @@ splits, checks, the intensity window, restored volumes, latents, sample and clin
 from scripts.data.intensity_window import ScaleIntensityWindowd
 from scripts.data.latents import LoadLatentd, SaveLatentd, find_latents, save_latent_scale, without_whole_latents
 from scripts.data.restored_volumes import DescribeSourced, SaveVolumed
-from scripts.data.sample_volumes import prepare_sample_volumes
+from scripts.data.sample_volumes import prepare_demonstration_heads, prepare_sample_volumes
 from scripts.data.volume_checks import usable_volumes
 from scripts.data.volume_lists import affordable_cache_rate, training_and_validation
 
@@ -17,6 +17,7 @@ __all__ = [
     "ScaleIntensityWindowd",
     "affordable_cache_rate",
     "find_latents",
+    "prepare_demonstration_heads",
     "prepare_sample_volumes",
     "save_latent_scale",
     "training_and_validation",
