@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,12 @@ from tests.conftest import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])
+
+
+def act_as_from_a_terminal() -> None:
+    """Loader workers are forked and Ctrl-C is heard, however the tests were started: a background job ignores it."""
+    multiprocessing.set_start_method("fork", force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def bundle_run(run_id: str, *config_files: str, cwd: Path = ROOT, check: bool = True, **overrides: str) -> SimpleNamespace:
@@ -46,7 +53,7 @@ def bundle_run(run_id: str, *config_files: str, cwd: Path = ROOT, check: bool = 
 
 
 def _run_bundle(arguments: list[str], cwd: Path, log: Path) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
+    act_as_from_a_terminal()
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -14,7 +13,7 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.training.checkpoints import find_checkpoints
 from tests.conftest import ROOT
-from tests.processes import SERVER
+from tests.processes import SERVER, act_as_from_a_terminal
 
 KEYS = {
     "channels": [4, 8, 8],
@@ -68,7 +67,7 @@ def _train_here(
     config: str,
     keys: dict,
 ):
-    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
+    act_as_from_a_terminal()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if num_processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}

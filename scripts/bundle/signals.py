@@ -41,7 +41,7 @@ def end_process(number: int) -> NoReturn:
     Raises:
         SystemExit: with the exit code that a shell gives to a signal.
     """
-    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs an exit as an error, and MONAI's handlers a traceback
+    logging.disable(logging.ERROR)  # Ignite logs an exit as an error, and MONAI's handlers log a traceback
     raise SystemExit(128 + number)
 
 

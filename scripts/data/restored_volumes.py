@@ -146,7 +146,7 @@ class SaveVolumed(Transform):
 def clipped_shares(record: Mapping[str, Any]) -> str:
     """In words, how much of a volume the intensity window cut off: air below is expected, bone above is not."""
     total = f"{record['clipped']:.2%} of the voxels were outside the intensity window"
-    if "clipped_below" not in record:  # of a latent that an older version made
+    if not {"clipped_below", "clipped_above"} <= record.keys():  # of a latent that an older version made
         return total
     return f"{total} ({record['clipped_below']:.2%} below, {record['clipped_above']:.2%} above)"
 

@@ -138,7 +138,7 @@ def test_configs_ask_the_hardware_and_record_what_it_said(hardware, files, suppo
     inferer = parser.get_parsed_content("inferer" if files == ["inference.json"] else "validate#inferer")
     assert inferer.amp is amp
     if files == ["inference.json"]:
-        recorded = parser.get_parsed_content("encode#settings")
+        recorded = parser.get_parsed_content("settings")
         assert json.loads(json.dumps(recorded))["amp"] is amp and recorded["amp_dtype"] == "bfloat16"
     if "evaluate.json" in files:
         saver = parser.get("validate#handlers")[-1]

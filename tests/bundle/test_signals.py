@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,12 +11,12 @@ from pathlib import Path
 from monai.bundle import ConfigWorkflow
 
 from tests.conftest import ROOT
-from tests.processes import SERVER
+from tests.processes import SERVER, act_as_from_a_terminal
 
 
 def _reconstruct(volumes: Path, output_dir: Path):
     """Reconstruct with the shipped weights, and get a Ctrl-C in the second volume, as the loader's worker does."""
-    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
+    act_as_from_a_terminal()
     sys.stdout = sys.stderr = output_dir.with_suffix(".log").open("a", buffering=1)
     os.setpgid(0, 0)
     flow = ConfigWorkflow(

@@ -118,7 +118,7 @@ def test_slabs_are_cut_along_the_longest_axis():
 def test_what_fits_runs_in_one_pass_and_what_does_not_in_slabs(monkeypatch):
     network, image = network_and_image(CONFIGURATIONS[3], (16, 32, 16))
     budgets = []
-    monkeypatch.setattr("scripts.inference.streaming.stream", lambda *arguments: budgets.append(arguments[-1]) or image)
+    monkeypatch.setattr("scripts.inference.streaming.stream", lambda *arguments: budgets.append(arguments[3]) or image)
     for memory_gb in (1.0, TINY):
         StreamingInferer(False, "bfloat16", memory_gb)(image, network)
     assert budgets == [TINY]

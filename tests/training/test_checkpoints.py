@@ -283,9 +283,9 @@ def test_best_weights_are_kept_and_the_untrained_network_is_not_among_them(tmp_p
     monkeypatch.setattr("monai.handlers.PeakSignalToNoiseRatio.compute", lambda self: next(scores[self._name]))
     saved = []
 
-    def record(network, path):
+    def record(network, path, description):
         saved.append(network.post_quant_conv.conv.weight.clone())
-        save_weights(network, path)
+        save_weights(network, path, description)
 
     monkeypatch.setattr("scripts.training.checkpoints.save_weights", record)
     _, evaluator = run_with_checkpoints(tmp_path, small_network(), epochs=5)

@@ -105,7 +105,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(moment, data, tmp_path
     output_dir = tmp_path / "eval"
     assert train(data, output_dir, KILLS[moment]) == -signal.SIGKILL
     assert train(data, output_dir, resume=True, num_workers=1) == 0, log_of(output_dir)
-    assert "checkpoints: resumed" in log_of(output_dir)
+    assert "resume: resumed" in log_of(output_dir)
     resumed = final_state(output_dir)
     assert {"average", "discriminator", "discriminator_optimizer", "discriminator_lr_scheduler"} < uninterrupted.keys()
     for part in uninterrupted.keys() - {"random", "log"}:
