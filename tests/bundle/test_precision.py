@@ -142,7 +142,8 @@ def test_configs_ask_the_hardware_and_record_what_it_said(hardware, files, suppo
         assert json.loads(json.dumps(recorded))["amp"] is amp and recorded["amp_dtype"] == "bfloat16"
     if "evaluate.json" in files:
         saver = parser.get("validate#handlers")[-1]
-        assert saver["settings"]["amp"] == "@amp" and saver["settings"]["amp_dtype"] == "@amp_dtype"
+        assert saver["settings"] == "@settings"
+        assert parser["settings"]["amp"] == "@amp" and parser["settings"]["amp_dtype"] == "@amp_dtype"
 
 
 @pytest.mark.parametrize("text, amp", [("false", False), ("True", True)])
