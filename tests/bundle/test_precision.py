@@ -107,8 +107,8 @@ def test_one_line_of_the_log_says_what_was_chosen_and_why(hardware, caplog):
 @pytest.mark.parametrize(
     "device, amp_dtype, machine, words",
     [
-        ("cpu", "bfloat16", {}, "bfloat16 does not pay on cpu.*several hundred times.*--amp false"),
-        ("cpu", "float16", {}, "float16 does not pay on cpu.*several hundred times.*--amp false"),
+        ("cpu", "bfloat16", {}, "bfloat16 is slow on cpu.*several hundred times.*--amp false"),
+        ("cpu", "float16", {}, "float16 is slow on cpu.*several hundred times.*--amp false"),
         ("cpu", "float16", {"supported": ("bfloat16", "float16"), "gain": 3.0}, "float16.*20 times"),
         ("cpu", "bfloat16", {"supported": ("bfloat16",), "gain": 0.25}, "bfloat16.* 4 times as long as in float32"),
         ("cuda", "bfloat16", {"capability": (7, 5)}, "bfloat16.*no units for it.*--amp_dtype float16"),
