@@ -58,7 +58,7 @@ def prepare_sample_volumes(folder: str) -> str:
     logger.info(f"preparing the sample volumes in {target}")
 
     names = [f"synthetic_{i:02d}.nii.gz" for i in range(NUM_TRAINING_VOLUMES)]
-    bar = ProgressBar(names, desc="sample volumes", unit="volume")  # the tissues take long too
+    bar = ProgressBar(names, desc="sample volumes", unit="volume")  # shown before the tissue maps, which take long too
     template = t1_template()
     _save(template, unfinished / "validation" / "mni152_t1.nii.gz")
     tissues = _tissue_maps()
@@ -117,7 +117,7 @@ def _tissue_maps() -> torch.Tensor:
 
 
 def _synthesise_head(tissues: torch.Tensor, seed: int) -> np.ndarray:
-    """Deform the anatomy, give each tissue a random intensity, and add what a scanner adds. Returns values in [0, 255]."""
+    """Deform the anatomy, give each tissue a random intensity, and add scanner artefacts. Returns values in [0, 255]."""
     random = np.random.RandomState(seed)
     deform = Rand3DElastic(
         sigma_range=(7, 11),

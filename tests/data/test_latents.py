@@ -155,7 +155,7 @@ def test_latent_of_an_earlier_version_is_decoded_to_the_same_bytes(encoded, late
         ({"preprocessed_shape": [32767] * 3, "padding": [1] * 3}, "does not lie where|take .* GiB"),
         (
             {"preprocessed_shape": [8, 8, 6], "padding": [0, 0, 0]},
-            r"has the shape \(5, 4, 3, 3\), and .* makes it \(4, 4, 3, 3\)",
+            r"has the shape \(5, 4, 3, 3\); with .* it must be \(4, 4, 3, 3\)",
         ),
         ({"padding": [0, 0, 0]}, r"`padding` \[0, 0, 0\] does not pad `preprocessed_shape` \[9, 8, 6\]"),
         ({"data_type": "O"}, "`data_type` is 'O'; it must be a data type of real numbers"),
