@@ -50,7 +50,7 @@ def test_a_checkpoint_that_does_not_say_it_goes_on_as_the_device_has_it(tmp_path
     torch.save(content if record is None else {**content, "precision": record}, path)
     with caplog.at_level(logging.INFO):
         assert resumed_precision(str(tmp_path), "cpu") is OF_THE_DEVICE
-    assert f"{path} does not say its precision" in caplog.text
+    assert f"{path} does not record its precision" in caplog.text
     resumed, _ = run_with_checkpoints(tmp_path, network, epochs=2, resume=True)
     assert resumed.state.iteration == 6
 
