@@ -44,7 +44,7 @@ def test_weights_of_other_factors_are_refused_although_their_shapes_fit(tmp_path
 
 def test_weights_of_a_run_that_has_not_validated_yet_are_no_riddle(tmp_path):
     (tmp_path / "checkpoint_00000032.pt").touch()
-    with pytest.raises(FileNotFoundError, match=r"not written model.pt yet, it does at its next validation.*--resume true"):
+    with pytest.raises(FileNotFoundError, match=r"not written model.pt yet; its next validation will.*--resume true"):
         load_weights(small_network(), tmp_path / "model.pt")
 
 
