@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell the reader to type is there to be typed: files, keys, options, targets and links."""
+"""All files, keys, options, targets and links that README.md and docs/ name exist, and the cheap commands are run."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_links_lead_somewhere(document):
             assert anchor in slugs, link
 
 
-# --- what is cheap is run ----------------------------------------------------------------------------------------------
+# --- cheap commands are run --------------------------------------------------------------------------------------------
 
 
 def test_python_of_the_guide_and_of_inference_runs():
@@ -244,7 +244,7 @@ def test_quickstart_goes_from_volumes_to_a_sample_of_a_diffusion_model(tmp_path,
         block = block.replace("/data/latents", str(latents)).replace("eval/mine/checkpoints", "models").replace("1000", "4")
         exec(block, names)
     assert torch.isfinite(names["loss"])
-    scaled = names["latent"].std()  # over one of the two volumes, air that was added included
+    scaled = names["latent"].std()  # over one of the two volumes, including the padding
     assert 0.5 < scaled < 2
     assert names["volume"].shape == (1, 1, 32, 32, 32)
     assert json.loads((latents / "latent_scale.json").read_text())["volumes"] == 2

@@ -1,4 +1,4 @@
-"""The commands as a user types them, each in a process of its own, on a folder of real files."""
+"""The commands as a user types them, each in a separate process, on a folder of real files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A latent that somebody shared is decoded within the output folder and within memory, or refused by name."""
+"""A latent from elsewhere is decoded into the output folder and within memory, or refused with an error that names it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OUTSIDE = [
     "C:\\x\\y.nii.gz",
     "C:y.nii.gz",
     "\\\\host\\x\\y.nii.gz",
-    "a/.. /y.nii.gz",  # Windows leaves out the space
+    "a/.. /y.nii.gz",  # Windows ignores the space
     ".",
     "",
     "a\0.nii.gz",
@@ -209,7 +209,7 @@ def test_scale_of_latents_leaves_out_descriptions_that_are_false(encoded, latent
 
 
 def mutated(description: dict[str, Any], chance: random.Random) -> bytes:
-    """A description in which something is different, or a text that is none."""
+    """A changed description, or text that is not a description."""
     kind = chance.randrange(8)
     if kind == 0:
         text = bytearray(json.dumps(description).encode())
