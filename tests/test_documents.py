@@ -25,6 +25,7 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import check_parser
 from scripts.planning.self_test import Configuration, check_configuration
 from tests.conftest import ROOT, save_volume
+from tests.test_architecture import ORDER
 from tests.training.test_training import small_network
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -207,6 +208,20 @@ def test_links_lead_somewhere(document):
         if anchor:
             slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in HEADING.findall(target.read_text())}
             assert anchor in slugs, link
+
+
+def test_architecture_names_packages_files_and_identifiers_that_exist():
+    document = ROOT / "docs/architecture.md"
+    text, (picture,) = document.read_text(), blocks("mermaid", document)
+    packages = re.findall(r"^\| `scripts/(\w+)[^`]*` \|", text, re.MULTILINE)
+    assert packages == ORDER
+    files = [path for pattern in ("scripts/**/*.py", "configs/**/*.json", "benchmarks/*.py") for path in ROOT.glob(pattern)]
+    sources = "\n".join(path.read_text() for path in files)
+    words = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+    words += re.findall(r"[a-z]+_[a-z_]+|[A-Z]\w+[A-Z]\w+", picture)
+    for word in words:
+        exists = (ROOT / word).exists() if "/" in word else re.search(rf"\b{re.escape(word)}\b", sources)
+        assert exists, word
 
 
 # --- cheap commands are run --------------------------------------------------------------------------------------------
