@@ -218,7 +218,7 @@ def test_architecture_names_packages_files_and_identifiers_that_exist():
     files = [path for pattern in ("scripts/**/*.py", "configs/**/*.json", "benchmarks/*.py") for path in ROOT.glob(pattern)]
     sources = "\n".join(path.read_text() for path in files)
     words = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
-    words += re.findall(r"[a-z]+_[a-z_]+|[A-Z]\w+[A-Z]\w+", picture)
+    words += re.findall(r"[a-z]+_[a-z_]+|\b[A-Z][a-z]+[A-Z]\w+", picture)
     for word in words:
         exists = (ROOT / word).exists() if "/" in word else re.search(rf"\b{re.escape(word)}\b", sources)
         assert exists, word
