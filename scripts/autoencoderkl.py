@@ -204,7 +204,7 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
             width = channels[1] if len(channels) > 1 else channels[0]
             self.refine = SubpixelDownsample(spatial_dims, out_channels, width, initial)
         if all(f == 2 for factor in factors for f in factor) and all(f == 1 for f in initial):
-            return  # MONAI's decoder, to the last bit
+            return  # MONAI's decoder, bit for bit
         for place, factor, width in zip(places, reversed(factors), reversed(channels)):
             use_convtranspose = hasattr(self.blocks[place], "deconv")
             self.blocks[place] = Upsample(spatial_dims, width, scale_factor=factor, use_convtranspose=use_convtranspose)
