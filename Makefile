@@ -1,7 +1,7 @@
 # make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
 # make quality: train every row of the quality tables.
-# make release: the bundle as one file to share, in dist/.
-# Further config keys go through ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
+# make release: the bundle as one file to share, in dist/.   make lint: the checks of style and types.
+# Further config keys are given in ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
 
 PYTHON ?= python3
 BIN := .venv/bin

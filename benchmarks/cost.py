@@ -2,7 +2,7 @@
 
     python -m benchmarks.cost [--size 96] [--inference_size 256] [--device cpu]
 
-Prints the tables of docs/performance.md in Markdown, in the precision that pays on the device: the head line says which. All
+Prints the tables of docs/performance.md in Markdown, in the default precision of the device, which the first line names. All
 ratios of a table are measured in one run on one machine.
 """
 
@@ -101,13 +101,13 @@ def switched_network(
 
 
 def mixed_precision(device: str) -> torch.autocast:
-    """The autocast that pays on a device, which may be none."""
+    """The autocast of a device's default precision, which may be none."""
     precision = choose_precision(device)
     return torch.autocast(device, autocast_dtype(precision.amp_dtype), enabled=precision.amp)
 
 
 def saved_activations(name: str, size: int, device: str, **switches: Any) -> int:
-    """Bytes that the backward pass of one step keeps, parameters apart."""
+    """Bytes that one step keeps for the backward pass, without parameters."""
     network = switched_network(name, device, **switches)
     image = torch.rand(1, 1, size, size, size, device=device)
     saved = SavedTensors(list(network.parameters()))
@@ -117,7 +117,7 @@ def saved_activations(name: str, size: int, device: str, **switches: Any) -> int
 
 
 def training_step(name: str, size: int, device: str, **switches: Any) -> float:
-    """Seconds of a step with AdamW: the median of three after one to warm up."""
+    """Seconds of a step with AdamW: the median of three, after one step of warm-up."""
     network = switched_network(name, device, **switches)
     images = [torch.rand(1, 1, size, size, size, device=device)] * (1 + REPEATS)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)

@@ -1,4 +1,4 @@
-"""By how many bytes the reconstruction of one volume raises the peak of this process, or of the GPU.
+"""The bytes by which the reconstruction of one volume raises the peak memory of this process, or of the GPU.
 
 python -m benchmarks.inference_peak "'initial 2, [2,2]'" 256 cpu
 """
@@ -37,7 +37,7 @@ def inference_peak(name: str, size: int, device: str = "cpu") -> int:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak of the process's memory (Linux; ``getrusage`` would hand on that of the parent), or of the GPU's."""
+    """Peak memory of the process (Linux; ``getrusage`` would include the parent's peak), or of the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -45,7 +45,7 @@ def peak_bytes(device: str) -> int:
 
 
 def restart_peak() -> int:
-    """Forget the process's peak so far (Linux); returns the bytes that it holds now, from which it rises."""
+    """Reset the process's peak (Linux) and return the bytes that it holds now."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident()
 

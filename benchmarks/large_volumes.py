@@ -1,4 +1,4 @@
-"""What whole volumes need that no machine here could hold: training and reconstruction, computed on fake tensors.
+"""Memory that whole volumes need in training and reconstruction, computed on fake tensors, at sizes too large to measure.
 
     python -m benchmarks.large_volumes
 
@@ -18,7 +18,7 @@ from scripts.planning.plans import read_plan
 from scripts.planning.training_costs import training_cost
 
 SIZES = ((256, 256, 64), (256, 256, 256), (512, 512, 512))
-FIELD = {"channels": (64, 128, 256), "num_res_blocks": 2}  # the width that the field uses
+FIELD = {"channels": (64, 128, 256), "num_res_blocks": 2}  # the width that is common in the field
 PRESETS = ("4x", "8x", "16x", "16x_lean", "32x", "64x", "thick_slices")
 
 
@@ -50,7 +50,7 @@ def peaks(network: torch.nn.Module) -> list[str]:
 
 
 def rules(name: str) -> list[str]:
-    """Reconstruction in pure bfloat16, and what is saved when norms stay in the autocast type and when they do not."""
+    """Reconstruction in pure bfloat16, and saved activations with norms in the autocast type and in float32."""
     network = build_with(name)
     saved = [training_cost(network, SIZES[1], device=device).saved_activations for device in ("cpu", "cuda")]
     peak = inference_cost(network.to(torch.bfloat16), SIZES[2], amp_dtype=None).peak

@@ -1,8 +1,8 @@
-"""How good the linear shortcut is by itself, before any training: as it starts, and after each of its two fits.
+"""The quality of the linear shortcut by itself, before any training: as initialised, and after each of its two fits.
 
     python -m benchmarks.linear_code --network 8x --data sample
 
-Prints a row for each in Markdown, with the PSNR of every validation volume, below that of the block-wise cosine transform
+Prints a row for each in Markdown, with the PSNR of every validation volume. The first row is the block-wise cosine transform
 with as many numbers.
 """
 

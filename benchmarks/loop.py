@@ -1,9 +1,9 @@
-"""What the training loop costs: a step of the trainer with all its handlers, against the same step in plain PyTorch.
+"""The overhead of the training loop: a step of the trainer with all its handlers, against the same step in plain PyTorch.
 
     python -m benchmarks.loop [--epochs 4] [--patch_size 96] [--device cpu]
 
-Both take turns in one run, so that a busy machine slows both down. The configuration is configs/train.json; loading data is
-left out on both sides.
+The two alternate in one run, so that other load slows both down. The configuration is configs/train.json; loading data is
+excluded from both.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from monai.bundle import ConfigWorkflow
 from scripts.training.losses import kl_divergence
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_VOLUMES = 6  # of them one is for validation
+NUM_VOLUMES = 6  # one of them for validation
 WARM_UP = 3
 
 
 def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu") -> float:
     """
-    Print and return by how much a step of the trainer is longer than one of the plain loop: the median over pairs of steps,
-    one right after the other.
+    Print and return how much longer a step of the trainer takes than one of the plain loop, as a share: the median over
+    pairs of successive steps.
 
     Args:
         epochs: of five steps each.
@@ -81,7 +81,7 @@ def training(folder: Path, epochs: int, patch_size: int, device: str) -> ConfigW
 
 
 class Stopwatch:
-    """Collects how long something took."""
+    """Collects the durations between pairs of ``start`` and ``stop``, seconds."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -101,7 +101,7 @@ class Stopwatch:
 
 
 class PlainLoop:
-    """The same step on a copy of the network, as one would write it down without any library."""
+    """The same step on a copy of the network, written in plain PyTorch."""
 
     def __init__(self, flow: ConfigWorkflow, patch_size: int) -> None:
         get = flow.parser.get_parsed_content

@@ -1,4 +1,4 @@
-"""What a measurement ran on, for the head lines of the benchmarks."""
+"""The machine that a measurement ran on, for the first lines of the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["described", "now", "instruction_set", "processor"]
 
-# a convolution that is large enough for oneDNN, which then says in its first lines what it will use
+# a convolution that is large enough for oneDNN, which then prints the instruction set that it uses
 CONVOLUTION = "import torch; torch.nn.functional.conv2d(torch.rand(1, 32, 64, 64), torch.rand(8, 32, 3, 3))"
 
 
@@ -35,7 +35,7 @@ def described(device: str, precision: str) -> str:
 def now(device: str) -> float:
     """
     Seconds since an arbitrary moment. With one thread on a CPU (``OMP_NUM_THREADS=1``) it is the processor time of this
-    process, so that whatever else runs on the machine takes nothing away.
+    process, so that other load on the machine does not count.
     """
     return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
@@ -52,10 +52,11 @@ def processor() -> str:
 
 def instruction_set(**environment: str) -> str:
     """
-    The instruction set that oneDNN uses, by its own name, in a process of its own. It follows ``ONEDNN_MAX_CPU_ISA``.
+    The instruction set that oneDNN uses, by oneDNN's name. It follows ``ONEDNN_MAX_CPU_ISA`` and is found in a separate
+    process.
 
     Args:
-        environment: further variables for that process.
+        environment: further environment variables of that process.
     """
     command = [sys.executable, "-c", CONVOLUTION]
     variables = {**os.environ, "ONEDNN_VERBOSE": "1", **environment}

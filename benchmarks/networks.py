@@ -47,5 +47,5 @@ def build_with(name: str, **arguments: Any) -> torch.nn.Module:
 
 
 def total_factors(network: torch.nn.Module) -> tuple[int, ...]:
-    """The total downsample factor along each axis; MONAI's network does not tell it."""
+    """The total downsample factor along each axis; MONAI's network has no attribute for it."""
     return network.total_downsample_factor if isinstance(network, AutoencoderKL) else (4, 4, 4)

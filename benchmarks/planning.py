@@ -1,8 +1,8 @@
-"""The planner's estimates against what real training steps on the CPU need, each in a process of its own.
+"""The planner's estimates against the memory that real training steps on the CPU need, each in a separate process.
 
     python -m benchmarks.planning
 
-Prints the table of docs/planning.md in Markdown. It runs on Linux, where a process can tell what it holds.
+Prints the table of docs/planning.md in Markdown. It runs on Linux, where a process can read its own memory use.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 @dataclass(frozen=True)
 class Row:
-    """A network of :py:mod:`benchmarks.networks` with further arguments, and a training step of it."""
+    """A network of :py:mod:`benchmarks.networks` with further arguments, and the settings of its training step."""
 
     name: str
     size: tuple[int, ...]
-    amp: bool = True  # where it pays on this processor
+    amp: bool = True  # where it is this processor's default
     batch_size: int = 1
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def compare(name: str) -> list[str]:
-    """The cells of a row: estimate, measurement, and by how much the one is off the other."""
+    """The cells of a row: estimate, measurement, and the relative error of the estimate."""
     row = ROWS[name]
     estimate = training_cost(
         row.build(), row.size, batch_size=row.batch_size, amp_dtype=torch.bfloat16 if row.amp_here else None, device="cpu"
@@ -99,7 +99,7 @@ def compare(name: str) -> list[str]:
 
 
 def measure(name: str) -> tuple[int, int]:
-    """Bytes saved and growth of the peak, in a process of its own."""
+    """Bytes saved and growth of the peak, in a separate process."""
     command = [sys.executable, "-m", "benchmarks.planning_step", repr(name)]  # fire reads literals
     process = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     saved, peak = process.stdout.split()[-2:]

@@ -1,9 +1,9 @@
-"""Random requests to the planner: whether every recommendation runs, keeps its budget, and trains.
+"""Random requests to the planner: checks that every recommendation runs, keeps its budget, and trains.
 
     python -m benchmarks.planning_requests [--count 30] [--trained 3]
 
 Each recommendation is written as an overlay, built, trained for a real step on a small volume, encoded and decoded, and
-estimated anew from the overlay. The first overlays also train with `fast_dev_run`, at the smallest patch.
+estimated again from the overlay. The first overlays also train with `fast_dev_run`, on the smallest patch.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def requests(count: int = 30, trained: int = 3) -> None:
     Print how many recommendations were made, ran, and kept their budget.
 
     Args:
-        count: requests.
-        trained: how many overlays train with `fast_dev_run`.
+        count: number of requests.
+        trained: number of overlays that train with `fast_dev_run`.
     """
     rng = random.Random(0)
     made, unanswered, checked = 0, 0, set()
@@ -49,7 +49,9 @@ def requests(count: int = 30, trained: int = 3) -> None:
             verify(recommendation, memory_gb, checked)
         if found and number < trained:
             train(found[0])
-    print(f"{count} requests, {unanswered} that nothing fits, {made} recommendations: all run and keep their budget")
+    print(
+        f"{count} requests, {unanswered} without a fitting candidate, {made} recommendations: all run and keep their budget"
+    )
 
 
 def verify(recommendation: Recommendation, memory_gb: float, checked: set[str]) -> None:

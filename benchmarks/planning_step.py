@@ -1,4 +1,4 @@
-"""What a step of the real trainer saves for its backward pass, and by how much it makes this process grow.
+"""The bytes that a step of the real trainer saves for its backward pass, and by which it makes this process grow.
 
 python -m benchmarks.planning_step "'16x lean'"
 """
@@ -45,7 +45,7 @@ def step(name: str) -> None:
 
     row = ROWS[name]
     saved_in_a_step(row.build(), tuple(2 * f for f in row.factors), 1, row.amp_here)  # loads the libraries
-    gc.collect()  # a trainer and its handlers hold each other, and with them the network
+    gc.collect()  # a trainer and its handlers refer to each other, and so keep the network in memory
     before = resident()
     saved = saved_in_a_step(row.build(), row.size, row.batch_size, row.amp_here)
     print(saved, peak_bytes("cpu") - before)

@@ -1,10 +1,10 @@
-"""Which precision pays with which instruction set: seconds of a training step and of a reconstruction, default network.
+"""Which precision is fast with which instruction set: seconds of a training step and of a reconstruction, default network.
 
     python -m benchmarks.precision [--limit 60] [--precisions "[float32,bfloat16]"]
 
-Prints the table of docs/performance.md in Markdown, a row for each instruction set that this processor has: it acts as
-a smaller one where `ONEDNN_MAX_CPU_ISA` and `ATEN_CPU_CAPABILITY` say so. Each number is of a process of its own. What would
-take longer than the limit is measured on half the edge, or on a quarter; the cell then says on what.
+Prints the table of docs/performance.md in Markdown, with rows for each instruction set that this processor has:
+`ONEDNN_MAX_CPU_ISA` and `ATEN_CPU_CAPABILITY` make it use a smaller one. Each number is from a separate process. An
+operation that would take longer than the limit is measured on a cube of half or a quarter of the edge, which the cell names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEP_SIZE = 96  # the default `patch_size`
 VOLUME_SIZE = 128
 REPEATS = 3
 HALVINGS = 2
-START = 60  # seconds that a process may take before it computes
+START = 60  # seconds that a process may take before it starts to compute
 # as oneDNN's environment variable names them, with the kernels that PyTorch's own would choose there
 INSTRUCTION_SETS = {
     "AVX2": "avx2",
@@ -56,7 +56,7 @@ def table(limit: float = 60.0, precisions: Sequence[str] = ("float32", *LOWER_PR
 
 
 def available() -> dict[str, dict[str, str]]:
-    """The environment for each instruction set that this processor has, by oneDNN's name of it."""
+    """The environment variables for each instruction set that this processor has, by oneDNN's name of it."""
     found: dict[str, dict[str, str]] = {}
     for name, capability in INSTRUCTION_SETS.items():
         environment = {"ONEDNN_MAX_CPU_ISA": name, "ATEN_CPU_CAPABILITY": capability}
@@ -65,7 +65,7 @@ def available() -> dict[str, dict[str, str]]:
 
 
 def cell(operation: str, precision: str, limit: float, environment: dict[str, str]) -> str:
-    """Seconds of an operation; if they would be too many, those on a smaller size, beside float32's on it."""
+    """Seconds of an operation; if it takes too long, those on a smaller size, with float32's on that size."""
     found = in_a_process(operation, precision, limit, environment)
     if found is None:
         return f"more than {limit:g} s on {SIZES[operation] >> HALVINGS}³"
@@ -78,7 +78,7 @@ def cell(operation: str, precision: str, limit: float, environment: dict[str, st
 def in_a_process(
     operation: str, precision: str, limit: float, environment: dict[str, str]
 ) -> tuple[int, float, float] | None:
-    """What :py:func:`measure` finds; None when even the smallest size takes too long."""
+    """The result of :py:func:`measure` in a separate process; None when even the smallest size takes too long."""
     command = [sys.executable, "-m", "benchmarks.precision", "measure", operation, precision, str(limit)]
     variables = {**os.environ, **environment}
     try:
@@ -93,7 +93,7 @@ def measure(operation: str, precision: str, limit: float) -> None:
     """
     Print edge, seconds, and seconds in float32, of the largest size on which one run takes no longer than the limit.
 
-    Sizes are tried from the smallest on; the next one is left out when eight times the seconds would be more than the limit.
+    Sizes are tried from the smallest on, until eight times the seconds of one would be more than the limit.
 
     Args:
         operation: ``training`` or ``reconstruction``.
@@ -116,7 +116,7 @@ def measure(operation: str, precision: str, limit: float) -> None:
 
 
 def seconds_of(run: Callable[[], None], precision: str, limit: float) -> float:
-    """The median of three after one to warm up, or of what was done when half the limit was over."""
+    """The median of three runs after one of warm-up, or of those that were done after half the limit."""
     amp = precision != "float32"
     times: list[float] = []
     while len(times) <= REPEATS and sum(times) < limit / 2:

@@ -1,16 +1,16 @@
-"""How good the reconstructions are after equal training time from scratch, on volumes that training never saw.
+"""Quality of reconstructions after equal training time from scratch, on volumes that were not trained on.
 
     python -m benchmarks.quality rows
     python -m benchmarks.quality train --network 8x --data sample --minutes 20
     python -m benchmarks.quality tables
     python -m benchmarks.quality plot
 
-`train` takes a preset's name or `MONAI` and leaves a row, the weights and a picture per volume in eval/quality; `rows` does
-so for all rows of quality_rows.json that are not there yet, each by one thread in a process of its own; `tables`
-prints the rows that are there in Markdown, beside what needs no training: the block-wise cosine transform with as many
-numbers, and trilinear shrinking; `plot` draws them against the memory of training. Training time is the processor time of
-the training process over the number of its threads, so that whatever else runs on the machine takes nothing away; on a GPU
-it is the time on the clock.
+`train` takes a preset's name or `MONAI` and writes a row, the weights and a picture per volume to eval/quality; `rows` does
+so for all rows of quality_rows.json that have no result yet, each by one thread in a separate process; `tables` prints the
+existing rows in Markdown, beside two methods without training: the block-wise cosine transform with as many numbers, and
+trilinear shrinking; `plot` draws them against the memory of training. Training time is the processor time of the training
+process divided by the number of its threads, so that other load on the machine does not count; on a GPU it is wall-clock
+time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from scripts.planning.training_costs import training_cost
 
 RESULTS = Path("eval/quality")
 ROWS = Path(__file__).with_name("quality_rows.json")
-MINUTES = 12.0  # of training, for a row that names no other time
+MINUTES = 12.0  # of training, for a row that sets no other time
 MONAI = "MONAI"
 LEVELS = {"channels": [32, 64, 128], "num_res_blocks": 1, "norm_num_groups": 1, "attention_levels": [False] * 3}
 MONAI_NETWORK = {
@@ -128,14 +128,14 @@ def train_rows(jobs: int = 1) -> None:
 
 
 def train_apart(row: dict[str, Any]) -> None:
-    """Train a row by one thread in a process of its own."""
+    """Train a row by one thread in a separate process."""
     arguments = [f"--{key}={value!r}" for key, value in row.items()]
     command = [sys.executable, "-m", "benchmarks.quality", "train", *arguments]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def result_path(row: dict[str, Any]) -> Path:
-    """Where the numbers of a row are."""
+    """The file of a row's numbers."""
     return RESULTS / f"{row['data']}-{row.get('name') or row['network']}.json"
 
 
@@ -151,7 +151,7 @@ def recipe_of_row(name: str, data: str) -> ConfigParser:
 
 def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) -> ConfigParser:
     """
-    The recipe of ``configs/train.json`` without an end.
+    The recipe of ``configs/train.json`` without a limit of epochs.
 
     Args:
         network: name of a preset, or ``MONAI``.
@@ -182,7 +182,7 @@ def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) 
 
 class Budget:
     """
-    Ends a training after so many seconds. The learning rate warms up from the first step on, and falls to zero along a
+    Ends a training after a number of seconds. The learning rate warms up from the first step on, and falls to zero along a
     cosine.
     """
 
@@ -223,7 +223,7 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
     Args:
         parser: of the config.
         network: that is measured.
-        pictures: what the paths of the pictures start with; None for no pictures.
+        pictures: start of the paths of the pictures; None for no pictures.
 
     Returns:
         all numbers of each volume, by the name of its file.
@@ -249,7 +249,7 @@ def validation_volumes(parser: ConfigParser) -> Iterator[tuple[str, MetaTensor]]
 
 
 def at_any_size(code: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, factors: list[int]) -> torch.Tensor:
-    """The reconstruction of a volume of any size by a code that takes multiples of its factors, as MONAI's network does."""
+    """The reconstruction of a volume of any size by a code that needs multiples of its factors, as MONAI's network does."""
     shape = image.shape[2:]
     return code(pad_to_multiple(image, factors))[..., : shape[0], : shape[1], : shape[2]]
 
@@ -272,7 +272,7 @@ def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int
 
 
 def tables() -> None:
-    """Print the rows that are there."""
+    """Print the rows that have been trained."""
     rows = read_rows()
     volumes = sorted({(row["data"], name) for row in rows for name in row["volumes"]}, reverse=True)
     for data, name in volumes:
@@ -326,7 +326,7 @@ def monai_arguments() -> dict[str, Any]:
 
 
 def read_rows() -> list[dict[str, Any]]:
-    """The rows that `train` left."""
+    """The rows that `train` has written."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
 
 

@@ -1,4 +1,4 @@
-"""The shipped weights on the volumes that their training never saw: the table and the pictures of the model card.
+"""The shipped weights on volumes that they were not trained on: the table and the pictures of the model card.
 
     python -m benchmarks.shipped_weights [--pictures docs]
 

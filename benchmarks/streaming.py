@@ -1,8 +1,8 @@
-"""Reconstruction of a volume in slabs, within a share of the memory that one pass takes: how much it takes, and how long.
+"""Memory and time of a reconstruction in slabs, within a share of the memory that one pass needs.
 
     OMP_NUM_THREADS=1 python -m benchmarks.streaming --size 256 --share 0.25 [--amp True]
 
-Time is the processor time of this process. It runs on Linux, where a process can tell its peak.
+Time is the processor time of this process. It runs on Linux, where a process can read its own peak.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def compare(size: int = 256, share: float = 0.25, amp: bool | None = None) -> No
 
     Args:
         size: edge of the cube, voxels.
-        share: of the peak of one pass, by the planner, that slabs may take.
-        amp: bfloat16 in place of float32; None is what pays on this processor.
+        share: budget of the slabs, as a share of the planner's peak of one pass.
+        amp: bfloat16 instead of float32; None for this processor's default.
     """
     amp = choose_precision("cpu").amp if amp is None else amp
     print(described("cpu", computing_dtype(amp, "bfloat16")))

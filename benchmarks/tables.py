@@ -1,4 +1,4 @@
-"""Tables of the benchmarks, which show each row as soon as it is measured."""
+"""Tables of the benchmarks, printed row by row as they are measured."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Whether a network that was trained on crops keeps its quality on whole volumes, whose norms see other statistics.
+"""Whether a network that was trained on crops keeps its quality on whole volumes, where norms have other statistics.
 
     OMP_NUM_THREADS=1 python -m benchmarks.whole_volumes --network 8x --data sample
 
-Takes the weights that `python -m benchmarks.quality train` left and reconstructs each validation volume twice: in one pass,
-and in crops of the size of training's, of which every voxel is taken from the one whose centre is nearest.
+Takes the weights that `python -m benchmarks.quality train` has written and reconstructs each validation volume twice: in one
+pass, and in crops of the training patches' size, where each voxel is taken from the crop with the nearest centre.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.quality import RESULTS, at_any_size, recipe_of_row, validation_v
 from benchmarks.tables import print_table
 from scripts.bundle.precision import autocast_dtype, computing_dtype
 
-NEAREST = 0.03  # of a crop's size, the width of a Gaussian window that leaves next to nothing to the other crops
+NEAREST = 0.03  # of a crop's size: width of a Gaussian window so narrow that other crops have hardly any weight
 
 
 @torch.no_grad()

@@ -37,14 +37,14 @@ def estimate(
     **overrides: Any,
 ) -> None:
     """
-    What a configuration needs in memory and operations, for a training step and for reconstructing a volume.
+    Memory and operations that a configuration needs, for a training step and for reconstructing a volume.
 
     Args:
         config_file: a config, or a list of a config and its overlays, as monai.bundle run takes them.
         spatial_size: of the training patch, voxels; one number for a cube. Without it, the config's patch_size.
         volume_size: of the volume that is reconstructed, voxels. Without it, spatial_size.
-        memory_gb: say whether it fits into so many GiB, and if not, what would.
-        device: cuda or cpu, whose rules are followed. No such device is needed.
+        memory_gb: also print whether it fits into this many GiB, and if not, which changes would make it fit.
+        device: cuda or cpu, whose memory rules apply. No such device is needed.
         json: print JSON.
         overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
     """
@@ -84,13 +84,13 @@ def recommend(
     Args:
         spatial_size: of the volumes, voxels, in the order of the axes after orientation to RAS.
         target_latent_size: wanted size of the latent along its longest axis.
-        memory_gb: GiB that training and reconstruction may need.
+        memory_gb: limit in GiB for training and for reconstruction.
         spacing: mm per voxel along each axis.
         voxels_per_latent: wanted voxels for each number of the latent.
         count: how many to list.
         output: write an overlay that `monai.bundle run training` takes after train.json.
         rank: which one to write, 1 for the first.
-        device: cuda or cpu, whose rules are followed. No such device is needed.
+        device: cuda or cpu, whose memory rules apply. No such device is needed.
         json: print JSON.
         overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
     """
@@ -143,7 +143,7 @@ def _refuse(unexpected: Sequence[Any]) -> None:
 
 
 def _what_would_fit(spatial_size: Any, memory_gb: float, device: str, overrides: dict[str, Any]) -> str:
-    """Why nothing was found, with what would fit instead."""
+    """The message for a budget that no configuration fits, with changes that would fit."""
     least, changes = leanest(spatial_size, memory_gb, device, **overrides)
     factors = ", ".join(f"{key} {least.overlay[key]}" for key in FACTOR_KEYS)
     return f"nothing fits, not even with {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"

@@ -1,6 +1,6 @@
-"""The factor-aware AutoencoderKL: MONAI's network with a free shrink factor per level, per axis and at the input.
+"""The factor-aware AutoencoderKL: MONAI's network with a downsample factor that is set per level, per axis and at the input.
 
-Everything that is not about factors is inherited from :py:class:`monai.networks.nets.AutoencoderKL`. With the default
+Everything that does not concern factors is inherited from :py:class:`monai.networks.nets.AutoencoderKL`. With the default
 arguments the classes here are MONAI's: same state-dict keys, same initial weights for the same seed, same outputs.
 """
 
@@ -52,7 +52,7 @@ def _arguments_of(part: type, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(blocks: nn.ModuleList, recompute: bool, x: torch.Tensor) -> torch.Tensor:
-    """Run blocks one after the other, and again in the backward pass if ``recompute``, to keep their input alone."""
+    """Run blocks one after the other. With ``recompute`` only their input is kept; the backward pass runs them again."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(_run, blocks, False, x, use_reentrant=False)
     for block in blocks:
@@ -61,7 +61,7 @@ def _run(blocks: nn.ModuleList, recompute: bool, x: torch.Tensor) -> torch.Tenso
 
 
 def _cast_once(image: torch.Tensor) -> torch.Tensor:
-    """Cast to the autocast type at once, where autocast would cast every full-resolution tensor that is made of it."""
+    """Cast an image to the autocast type once; autocast would cast every full-resolution tensor computed from it."""
     device_type = image.device.type
     return image.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else image
 
@@ -89,7 +89,7 @@ class _NamedEnds(nn.Module):
 
 class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
     """
-    MONAI's AutoencoderKL ``Encoder`` with a free factor for each transition and for the first convolution.
+    MONAI's AutoencoderKL ``Encoder`` with a factor for each transition and for the first convolution.
 
     Args:
         spatial_dims: number of spatial dimensions, 1 to 3.
@@ -157,7 +157,7 @@ class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
 
 class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
     """
-    MONAI's AutoencoderKL ``Decoder`` with a free factor for each transition and for the last convolution.
+    MONAI's AutoencoderKL ``Decoder`` with a factor for each transition and for the last convolution.
 
     Args:
         spatial_dims: number of spatial dimensions, 1 to 3.
@@ -169,8 +169,8 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         initial_upsample_factor: enlargement after the last level, an integer or one per axis.
         initial_mode: ``"conv"`` for nearest-neighbour enlargement and a convolution, ``"pixelshuffle"`` for a
             convolution on the small grid and depth-to-space.
-        refines_image: take a first image beside the latent; it joins the features where the last level begins, by
-            space-to-depth and a convolution, so that what the decoder adds to it can follow what it shows.
+        refines_image: take a first image beside the latent. By space-to-depth and a convolution it is added to the features
+            at the start of the last level, so that the decoder's correction of it can depend on it.
         kwargs: the remaining arguments of MONAI's ``Decoder``, by name.
 
     Raises:
@@ -204,7 +204,7 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
             width = channels[1] if len(channels) > 1 else channels[0]
             self.refine = SubpixelDownsample(spatial_dims, out_channels, width, initial)
         if all(f == 2 for factor in factors for f in factor) and all(f == 1 for f in initial):
-            return  # MONAI's decoder, to the last bit
+            return  # MONAI's decoder, bit for bit
         for place, factor, width in zip(places, reversed(factors), reversed(channels)):
             use_convtranspose = hasattr(self.blocks[place], "deconv")
             self.blocks[place] = Upsample(spatial_dims, width, scale_factor=factor, use_convtranspose=use_convtranspose)
@@ -255,8 +255,8 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
 class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
     """
     MONAI's ``AutoencoderKL`` (Rombach et al., https://arxiv.org/abs/2112.10752; Pinaya et al.,
-    https://arxiv.org/abs/2209.07162) in which every step between levels, and the first convolution, shrinks by a
-    factor of one's choice.
+    https://arxiv.org/abs/2209.07162) in which every step between levels, and the first convolution, shrinks the volume by
+    a factor that you choose.
 
     Args:
         spatial_dims: number of spatial dimensions, 1 to 3.
@@ -285,7 +285,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             ``"pixelshuffle"``: space-to-depth and a convolution in, a convolution and depth-to-space out, so that no
             feature map has full resolution.
         linear_shortcut: add a linear code beside the network, see :py:class:`scripts.layers.LinearShortcut`. The decoder
-            sees its image and adds what it lacks.
+            receives its image and adds what that lacks.
 
     Raises:
         ValueError: for an argument that does not fit, with its name, its value and what it needs.
@@ -314,7 +314,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         initial_mode: str = "conv",
         linear_shortcut: bool = False,
     ) -> None:
-        arguments = dict(locals())  # before anything else has a name
+        arguments = dict(locals())  # before there are other local names
         del arguments["self"]
         nn.Module.__init__(self)  # MONAI's constructor would build its own encoder and decoder first
         if spatial_dims not in (1, 2, 3):
@@ -362,7 +362,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         self.decoder: nn.Module = decoder
         arguments["downsample_factors"] = [list(f) for f in self.downsample_factors]
         arguments["initial_downsample_factor"] = list(self.initial_downsample_factor)
-        del arguments["use_checkpoint"], arguments["use_flash_attention"]  # weights mean the same with and without
+        del arguments["use_checkpoint"], arguments["use_flash_attention"]  # they do not change what weights compute
         self.arguments = arguments
         self.latent_channels = latent_channels
         self.use_checkpoint = any(use_checkpoint)
@@ -489,7 +489,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
 
     @torch.jit.unused
     def _is_divisible(self, x: torch.Tensor) -> bool:
-        """Whether no padding is needed, where sizes are known: a program for all sizes has to ask each time."""
+        """Whether it is known that no padding is needed. Exported for all sizes, the network computes it at each call."""
         any_size = torch.jit.is_tracing() or torch.compiler.is_compiling()
         return not any_size and all(n % f == 0 for n, f in zip(x.shape[2:], self.total_downsample_factor))
 

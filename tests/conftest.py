@@ -34,7 +34,7 @@ def save_volume(path: Path, shape: tuple[int, ...], seed: int = 0, affine: np.nd
 
 @pytest.fixture
 def volumes(tmp_path: Path) -> Path:
-    """A user's folder: volumes of different sizes, some odd, one smaller than a patch, and a segmentation."""
+    """A user's folder: volumes of different sizes, some of them odd, one smaller than a patch, and a segmentation."""
     folder = tmp_path / "volumes"
     for i, shape in enumerate([(24, 24, 24), (21, 26, 19), (12, 20, 17), (33, 18, 24)]):
         save_volume(folder / f"sub-{i:02d}" / f"sub-{i:02d}_T1w.nii.gz", shape, seed=i)

@@ -1,4 +1,4 @@
-"""Commands as a user types them, each in a fresh process that does not pay for the imports again.
+"""Commands as a user types them, each in a new process that does not repeat the imports.
 
 The processes come from a fork server that has imported everything and computed nothing: forking a process in which autograd
 or OpenMP threads have run leaves the child with their locks and without their threads.
@@ -32,7 +32,7 @@ def act_as_from_a_terminal() -> None:
 
 
 def bundle_run(run_id: str, *config_files: str, cwd: Path = ROOT, check: bool = True, **overrides: str) -> SimpleNamespace:
-    """``python -m monai.bundle run``; returns what came of it: its ``returncode``, and all that it printed in ``stdout``."""
+    """``python -m monai.bundle run``; the result has its ``returncode``, and all that it printed in ``stdout``."""
     root = ROOT if cwd != ROOT else Path(".")
     files = [str(root / "configs" / name) for name in config_files]
     command = ["run", run_id, "--config_file", str(files)]

@@ -28,7 +28,7 @@ def test_imports_between_packages_run_one_way():
     upward = []
     for path in sorted(SCRIPTS.rglob("*.py")):
         package = path.relative_to(SCRIPTS).parts[0].removesuffix(".py")
-        if package not in ORDER:  # scripts/__init__.py and the command line see everything
+        if package not in ORDER:  # scripts/__init__.py and the command line may import every package
             continue
         upward += [
             f"{path.relative_to(ROOT)} imports {name}" for name in imported(path) if ORDER.index(name) > ORDER.index(package)

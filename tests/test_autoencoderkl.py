@@ -1,4 +1,4 @@
-"""The network: MONAI's by default, and factors and modes beyond."""
+"""The network: MONAI's by default; then its factors and modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the factors promise to save, on a small volume."""
+"""The benchmarks, on small volumes: what factors save, and that they measure what they say."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_block_dct_keeps_what_a_volume_has_most_of():
 
 
 def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):
-    """A bound that holds on a busy machine; `make bench` has the number."""
+    """A bound that holds on a busy machine; `make bench` prints the number."""
     assert -0.5 < overhead(epochs=2, patch_size=32) < 0.5
     assert "(7 pairs)" in capsys.readouterr().out
 
 
 def test_learning_rate_warms_up_from_the_first_step_however_long_the_preparation_took(monkeypatch):
-    """A first step of Adam at half the rate threw 5 dB away."""
+    """A first step of Adam at half the learning rate lost 5 dB."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     seconds = iter([0.0, *(30.0 + i for i in range(100))])  # half a minute before the first step, then a second each
     monkeypatch.setattr(Budget, "now", lambda self: next(seconds))

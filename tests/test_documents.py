@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell the reader to type is there to be typed: files, keys, options, targets and links."""
+"""All files, keys, options, targets and links that README.md and docs/ name exist, and the cheap commands are run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import check_parser
 from scripts.planning.self_test import Configuration, check_configuration
 from tests.conftest import ROOT, save_volume
+from tests.test_architecture import ORDER
 from tests.training.test_training import small_network
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -209,7 +210,21 @@ def test_links_lead_somewhere(document):
             assert anchor in slugs, link
 
 
-# --- what is cheap is run ----------------------------------------------------------------------------------------------
+def test_architecture_names_packages_files_and_identifiers_that_exist():
+    document = ROOT / "docs/architecture.md"
+    text, (picture,) = document.read_text(), blocks("mermaid", document)
+    packages = re.findall(r"^\| `scripts/(\w+)[^`]*` \|", text, re.MULTILINE)
+    assert packages == ORDER
+    files = [path for pattern in ("scripts/**/*.py", "configs/**/*.json", "benchmarks/*.py") for path in ROOT.glob(pattern)]
+    sources = "\n".join(path.read_text() for path in files)
+    words = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+    words += re.findall(r"[a-z]+_[a-z_]+|\b[A-Z][a-z]+[A-Z]\w+", picture)
+    for word in words:
+        exists = (ROOT / word).exists() if "/" in word else re.search(rf"\b{re.escape(word)}\b", sources)
+        assert exists, word
+
+
+# --- cheap commands are run --------------------------------------------------------------------------------------------
 
 
 def test_python_of_the_guide_and_of_inference_runs():
@@ -244,7 +259,7 @@ def test_quickstart_goes_from_volumes_to_a_sample_of_a_diffusion_model(tmp_path,
         block = block.replace("/data/latents", str(latents)).replace("eval/mine/checkpoints", "models").replace("1000", "4")
         exec(block, names)
     assert torch.isfinite(names["loss"])
-    scaled = names["latent"].std()  # over one of the two volumes, air that was added included
+    scaled = names["latent"].std()  # over one of the two volumes, including the padding
     assert 0.5 < scaled < 2
     assert names["volume"].shape == (1, 1, 32, 32, 32)
     assert json.loads((latents / "latent_scale.json").read_text())["volumes"] == 2

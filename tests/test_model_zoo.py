@@ -1,4 +1,5 @@
-"""What the Model Zoo's ci/verify_bundle.py asks in its full mode, with no exemption. TorchScript is in test_export.py."""
+"""The checks of the Model Zoo's ci/verify_bundle.py in its full mode, without exemptions. TorchScript is tested in
+inference/test_exported_networks.py."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from tests.conftest import ROOT
 
 CONFIGS = ROOT / "configs"
 METADATA = json.loads((CONFIGS / "metadata.json").read_text())
-LARGEST_FILE = 25 * 2**20  # that the Model Zoo takes
+LARGEST_FILE = 25 * 2**20  # that the Model Zoo accepts
 SCHEMA = ROOT.parent / "shared" / "meta_schema_20240725.json"
 
 
@@ -52,7 +53,7 @@ def test_required_packages_are_those_that_the_bundle_installs():
 def test_metadata_follows_the_schema(tmp_path):
     if SCHEMA.is_file():
         assert METADATA["schema"].endswith(f"/{SCHEMA.name}")
-        shutil.copy(SCHEMA, tmp_path / "schema.json")  # what is there is not downloaded
+        shutil.copy(SCHEMA, tmp_path / "schema.json")  # an existing file is not downloaded
     try:
         verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(tmp_path / "schema.json"))
     except urllib.error.URLError as error:

@@ -1,4 +1,4 @@
-"""The shipped weights do what the metadata says of them."""
+"""The shipped weights reach the quality that the metadata states."""
 
 from __future__ import annotations
 

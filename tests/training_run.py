@@ -1,4 +1,4 @@
-"""Training runs for tests, each in a fresh process of its own."""
+"""Training runs for tests, each in a new process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What every run needs, whatever it does: checks of its config, readable errors, files that are written whole, weights
-that know their network, precision, the machine and its processes, progress, signals, and the release of the bundle as one
-file.
+"""What every run needs: checks of its config, readable errors, files that are written atomically, weights with a
+description of their network, precision, the machine and its processes, progress bars, signals, and the release of the bundle
+as one file.
 """
 
 from scripts.bundle.config import check_config

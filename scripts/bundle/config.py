@@ -35,9 +35,9 @@ def check_parser(parser: ConfigParser) -> None:
     """
     Check a config.
 
-    A top-level key that no config of the bundle has, and that nothing refers to, is refused: MONAI would add it in silence,
-    and a typing error would train the default. A flag that arrives as text (``--resume false`` is the string ``"false"``,
-    which is true) becomes the boolean that it says.
+    A top-level key that no config of the bundle has, and that nothing refers to, is refused: MONAI would add it silently,
+    and a run with a misspelt key would train the default. A flag that arrives as text (``--resume false`` is the string
+    ``"false"``, which Python takes as true) is converted to a boolean.
 
     Args:
         parser: of the config, with its overrides. The keys and the flags are those of the bundle's ``configs/*.json``.
@@ -95,7 +95,7 @@ def _read_flag(parser: ConfigParser, key: str) -> None:
     flags = [FLAGS.get(flag.lower(), flag) if isinstance(flag, str) else flag for flag in (value if per_level else [value])]
     if not all(isinstance(flag, bool) for flag in flags):
         if isinstance(value, str) and (value[:1] in ("$", "@") or key in FLAG_OR_PATH):
-            return  # an expression says for itself what it is
+            return  # an expression, which has no value yet, or a path
         raise ValueError(f"`{key}` is {value!r}; it must be true or false{' or a path' * (key in FLAG_OR_PATH)}.")
     # the item as well as the config, which has been parsed already
     parser.config[key] = flags if per_level else flags[0]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The reason of an error, without what MONAI raises around it, and in the last line, where a user looks for it."""
+"""Prints the reason of an error, rather than the error that MONAI raises from it, in the last line of the output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _ReasonLast:
 
 
 def reason(error: BaseException) -> BaseException:
-    """The first error of a chain that is not MONAI's word for another one."""
+    """The first error of a chain that MONAI did not raise from another one."""
     while error.__cause__ is not None and _raised_by_monai(error):
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment: written in one step, and known by their hash."""
+"""Writing files atomically, and their hashes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def write_atomically(content: bytes, path: Path) -> None:
             unfinished.unlink()
         raise OSError(
             error.errno,
-            f"{path} could not be written ({error.strerror or error}); what was there before is untouched. "
+            f"{path} could not be written ({error.strerror or error}); a file that was there before is unchanged. "
             "Make room, or choose a folder that can be written to (`output_dir`, `ckpt_dir`)",
         ) from error
 
 
 def _flush_folder(folder: Path) -> None:
-    """Let a rename survive a power cut."""
+    """Make a rename permanent, so that a power failure cannot undo it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,7 +58,7 @@ def file_hash(path: str) -> str:
 
 
 def serialise(content: Any) -> bytes:
-    """What ``torch.save`` would write."""
+    """The bytes that ``torch.save`` would write."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()

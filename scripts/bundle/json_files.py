@@ -1,7 +1,7 @@
-"""JSON files that are read back, and whatever else was written earlier: nothing in them is believed before it is checked.
+"""Checks of JSON files, and of other content that was written earlier, before anything in them is used.
 
-What a file must hold is a JSON schema, declared beside the code that uses it. ``"description"`` in it is what an error
-message says that the value must be.
+What a file must hold is a JSON schema, declared beside the code that uses it. Error messages quote its ``"description"`` as
+what the value must be.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read_json(path: str | Path, schema: Mapping[str, Any], advice: str, max_byte
         raise ValueError(f"{path} has more than {max_bytes} bytes, which no such file has; {advice}.")
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter for brackets in brackets
+    except (ValueError, RecursionError) as error:  # the latter for deeply nested brackets
         raise ValueError(f"{path} is no JSON file or a damaged one ({error}); {advice}.") from error
     problem = problem_of_content(content, schema)
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Which precision a run computes in: what is fast on its device, unless the user says otherwise."""
+"""Which precision a run computes in: one that is fast on its device, unless the user chooses another."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = [
 ]
 
 LOWER_PRECISIONS = ("bfloat16", "float16")
-PREFERENCE = ("float32", "float16", "bfloat16")  # processes that differ use the first of theirs
+PREFERENCE = ("float32", "float16", "bfloat16")  # where processes differ, all use the first that one of them chose
 BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with units for it
-LEAST_GAIN = 1.2  # by which bfloat16 must be faster: less is not worth its rounding
-TRIAL_SHAPE = (1, 32, 32, 32, 8)  # PyTorch keeps maps of up to 20480 values without their last axis to itself
+LEAST_GAIN = 1.2  # bfloat16 must be faster by this factor: less is not worth its rounding errors
+TRIAL_SHAPE = (1, 32, 32, 32, 8)  # up to 20480 values (without the last axis) PyTorch uses its own kernel, not oneDNN's
 TRIALS = 5
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ def computing_dtype(amp: bool, amp_dtype: str) -> str:
 @dataclass(frozen=True)
 class Precision:
     """
-    The precision that a run has when its ``amp`` and ``amp_dtype`` are left alone.
+    The precision of a run whose ``amp`` and ``amp_dtype`` the user has not set.
 
     Args:
         device: that it is for, e.g. ``"cuda:0"``.
         amp: whether mixed precision is on.
-        amp_dtype: its data type, ``"bfloat16"`` or ``"float16"``; the one to use if ``amp`` is switched on where it is off.
-        reason: why.
+        amp_dtype: its data type, ``"bfloat16"`` or ``"float16"``. Where ``amp`` is off, the one to use if it is switched on.
+        reason: why it was chosen, for the log.
     """
 
     device: str
@@ -86,24 +86,22 @@ class Precision:
         if used == self.name:
             logger.info(f"precision: {used} on {self.device}: {self.reason}")
         else:
-            logger.info(
-                f"precision: {used} on {self.device}, as configured; by itself it would be {self.name}: {self.reason}"
-            )
+            logger.info(f"precision: {used} on {self.device}, as configured; the default here is {self.name}: {self.reason}")
         cost = _cost(self.device, used)
         if cost is not None:
-            logger.warning(f"{used} does not pay on {self.device}: {cost}")
+            logger.warning(f"{used} is slow on {self.device}: {cost}")
 
 
 def choose_precision(device: str | torch.device) -> Precision:
     """
-    The precision that pays on a device.
+    The default precision of a device.
 
     - A GPU: bfloat16 from compute capability 8.0 on, which has units for it, otherwise float16 (with a gradient scaler).
     - A CPU: bfloat16 where a convolution is at least a fifth faster in it, otherwise float32. Most processors without
       AVX-512 have no fast bfloat16 convolution at all.
     - Any other device: float32.
 
-    The processes of a distributed run agree: where they differ, all take the precision that is fast on each of them.
+    The processes of a distributed run agree: where their devices differ, all use a precision that is fast on each of them.
     """
     device = torch.device(device)
     find = {"cuda": _precision_of_gpu, "cpu": _precision_of_cpu}.get(device.type, _precision_of_other)
@@ -111,7 +109,7 @@ def choose_precision(device: str | torch.device) -> Precision:
     common = PREFERENCE[min(_of_all_processes(PREFERENCE.index(precision.name)))]
     if common == precision.name:
         return precision
-    reason = f"that is fast in every process of the run; in this one alone {precision.name} would be"
+    reason = f"it is fast in every process of the run; this process by itself would use {precision.name}"
     amp_dtype = "float16" if common == "float16" else "bfloat16"
     return replace(precision, amp=common != "float32", amp_dtype=amp_dtype, reason=reason)
 
@@ -134,13 +132,13 @@ def _precision_of_cpu(device: torch.device) -> Precision:
 
 
 def _precision_of_other(device: torch.device) -> Precision:
-    return Precision(str(device), False, "bfloat16", f"mixed precision is left to CUDA and CPU, not {device.type}")
+    return Precision(str(device), False, "bfloat16", f"mixed precision is used on CUDA and CPU only, not on {device.type}")
 
 
 def has_convolutions(name: str) -> bool:
     """
-    Whether oneDNN has convolutions in a lower precision here. It is what PyTorch itself asks before it hands one over, and
-    follows ``ONEDNN_MAX_CPU_ISA``, which flags of the processor do not. Where the answer is no, PyTorch has a reference
+    Whether oneDNN has convolutions in a lower precision on this processor. PyTorch asks the same before it calls oneDNN;
+    unlike the processor's flags, the answer follows ``ONEDNN_MAX_CPU_ISA``. Where it is no, PyTorch runs a slow reference
     loop.
     """
     if not torch.backends.mkldnn.is_available():
@@ -152,8 +150,9 @@ def has_convolutions(name: str) -> bool:
 @functools.cache
 def bfloat16_gain() -> float:
     """
-    How many times faster a small convolution, forward and backward, is in bfloat16 than in float32 on the CPU. The
-    shortest of several turns counts, each in both, so that a busy machine slows both down or neither. Less than a second.
+    How many times faster a small convolution, forward and backward, is in bfloat16 than in float32 on the CPU. The two are
+    timed in turn, several times, and the shortest time of each counts, so that other load affects both alike. It takes less
+    than a second.
     """
     steps = [_convolution_step(dtype) for dtype in (torch.float32, torch.bfloat16)]
     shortest = [float("inf")] * len(steps)
@@ -167,7 +166,7 @@ def bfloat16_gain() -> float:
 
 def _convolution_step(dtype: torch.dtype) -> Callable[[], None]:
     channels = TRIAL_SHAPE[1]
-    # no random numbers: a run's own would be others then
+    # no random numbers: drawing them would change those of the run
     image = torch.full(TRIAL_SHAPE, 0.5, dtype=dtype, requires_grad=True)
     weight = torch.full((channels, channels, 3, 3, 3), 0.5, dtype=dtype, requires_grad=True)
 
@@ -185,7 +184,7 @@ def _seconds(step: Callable[[], None]) -> float:
 
 
 def _cost(device: str, name: str) -> str | None:
-    """What a precision costs on a device where it does not pay, and what to do; None where it pays."""
+    """Why a precision is slow on a device, and what to use instead; None where it is not slow."""
     kind = torch.device(device).type
     advice = "`--amp false` is faster"
     if kind == "cuda" and name == "bfloat16" and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:

@@ -1,4 +1,4 @@
-"""What the processes of a run under ``torchrun`` share out, and share again. With one process, all is its own."""
+"""Sharing out work among the processes of a run under ``torchrun``, and collecting the results. One process has them all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Item = TypeVar("Item")
 
 
 def share_of(items: Sequence[Item]) -> list[Item]:
-    """What this process has to do, of the items that all processes share."""
+    """Those of ``items`` that are for this process."""
     return list(items[idist.get_rank() :: idist.get_world_size()])
 
 
 def merged(results: dict[str, Any]) -> dict[str, Any]:
-    """The results of all processes in one, in each of them."""
+    """The results of all processes in one dictionary, the same in each of them."""
     if idist.get_world_size() == 1:
         return dict(results)
     shares: list[Any] = [None] * idist.get_world_size()

@@ -1,4 +1,4 @@
-"""Progress of whatever takes long: bars that move while they wait, on lines of their own."""
+"""Progress bars of long operations, which are redrawn while a step takes long and do not mix with the log."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 __all__ = ["ProgressBar", "VolumeProgress"]
 
-SECONDS = 1.0  # after which a bar is drawn again, so that its clock goes on while a step takes long
+SECONDS = 1.0  # after which a bar is drawn again, so that its elapsed time is right while a step takes long
 SECONDS_IN_FILE = 30.0  # between two lines about a bar, where the output goes to a file
 
 
 class ProgressBar(tqdm):
     """
-    tqdm's bar, shown by the first process of a distributed run. Its clock goes on while a step takes long; the log stands
-    above it. Where the output goes to a file, the bar writes a line every half a minute instead of drawing over itself.
+    tqdm's bar, shown by the first process of a distributed run. Its elapsed time is updated while a step takes long, and
+    lines of the log appear above it. Where the output goes to a file, the bar writes a line every half a minute.
 
     Args:
         args: arguments of ``tqdm``.
@@ -70,7 +70,7 @@ def _keep_moving(bar: weakref.ref[ProgressBar], closed: threading.Event, seconds
             return
         if time.monotonic() - shown._drawn >= seconds:
             shown.refresh()
-        del shown  # nobody else may need it any more
+        del shown  # this thread must not be the only one that keeps the bar
 
 
 class _Lines:
@@ -90,9 +90,9 @@ class _Lines:
 
 class VolumeProgress:
     """
-    Evaluator handler that shows a progress bar over the volumes, from before the first one on, where Ignite's
-    ``ProgressBar`` waits for the second; it names the volume that is being worked on, and its size. The first process of a
-    distributed run shows its own share.
+    Evaluator handler that shows a progress bar over the volumes, with the name and the size of the current one. It appears
+    before the first volume, where Ignite's ``ProgressBar`` waits for the second. In a distributed run the first process
+    shows its own share.
 
     Args:
         desc: what stands before the bar.

@@ -38,7 +38,7 @@ CONTENT = (
     "scripts/**/*.py",
     "scripts/**/*.jinja",
 )
-EPOCH = (1980, 1, 1, 0, 0, 0)  # where time begins in a zip file
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can store
 MODE = 0o644
 
 
@@ -71,7 +71,7 @@ def _safetensors(weights: Path) -> bytes:
     """The same weights in a format that cannot hold code; the arguments of their network are in its metadata."""
     description = weights.with_suffix(".json")
     if not description.is_file():
-        raise FileNotFoundError(f"{description} is missing: nobody knows which network the weights are of.")
+        raise FileNotFoundError(f"{description} is missing, which names the network that the weights are of.")
     arguments = json.loads(description.read_text())["network"]
     network = AutoencoderKL(**arguments)
     load_weights(network, weights)

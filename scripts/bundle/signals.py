@@ -1,4 +1,4 @@
-"""How a run ends that is told to end, by Ctrl-C or by a scheduler at the end of its time."""
+"""How a run ends on a signal: from Ctrl-C, or from a scheduler at its time limit."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def end_on_signals() -> None:
     """
     From now on, SIGTERM and SIGINT end the process as soon as the operation that it is in returns, with a line of the log
     and the exit code that a shell gives to the signal, 143 or 130. A second SIGINT ends it at once. To be called from a
-    config's ``initialize``. Where a program or a shell (``nohup``) has said already what a signal does, that stays.
+    config's ``initialize``. A signal that a program or a shell (``nohup``) already handles or ignores is left as it is.
     """
     if threading.current_thread() is not threading.main_thread():
-        return  # Python lets nobody else listen
+        return  # Python allows handlers in the main thread only
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _end)
@@ -47,8 +47,8 @@ def end_process(number: int) -> NoReturn:
 
 def leave_signals_to_main(worker_id: int) -> None:
     """
-    ``worker_init_fn`` of a loader. Terminals and schedulers send SIGINT and SIGTERM to the whole process group; the workers
-    leave it, because the main process needs their batches until it has stopped. It still ends them by a SIGTERM to each.
+    ``worker_init_fn`` of a loader. Terminals and schedulers send SIGINT and SIGTERM to the whole process group. The workers
+    leave that group, because the main process needs their batches until it has stopped; it then sends each a SIGTERM.
     """
     worker_init_fn(worker_id)  # MONAI's default
     if hasattr(os, "setsid"):  # Windows has no groups

@@ -1,4 +1,4 @@
-"""``model.pt`` and the ``model.json`` beside it: weights that know their network.
+"""``model.pt`` and the ``model.json`` beside it, which says which network the weights are of.
 
 ``model.pt`` is a plain state dict, as the bundle tools want it. Factors do not show in the shapes of all weights, so
 ``[2, 2]`` would load into ``[2, 1]`` and give nonsense; ``model.json`` keeps the network's arguments and the weights'
@@ -43,7 +43,7 @@ _FACTORS = {
     "items": {"type": "integer", "minimum": 1},
     "description": "a positive integer for each axis",
 }
-NETWORK = {  # schema of a network's arguments: those that are looked at, and not only compared with another network's
+NETWORK = {  # schema of a network's arguments: those that are used; others are only compared with another network's
     "type": "object",
     "required": ["spatial_dims", "channels", "downsample_factors", "initial_downsample_factor", "initial_mode"],
     "propertyNames": {"type": "string", "maxLength": 80},
@@ -61,7 +61,7 @@ DESCRIPTION = {
     "properties": {"network": NETWORK, "sha256": SHA256, "sha256_before": SHA256},
     "description": "an object with `network` and `sha256`",
 }
-FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # how torch refuses what is not data
+FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # torch's message where it refuses code
 logger = logging.getLogger(__name__)
 
 
@@ -72,12 +72,12 @@ def save_weights(network: Any, path: str | Path, description: Mapping[str, Any] 
     Args:
         network: the network, with ``arguments``.
         path: of the weights, e.g. ``models/model.pt``.
-        description: what else the JSON file is to say.
+        description: further entries of the JSON file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = serialise(network.state_dict())
-    # The description goes first and also vouches for the weights that it finds, so that no moment is without a valid pair.
+    # The description is written first and holds the hash of the old weights too, so that the pair is valid at any moment.
     hashes = [hashlib.sha256(content).hexdigest()]
     if path.is_file():
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
@@ -101,7 +101,7 @@ def load_weights(network: Any, path: str | Path) -> None:
     content, arguments = read_weights(path)
     if arguments is None:
         description = Path(path).with_suffix(".json").name
-        logger.warning(f"{path} has no {description} beside it: nobody knows whether it fits this network.")
+        logger.warning(f"{path} has no {description} beside it, so it cannot be checked whether it fits this network.")
     else:
         check_arguments(arguments, network.arguments, path)
     try:
@@ -117,7 +117,7 @@ def read_weights(path: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> t
 
     Args:
         path: of the weights.
-        schema: what the JSON file beside them must hold; as it is, that of an autoencoder.
+        schema: what the JSON file beside them must hold; by default, the description of an autoencoder.
 
     Returns:
         what the file holds, on the CPU, and the arguments of its network from the JSON file beside it, None without one.
@@ -140,14 +140,14 @@ def read_weights(path: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> t
     arguments = description["network"] if description else None
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), arguments
-    except Exception as error:  # damaged archives raise whatever the unpickler stumbles over
+    except Exception as error:  # damaged archives raise errors of any type
         raise ValueError(f"{path} cannot be loaded: it {what_is_wrong(error)}.") from error
 
 
 def _advice(path: Path) -> str:
     if any(path.parent.glob("checkpoint_*.pt")):
         return (
-            f"The training run there has not written {path.name} yet, it does at its next validation: go on with it "
+            f"The training run there has not written {path.name} yet; its next validation will. Go on with it "
             "(`--resume true`)"
         )
     return "Train first"
@@ -155,7 +155,7 @@ def _advice(path: Path) -> str:
 
 def read_description(weights: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> dict[str, Any] | None:
     """
-    What :py:func:`save_weights` wrote beside weights; None without it, or where another program's file has its name.
+    What :py:func:`save_weights` wrote beside weights; None where there is no such file, or one of another program.
 
     Args:
         weights: path of the weights.
@@ -172,7 +172,10 @@ def read_description(weights: str | Path, schema: Mapping[str, Any] = DESCRIPTIO
 
 
 def what_is_wrong(error: Exception) -> str:
-    """What a file that torch refused to read does or is. Torch's own text advises to read it without a check."""
+    """
+    Why torch refused to read a file, as the end of a sentence about it. Torch's own message is left out, because it advises
+    reading the file without checks.
+    """
     payload = FOREIGN.search(str(error))
     if payload:
         return f"holds code ({payload[1]}), which was not run"

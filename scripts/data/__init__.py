@@ -1,5 +1,5 @@
-"""Which volumes a run uses, what is done to them before the network sees them, and how they go back to files: lists and
-splits, checks, the intensity window, restored volumes, latents, sample and clinical volumes.
+"""Which volumes a run uses, how they are checked and preprocessed, and how results are restored to files: lists and splits,
+checks, the intensity window, conditions, restored volumes, latents, sample and clinical volumes.
 """
 
 from scripts.data.intensity_window import ScaleIntensityWindowd

@@ -25,7 +25,7 @@ from tqdm import tqdm
 __all__ = ["prepare_clinical_volumes"]
 
 PACKAGE = "pyradiomics==3.0.1"
-# one CT and one brain MR are for validation; no training may meet them
+# one CT and one brain MR are for validation and must not be trained on
 VOLUMES = {
     "training": {"mr/brain2": "brain2_image", "mr/breast1": "breast1_image", "ct/lung2": "lung2_image"},
     "validation": {"mr/brain1": "brain1_image", "ct/lung1": "lung1_image"},
@@ -65,8 +65,8 @@ def _download(folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(
-            f"pip could not download the source of {PACKAGE}, its words are above. It takes a network, and Python 3.10 or "
-            "3.11, since the package's set-up script does not run on later ones."
+            f"pip could not download the source of {PACKAGE}; its message is above. It needs an internet connection, and "
+            "Python 3.10 or 3.11, since the package's set-up script does not run on later ones."
         ) from error
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         for member in archive.getmembers():

@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["conditions_of", "dataset_list_of"]
 
-OF_THE_FILE = ("image", "label", "fold")  # keys of a Decathlon item that say nothing of the volume
+OF_THE_FILE = ("image", "label", "fold")  # keys of a Decathlon item that do not describe the volume
 SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 MISSING = ("", "n/a", "nan", "none", "null")  # BIDS writes n/a
 
@@ -40,8 +40,8 @@ def conditions_of(path: str, dataset_dir: str) -> dict[str, Any]:
 
 def dataset_list_of(path: str, dataset_dir: str) -> str | None:
     """
-    Where a volume stands in ``dataset.json``: ``"training"``, ``"validation"``, or ``"none"`` for one that neither list has.
-    None without such a file.
+    The list of ``dataset.json`` that a volume is in: ``"training"``, ``"validation"``, or ``"none"`` if it is in neither.
+    None where there is no such file.
 
     Args:
         path: of the volume.
@@ -52,7 +52,7 @@ def dataset_list_of(path: str, dataset_dir: str) -> str | None:
 
 
 def _as_of_now(path: Path) -> tuple[str, int]:
-    """A file and when it was changed last: what is kept of it counts until it changes. 0 where there is none."""
+    """A file and the time of its last change, as the key of a cache of its content; 0 where there is no file."""
     return str(path), path.stat().st_mtime_ns if path.is_file() else 0
 
 
@@ -103,7 +103,7 @@ def _participants(path: str, changed: int) -> dict[str, dict[str, Any]]:
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what is missing, nested, or says where the files are; text that is a number becomes one."""
+    """Without missing and nested values and paths of files; text that is a number becomes one."""
     numbers_and_words = {key: _value(value) for key, value in values.items() if key not in OF_THE_FILE}
     return {key: value for key, value in numbers_and_words.items() if value is not None}
 

@@ -1,5 +1,5 @@
-"""The one transform that MONAI lacks: an intensity window that is remembered, so that a reconstruction gets back the units
-of its input."""
+"""Scaling of an intensity window to [0, 1] that records the window, so that a reconstruction can be returned in the units of
+its input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def intensity_window(image: MetaTensor) -> dict[str, Any]:
     The window that :py:class:`ScaleIntensityWindowd` scaled to [0, 1].
 
     Args:
-        image: ``CxHxWxD``, as the transform left it or with further transforms behind it.
+        image: ``CxHxWxD``, after the transform and possibly further ones.
 
     Returns:
         ``low`` and ``high``, lists with an intensity for each channel; ``clipped``, the share of voxels outside, and its
@@ -37,8 +37,8 @@ def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) 
 
     Args:
         values: ``CxHxWxD``.
-        low: intensity of each channel that had become 0.
-        high: ditto, 1.
+        low: intensity of each channel that 0 stands for.
+        high: intensity of each channel that 1 stands for.
 
     Returns:
         the same shape, in the units of the file.
@@ -51,8 +51,8 @@ def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) 
 class ScaleIntensityWindowd(MapTransform, TraceableTransform):
     """
     Scale a window of intensities to [0, 1] and clip what lies outside, as MONAI's ``ScaleIntensityRangePercentilesd`` and
-    ``ScaleIntensityRanged`` do, but note the window, for :py:func:`intensity_window`, with the shares of voxels that were
-    clipped.
+    ``ScaleIntensityRanged`` do. The window and the shares of voxels that were clipped are recorded, for
+    :py:func:`intensity_window`.
 
     Args:
         keys: keys of the images, each ``CxHxWxD``.
@@ -101,7 +101,7 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
             window = torch.tensor(self.intensity_range, dtype=torch.float32).expand(len(values), 2)
         else:
             window = torch.stack([torch.as_tensor(percentile(channel, self.percentiles)) for channel in values])
-            if (window[:, 0] == window[:, 1]).any():  # more than the upper percentile is one value
+            if (window[:, 0] == window[:, 1]).any():  # nearly all voxels have the same value
                 window = torch.stack([values.flatten(1).amin(1), values.flatten(1).amax(1)], dim=1)
             if (window[:, 0] == window[:, 1]).any():
                 raise ValueError(f"{name} is constant ({float(values.flatten()[0])}); take it out of `dataset_dir`.")

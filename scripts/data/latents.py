@@ -1,6 +1,6 @@
-"""Latents on disk: ``z_mu`` as NIfTI, and beside it everything that is needed to make the volume of it again.
+"""Latents on disk: ``z_mu`` as NIfTI, and beside it a JSON file with everything that is needed to restore the volume.
 
-The JSON file beside a latent is written last and has the latent's hash: where both agree the latent is whole.
+The JSON file is written last and holds the latent's hash: where the two agree, the latent is complete.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ class SaveLatentd(Transform):
 
     Args:
         key: of the latent, ``CxHxWxD``.
-        output_dir: folder; the files get the place in it that the volume has in its own.
+        output_dir: folder to write to; the files get the relative path that the volume has in its folder.
         network: that made it.
         weights: path of its weights.
-        settings: of the run, on which the latent depends; a run with others makes it again.
+        settings: config values that the latent depends on; a run with other values encodes the volume again.
     """
 
     def __init__(self, key: str, output_dir: str, network: AutoencoderKL, weights: str, settings: Mapping[str, Any]) -> None:
@@ -136,7 +136,7 @@ class LoadLatentd(Transform):
     Read a latent that :py:class:`SaveLatentd` wrote, and the record of its volume.
 
     Args:
-        key: of the path, and of the latent, ``CxHxWxD``.
+        key: of the path, which is replaced by the latent, ``CxHxWxD``.
         network: that is to decode it.
         weights: path of its weights.
 
@@ -183,7 +183,7 @@ def read_latent(
         ValueError: for a file that is not what its description names, or a description that contradicts itself.
     """
     if description["latent_sha256"] != _digest(path.read_bytes()):
-        raise ValueError(f"{path} is not the file that its description names, it was changed or damaged; encode again.")
+        raise ValueError(f"{path} is not the file that its description names: it was changed or damaged; encode again.")
     problem = problem_of_record(description, image_channels) or _problem_of_padding(description, factors)
     if problem is not None:
         raise ValueError(f"{_description_path(path)}: {problem}; {ADVICE}.")
@@ -199,19 +199,19 @@ def _problem_of_padding(description: Mapping[str, Any], factors: Sequence[int]) 
 
 
 def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """The voxels of a latent, ``CxHxWxD``, if it has the shape ``HxWxDxC`` that its description and the network make."""
+    """The voxels of a latent, ``CxHxWxD``; ``shape`` is ``HxWxDxC``, as description and network determine it."""
     try:
         image: Any = nib.load(path)
         problem = problem_of_claim(image, str(path))
         if problem is None and image.shape == shape:
             values = np.asarray(image.dataobj, dtype=np.float32)
-    except Exception as error:  # readers raise whatever they stumble over
+    except Exception as error:  # readers raise errors of any type
         raise ValueError(f"{path} {unreadable(error)}") from error
     if problem is not None:
         raise ValueError(f"{path} {problem}")
     if image.shape != shape:
         raise ValueError(
-            f"{path} has the shape {image.shape}, and `preprocessed_shape` in {_description_path(path).name} makes it "
+            f"{path} has the shape {image.shape}; with `preprocessed_shape` in {_description_path(path).name} it must be "
             f"{shape}; {ADVICE}."
         )
     if not np.isfinite(values).all():
@@ -248,14 +248,14 @@ def without_whole_latents(
     items: Sequence[dict[str, str]], dataset_dir: str, output_dir: str, weights: str, settings: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """
-    The volumes that an earlier run into the folder did not encode to the end.
+    Those of ``items`` that have no complete latent of an earlier run in the folder.
 
     Args:
         items: ``[{"image": path}, ...]``.
         dataset_dir: their folder.
         output_dir: folder of the latents.
-        weights: path of the weights; latents that others made do not count.
-        settings: of the run, ditto.
+        weights: path of the weights; latents made with others do not count.
+        settings: of the run; latents made with others do not count.
     """
     missing = []
     changed = 0
@@ -269,7 +269,7 @@ def without_whole_latents(
             or found["weights_sha256"] != file_hash(weights)
             or _description_path(path).stat().st_mtime < source.stat().st_mtime
             or found["latent_sha256"] != _digest(path.read_bytes())
-            or "image_scale" not in found  # of a version that did not know what a generator needs
+            or "image_scale" not in found  # of an older version, which did not store what a generator needs
         ):
             missing.append(item)
             continue
@@ -283,18 +283,18 @@ def without_whole_latents(
     if len(missing) < len(items):
         logger.info(f"{len(items) - len(missing)} of {len(items)} volumes are encoded already")
     if changed:
-        logger.info(f"conditions or lists (participants.tsv, dataset.json) of {changed} of them have changed and are noted")
+        logger.info(f"{changed} of them have new conditions or lists (participants.tsv, dataset.json), which are now stored")
     return missing
 
 
 def save_latent_scale(output_dir: str, weights: str) -> float | None:
     """
-    Write the number that latents are multiplied by before a diffusion model sees them: 1 / their standard deviation, over
-    all latents that lie below the folder. Waits for the other processes of the run.
+    Write the number by which latents are multiplied for a diffusion model: 1 / their standard deviation, over all latents
+    below the folder. Waits for the other processes of the run.
 
     Args:
         output_dir: folder of the latents, where ``latent_scale.json`` is written.
-        weights: path of the weights; latents that others made do not count.
+        weights: path of the weights; latents made with others do not count.
 
     Returns:
         the scale; None where there is no latent.
@@ -309,9 +309,7 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
     mean = math.fsum(d["count"] * d["mean"] for d in found) / count
     variance = math.fsum(d["count"] * d["mean_square"] for d in found) / count - mean**2
     if not variance > 0:
-        raise ValueError(
-            f"the latents below {output_dir} have a variance of {variance:g}, from which no scale follows; {ADVICE}."
-        )
+        raise ValueError(f"the latents below {output_dir} have a variance of {variance:g}, which gives no scale; {ADVICE}.")
     scale = 1 / math.sqrt(variance)
     if idist.get_rank() == 0:
         content = {"latent_scale": scale, "mean": mean, "volumes": len(found), "weights_sha256": file_hash(weights)}
@@ -321,7 +319,7 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
 
 
 def _latent_header(record: Mapping[str, Any], factors: Sequence[int]) -> dict[str, Any]:
-    """Of a file whose voxels lie over the blocks of the volume that they stand for."""
+    """Header of a latent, whose affine places each voxel at the centre of its block of the volume."""
     to_volume = np.diag([*factors, 1.0])
     to_volume[:3, 3] = [(factor - 1) / 2 for factor in factors]
     return {
@@ -352,13 +350,13 @@ def _description_path(path: Path) -> Path:
 
 def read_description(path: Path) -> dict[str, Any]:
     """
-    What lies beside a latent.
+    The description beside a latent.
 
     Args:
         path: of the latent.
 
     Raises:
-        ValueError: when one of the two is missing, or the description holds anything that it should not.
+        ValueError: when one of the two is missing, or the description is not what :py:data:`DESCRIPTION` says.
     """
     if not path.is_file() or not _description_path(path).is_file():
         raise ValueError(f"{path} or {_description_path(path).name} is missing; {ADVICE}.")

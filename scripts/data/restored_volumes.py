@@ -1,6 +1,6 @@
-"""From the network's range and grid back to the file that a volume came from: its shape, affine, intensities and data type.
+"""Restores a reconstruction to the shape, affine, intensities and data type of the file that the volume came from.
 
-What has to be known for that is a record, plain JSON: made of a preprocessed volume, kept beside a latent.
+What is needed for that is in a record, plain JSON: it is made from a preprocessed volume and kept beside a latent.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ __all__ = [
     "restore",
 ]
 
-RESTORING = {"preprocessed_shape": 8, "shape": 16}  # bytes that a voxel takes at least: two in float32, then in float64
+RESTORING = {"preprocessed_shape": 8, "shape": 16}  # least bytes per voxel: two copies in float32, then two in float64
 RECORD = "record"  # key of a volume's record, as JSON text
-COMPRESSION = 1  # voxels of noise hardly shrink further
+COMPRESSION = 1  # level of gzip; noisy voxels hardly shrink further at higher ones
 DATA_TYPES = ["|i1", "|u1", *(order + kind for order in "<>" for kind in ("i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"))]
 OUTSIDE = "is no path within a folder (no '..', no '/' or drive in front, no control characters)"
 XFORM_CODES = [0, 1, 2, 3, 4, 5]  # that NIfTI defines
 MAX_SIZE = 2**15 - 1  # of an axis in NIfTI-1
 SMALLEST_SLOPE = 1e-30  # a smaller one is 0 in a header
-FLOAT_RANGE = {"minimum": -1e38, "maximum": 1e38}  # such that differences are float32 numbers too
+FLOAT_RANGE = {"minimum": -1e38, "maximum": 1e38}  # so that differences are float32 numbers too
 _AFFINE = {
     "type": "array",
     "minItems": 4,
@@ -102,12 +102,12 @@ logger = logging.getLogger(__name__)
 
 class DescribeSourced(MapTransform):
     """
-    Add the record of a volume, from which :py:func:`restore` works, as JSON text with the key ``record``. To be the last
+    Add the record of a volume, which :py:func:`restore` needs, as JSON text under the key ``record``. It must be the last
     transform.
 
     Args:
         keys: key of the image, which ``ScaleIntensityWindowd`` has scaled.
-        dataset_dir: folder that the file's path is noted relative to.
+        dataset_dir: folder; the record holds the file's path relative to it.
     """
 
     def __init__(self, keys: KeysCollection, dataset_dir: str) -> None:
@@ -127,7 +127,7 @@ class SaveVolumed(Transform):
 
     Args:
         key: of the prediction, ``CxHxWxD`` in [0, 1].
-        output_dir: folder; the file gets the place and name in it that the source has in its own.
+        output_dir: folder to write to; the file gets the relative path that the source has in its folder.
         postfix: added to the name.
     """
 
@@ -144,7 +144,7 @@ class SaveVolumed(Transform):
 
 
 def clipped_shares(record: Mapping[str, Any]) -> str:
-    """In words, how much of a volume the intensity window cut off: air below is expected, bone above is not."""
+    """How much of a volume the intensity window clipped, as text. Clipped air (below) is expected, clipped bone is not."""
     total = f"{record['clipped']:.2%} of the voxels were outside the intensity window"
     if not {"clipped_below", "clipped_above"} <= record.keys():  # of a latent that an older version made
         return total
@@ -153,12 +153,12 @@ def clipped_shares(record: Mapping[str, Any]) -> str:
 
 def output_path(output_dir: str, source: str, postfix: str) -> Path:
     """
-    ``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``. What is no NIfTI loses its suffix too, unless
-    that is a number, which belongs to the name: the folders of DICOM series are called ``1.2.840.10008``.
+    ``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``. Other formats lose their suffix too, unless it
+    is a number: then it is part of the name, as in ``1.2.840.10008``, the folder of a DICOM series.
 
     Raises:
-        ValueError: for a source outside of its folder, whose result would lie outside of ``output_dir``, as Linux or Windows
-            read it.
+        ValueError: for a source that leads out of its folder on Linux or Windows, so that the result would lie outside of
+            ``output_dir``.
     """
     if not _stays_inside(source):
         raise ValueError(
@@ -174,11 +174,10 @@ def output_path(output_dir: str, source: str, postfix: str) -> Path:
 
 
 def _stays_inside(source: str) -> bool:
-    """Whether a path is one within a folder, as Linux and Windows read it, and can be printed and opened."""
+    """Whether a path stays within its folder on Linux and Windows, and can be printed and opened."""
     for path in (PurePosixPath(source), PureWindowsPath(source)):
-        if (
-            not path.name or path.anchor or not all(part.strip(" .") for part in path.parts)
-        ):  # Windows ignores those at an end
+        # Windows ignores spaces and dots at the end of a name
+        if not path.name or path.anchor or not all(part.strip(" .") for part in path.parts):
             return False
     try:
         os.fsencode(source)
@@ -189,19 +188,19 @@ def _stays_inside(source: str) -> bool:
 
 def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | None:
     """
-    Whether the fields of a record, each of which is what :py:data:`DESCRIBED` says, agree, and fit into memory.
+    Check that the fields of a record agree with each other, and that its volume fits into memory.
 
     Args:
-        record: of a volume.
-        num_channels: that the network makes.
+        record: of a volume, with fields as in :py:data:`DESCRIBED`.
+        num_channels: number of channels of the network's result.
 
     Returns:
-        None when they do, otherwise the field and what was found.
+        None when all is well, otherwise the field and what was found.
     """
     if not _stays_inside(record["source"]):
         return f"`source` is {shortened(record['source'])}, which {OUTSIDE}: its result could lie outside of `output_dir`"
     if abs(record["scl_slope"]) < SMALLEST_SLOPE:
-        return f"`scl_slope` is {record['scl_slope']}; a slope must not be 0, or as small as that"
+        return f"`scl_slope` is {record['scl_slope']}; a slope must not be 0, nor closer to 0 than {SMALLEST_SLOPE:g}"
     for name in ("affine", "preprocessed_affine"):
         problem = problem_of_affine(record[name])
         if problem is not None:
@@ -223,7 +222,7 @@ def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | Non
 
 
 def _lies_over(record: Mapping[str, Any]) -> bool:
-    """Whether the corners of the file's grid lie in the preprocessed one, or not further from it than half its size."""
+    """Whether the corners of the file's grid lie within the preprocessed grid or at most half its size away from it."""
     to_preprocessed = np.linalg.solve(np.array(record["preprocessed_affine"]), np.array(record["affine"]))
     corners = np.array(list(itertools.product(*((0, size - 1) for size in record["shape"]))))
     size = np.array(record["preprocessed_shape"])
@@ -263,7 +262,7 @@ def nifti_bytes(stored: np.ndarray, record: Mapping[str, Any]) -> bytes:
     Args:
         stored: voxels as they are stored, ``HxWxD`` or ``HxWxDxC``.
         record: with ``affine``, ``data_type``, ``scl_slope``, ``scl_inter``, ``xyzt_units``, ``qform_code`` and
-            ``sform_code``; what ``description`` says, if it is there, goes into the header.
+            ``sform_code``; and optionally ``description``, text for the header.
     """
     affine = np.array(record["affine"])
     data_type = np.dtype(record["data_type"])
@@ -303,7 +302,7 @@ def _nifti_header(path: str) -> dict[str, Any]:
         "shape": [int(n) for n in image.shape[:3]],
         "affine": image.affine.tolist(),
         "data_type": header.get_data_dtype().str,
-        # those of the header are gone as soon as nibabel has read it
+        # nibabel clears those of the header when it reads a file
         "scl_slope": float(image.dataobj.slope),
         "scl_inter": float(image.dataobj.inter),
         "xyzt_units": int(header["xyzt_units"]),
@@ -313,12 +312,12 @@ def _nifti_header(path: str) -> dict[str, Any]:
 
 
 def _known_code(code: Any) -> int:
-    """A code of NIfTI's; for one above 0, which makes its affine count, that NIfTI does not define, that of a scanner."""
+    """A code that NIfTI defines. Other codes above 0 become 1 (scanner), since any code above 0 makes the affine valid."""
     return int(code) if int(code) in XFORM_CODES else int(code > 0)
 
 
 def _plain_header(image: MetaTensor) -> dict[str, Any]:
-    """Of a volume that another reader of MONAI's read, in mm."""
+    """Header of a volume in another format than NIfTI, in mm."""
     return {
         "shape": [int(n) for n in image.meta["spatial_shape"]],
         "affine": torch.as_tensor(image.meta["original_affine"]).tolist(),
@@ -332,7 +331,7 @@ def _plain_header(image: MetaTensor) -> dict[str, Any]:
 
 
 def _to_source_grid(image: torch.Tensor, record: Mapping[str, Any]) -> torch.Tensor:
-    """Turn and resample ``CxHxWxD`` back; without resampling, voxels are moved and nothing else."""
+    """Reorient ``CxHxWxD`` to the file's grid and resample it where needed; otherwise voxels only change places."""
     affine = np.array(record["affine"])
     volume: Any = MetaTensor(image, affine=torch.tensor(record["preprocessed_affine"], dtype=torch.float64))
     volume = Orientation(axcodes="".join(nib.aff2axcodes(affine)), labels=None)(volume)

@@ -1,5 +1,5 @@
-"""Whether volumes can be trained on: every file is read to its end before the first epoch, so that a run does not die of one
-of two thousand at night."""
+"""Checks whether volumes can be used: every file is read completely before the first epoch, so that a bad file does not end
+a run hours later."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ __all__ = [
 
 LISTED = 5  # volumes in the log
 SHOWN = 20  # problems in an error message; the log has all
-CHECKS = 2  # to be raised when volumes that were fine may be refused now: all are checked again
-FLAT = 1e-6  # determinant of three unit vectors that lie in a plane, but for rounding
+CHECKS = 2  # version; raise it when volumes that passed may now be refused, so that all are checked again
+FLAT = 1e-6  # a determinant of three unit vectors up to this: they lie in a plane, up to rounding
 FARTHEST, SHORTEST = 1e9, 1e-9  # mm, from the origin and of a voxel's edge
 GZIP_RATIO = 1032  # deflate shrinks no file by more
 GIB = 2**30
 FLOAT_SIZE = 4
-CHECKED = {  # schema of the file that remembers
+CHECKED = {  # schema of the cache
     "type": "object",
     "additionalProperties": {
         "type": "object",
@@ -65,22 +65,23 @@ def usable_volumes(
     lists: Lists, image_channels: int, skip_bad_files: bool, cache: str, max_volumes: int | None = None, num_threads: int = 4
 ) -> Lists:
     """
-    Check all volumes (:py:func:`find_problem`), in parallel, and log what there is. Distributed processes share the work.
+    Check all volumes (:py:func:`find_problem`), in parallel, and log their number, sizes and spacings. Distributed
+    processes share the work.
 
     Args:
         lists: ``{"training": [{"image": path}, ...], "validation": [...]}``.
         image_channels: number of channels that every volume must have.
         skip_bad_files: leave out the volumes that cannot be used, instead of stopping.
-        cache: path of a JSON file that remembers which files were checked; one that changed is checked again.
-        max_volumes: of each list, check and return only so many.
+        cache: path of a JSON file with the results; only new and changed volumes are checked again.
+        max_volumes: check and return only so many of each list.
         num_threads: files to read at the same time; each is in memory as float32 for that time.
 
     Returns:
-        the lists without what cannot be used.
+        the lists without the volumes that cannot be used.
 
     Raises:
-        ValueError: when volumes cannot be used and are not to be skipped, or when a list would be empty without them; with
-            every file, the reason, and what to do.
+        ValueError: when volumes cannot be used and are not to be skipped, or when a list would be empty without them; it
+            names the files, the reasons, and what to do.
     """
     lists = {name: items[:max_volumes] for name, items in lists.items()}
     paths = sorted({item["image"] for items in lists.values() for item in items})
@@ -102,14 +103,14 @@ def usable_volumes(
 
 def find_problem(path: str, image_channels: int) -> str | None:
     """
-    Read a volume to its end.
+    Read a whole volume and say why it cannot be trained on.
 
     Args:
         path: of the volume; NIfTI, or anything that MONAI's ``LoadImage`` reads.
         image_channels: number of channels that it must have.
 
     Returns:
-        None when it can be trained on, otherwise what is wrong and what to do, to be read after the path.
+        None when it can be trained on, otherwise what is wrong and what to do, as text that follows the path.
     """
     try:
         if is_nifti(path):
@@ -120,9 +121,9 @@ def find_problem(path: str, image_channels: int) -> str | None:
             values = image.get_fdata(dtype=np.float32, caching="unchanged")
         else:
             values = np.asarray(LoadImage(image_only=True)(path), dtype=np.float32)
-    except Exception as error:  # readers raise whatever they stumble over
+    except Exception as error:  # readers raise errors of any type
         return unreadable(error)
-    low, high = values.min(), values.max()  # NaN as soon as one voxel is
+    low, high = values.min(), values.max()  # NaN if any voxel is
     if not np.isfinite(low) or not np.isfinite(high):
         count = values.size - np.count_nonzero(np.isfinite(values))
         return f"has {count} voxels that are NaN or infinite; repair it, or remove it."
@@ -133,7 +134,7 @@ def find_problem(path: str, image_channels: int) -> str | None:
 
 def problem_of_header(path: str, image_channels: int) -> str | None:
     """
-    What is wrong with a NIfTI file, as far as its header tells; see :py:func:`find_problem`. Other formats pass.
+    What is wrong with the header of a NIfTI file; see :py:func:`find_problem`. None for other formats.
 
     Args:
         path: of the volume.
@@ -150,7 +151,7 @@ def problem_of_header(path: str, image_channels: int) -> str | None:
 
 
 def unreadable(error: BaseException) -> str:
-    """What is wrong with a volume whose reader ended with an error, to be read after the path."""
+    """What is wrong with a volume whose reader raised an error, as text that follows the path."""
     if isinstance(error, PermissionError):
         return f"cannot be opened ({error.strerror}); change its permissions, or remove it."
     if isinstance(error, MemoryError):
@@ -160,13 +161,13 @@ def unreadable(error: BaseException) -> str:
 
 def problem_of_affine(affine: Any) -> str | None:
     """
-    Why nobody can tell orientation and spacing from an affine; None when one can.
+    Why an affine does not define orientation and spacing; None when it does.
 
     Args:
         affine: 4x4, from voxels to mm.
     """
     axes = np.asarray(affine, dtype=np.float64)[:3]
-    if not (np.abs(axes) <= FARTHEST).all():  # NaN is not
+    if not (np.abs(axes) <= FARTHEST).all():  # true for NaN as well
         return f"an affine with values that are NaN, infinite or beyond {FARTHEST:g} mm"
     lengths = np.linalg.norm(axes[:, :3], axis=0)
     if lengths.min() > SHORTEST and abs(np.linalg.det(axes[:, :3] / lengths)) > FLAT:
@@ -177,7 +178,7 @@ def problem_of_affine(affine: Any) -> str | None:
 
 def problem_of_claim(image: Any, path: str) -> str | None:
     """
-    Whether the file can hold what its header says, and the memory the volume.
+    Why a header is false (the file is too small for it), or its volume too large for this machine; None if neither.
 
     Args:
         image: of which nibabel has read the header.
@@ -198,7 +199,7 @@ def problem_of_claim(image: Any, path: str) -> str | None:
 
 
 def problem_of_memory(num_bytes: float) -> str | None:
-    """What to say of a volume that takes so much memory; None when this machine has as much, or does not say."""
+    """That so many bytes exceed this machine's memory, as text; None when they do not, or the memory is not known."""
     total = total_memory("cpu")
     if total is None or num_bytes <= total:
         return None
@@ -292,13 +293,13 @@ def _read_cache(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _state(path: str, image_channels: int) -> list[int]:
-    """What a result depends on."""
+    """What the result of a check depends on."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns, image_channels, CHECKS]
 
 
 def _of_leader(content: dict[str, Any]) -> dict[str, Any]:
-    """What the first process has; another machine may see another file."""
+    """The content that the first process has read; another machine may see another file."""
     shared = [content]
     if idist.get_world_size() > 1:
         torch.distributed.broadcast_object_list(shared)

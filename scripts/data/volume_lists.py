@@ -34,8 +34,8 @@ def training_and_validation(
     List the volumes for training and for validation: those of ``dataset_dir/dataset.json`` (Medical Segmentation
     Decathlon format) where there is one, otherwise everything that :py:func:`find_images` finds.
 
-    Without a validation list of its own, a seeded share of the subjects is set aside. A subject is what a path says by
-    ``sub-...``, otherwise the file's own folder (unless all files lie in one, or it is called ``images...``).
+    Without a validation list, a seeded share of the subjects is set aside. The subject of a file is the ``sub-...`` in its
+    path, otherwise its folder; where all files lie in one folder, or the folder is called ``images...``, each file is one.
 
     Args:
         dataset_dir: folder of the volumes.
@@ -60,8 +60,8 @@ def training_and_validation(
 
 def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
     """
-    Share of the volumes that fits, as float32, into half of the host's free memory; of several processes on one host, each
-    gets its part of that.
+    Share of the volumes that fits, as float32, into half of the host's free memory. Several processes on one host divide
+    that half.
 
     Args:
         items: ``[{"image": path}, ...]``.
@@ -78,12 +78,13 @@ def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
 
 def find_images(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
     """
-    Find the volumes below a folder, without opening a file. Labels and segmentations, told by their names, are left out.
+    Find the volumes below a folder, without opening a file. Labels and segmentations, recognised by their names, are left
+    out.
 
     Args:
         dataset_dir: folder to search.
-        image_glob: pattern relative to it, ``**`` for any depth. With a slash at its end it names folders that are a volume
-            each, as DICOM series are: ``**/`` is every folder below ``dataset_dir`` that holds files.
+        image_glob: pattern relative to it, ``**`` for any depth. A pattern that ends in a slash matches folders, each of
+            which is a volume, as a DICOM series is: ``**/`` is every folder below ``dataset_dir`` that holds files.
 
     Returns:
         ``[{"image": path}, ...]``, sorted by path.
@@ -117,7 +118,7 @@ def _is_label(relative: Path) -> bool:
 
 
 def is_nifti(path: str) -> bool:
-    """Whether a file is NIfTI by its name."""
+    """Whether a file has the name of a NIfTI file."""
     return path.lower().endswith(NIFTI_SUFFIXES)
 
 
@@ -128,7 +129,7 @@ def _decathlon_lists(path: Path) -> dict[str, list[dict[str, str]]]:
     for name in ("training", "validation"):
         try:
             entries: list[Any] = load_decathlon_datalist(path, is_segmentation=False, data_list_key=name)
-        except ValueError as error:  # MONAI says so when a list is missing
+        except ValueError as error:  # from MONAI, when a list is missing
             if name == "training":
                 raise ValueError(f"{path} has no list `training`; it needs one, as in the Decathlon format.") from error
             continue
@@ -154,7 +155,7 @@ def split_by_subject(
         seed: of the split.
 
     Raises:
-        ValueError: for another share, or when there is but one subject.
+        ValueError: for another share, or when there is only one subject.
     """
     if isinstance(val_fraction, bool) or not isinstance(val_fraction, (int, float)) or not 0 < val_fraction < 1:
         raise ValueError(f"`val_fraction` is {val_fraction!r}; it must lie between 0 and 1, both excluded.")
@@ -189,7 +190,7 @@ def _subject(relative: Path, one_folder: bool) -> str:
 
 def describe(items: Sequence[dict[str, str]]) -> str:
     """
-    Count, sizes and spacings of volumes that can be used, for the log. What is not NIfTI is counted alone.
+    Number, sizes and spacings of volumes, for the log. Files that are not NIfTI are only counted.
 
     Args:
         items: ``[{"image": path}, ...]``.

@@ -1,4 +1,4 @@
-"""How good a reconstruction is: metrics that MONAI lacks, pictures, and the report of an evaluation."""
+"""The quality of reconstructions: metrics that MONAI lacks, pictures, and the report of an evaluation."""
 
 from scripts.evaluation.evaluation_saver import EvaluationSaver
 from scripts.evaluation.metrics import (

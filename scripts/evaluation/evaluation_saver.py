@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: the metrics of every volume as CSV and as JSON, and a report to look at."""
+"""What an evaluation writes: the metrics of every volume as CSV and as JSON, and a report in HTML."""
 
 from __future__ import annotations
 
@@ -39,19 +39,20 @@ class EvaluationSaver:
     Evaluator handler that writes, below a folder,
 
     - ``metrics.csv``: a row for each volume, a column for each metric;
-    - ``metrics.json``: the same with the means, the sizes of the volumes and what the run was made with;
-    - ``report.html``: both to look at, with pictures of the worst volumes.
+    - ``metrics.json``: the same with the means, the sizes of the volumes, the network, its weights and the settings;
+    - ``report.html``: all of it for reading, with pictures of the worst volumes.
 
-    Every metric of the engine is taken. One that is not defined for a volume is empty in the table, null in JSON, and left
-    out of the mean. All processes of a distributed run need the handler, because they share the volumes; the first writes.
+    Every metric of the engine is included. One that is not defined for a volume is empty in the table, null in JSON, and
+    left out of the mean. All processes of a distributed run need the handler, because each has a part of the volumes; the
+    first writes.
 
     Args:
         output_dir: the folder; it is made.
-        dataset_dir: folder that the volumes are named relative to.
+        dataset_dir: folder of the volumes, whose names are relative to it.
         network: that is evaluated.
         weights: path of its weights.
         settings: further config keys that the numbers depend on, for the report.
-        max_pictures: of how many volumes to show pictures, those with the largest error.
+        max_pictures: number of volumes to show pictures of, those with the largest errors.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class EvaluationSaver:
                 heapq.heapreplace(self.worst, (error, name, draw_panels(image[0], pred[0])))
 
     def _save(self, engine: Evaluator) -> None:
-        # The engine's scores are those of all processes, one after the other, and so are the volumes. Where there are fewer
-        # of them than processes each has all, and the scores of the first stand in front.
+        # The engine's scores are those of all processes, one after the other, and so are the volumes. With fewer volumes
+        # than processes, each process has all of them, and the scores of the first process come first.
         volumes = merged(self.volumes)
         pictures = merged({name: (error, panels) for error, name, panels in self.worst})
         if idist.get_rank() > 0:
@@ -142,12 +143,12 @@ def _describe(image: MetaTensor) -> dict[str, Any]:
 
 
 def _flat(values: torch.Tensor) -> list[float]:
-    """One score for each volume, of a metric that may have one for each channel."""
+    """One score for each volume: the mean over channels, if a metric has one for each."""
     return values.flatten(1).mean(1).tolist()
 
 
 def _finite(value: float) -> float | None:
-    """With six digits, as many as a float32 has."""
+    """Rounded to six digits, about as many as float32 has; None if not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file that needs nothing else, neither a network nor a folder of pictures."""
+"""The report of an evaluation: one HTML file that needs no other files and no internet connection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scripts.layers.factors import by
 __all__ = ["render_report"]
 
 TEMPLATE = "report.html.jinja"
-KEY_FIGURES = ("psnr", "foreground_psnr", "ssim")  # in large type at the top, where they were measured
+KEY_FIGURES = ("psnr", "foreground_psnr", "ssim")  # in large type at the top, if they were measured
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Column:
         label: name in the table.
         form: of its values, as in ``format``.
         meaning: a line for the legend.
-        unit: behind a value that stands alone.
+        unit: printed after a value outside of the table.
     """
 
     label: str
@@ -53,11 +53,11 @@ COLUMNS = {
     "grid_energy": Column(
         "grid energy",
         ".3f",
-        "how much the detail varies with the position in the latent's blocks; what exceeds that of the image is a block "
+        "how much the detail varies with the position in the latent's blocks; a value above that of the image means a block "
         "pattern or a checkerboard",
     ),
     "image_grid_energy": Column("image grid energy", ".3f", "that of the image"),
-    "trilinear_psnr": Column("trilinear PSNR", ".2f", "of shrinking by the same factor and enlarging again", "dB"),
+    "trilinear_psnr": Column("trilinear PSNR", ".2f", "that of shrinking by the same factor and enlarging again", "dB"),
 }
 
 
@@ -107,7 +107,7 @@ def _psnr(volume: Mapping[str, Any]) -> float:
 
 
 def _extents(volume: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Width and height of each plane in mm, so that voxels which are not cubes are shown in their shape."""
+    """Width and height of each plane in mm, so that voxels that are not cubes are shown with their true shape."""
     millimetres = [size * spacing for size, spacing in zip(volume["shape"], volume["spacing"])]
     across = [[size for i, size in enumerate(millimetres) if i != axis] for axis in range(len(PLANES))]
     return {plane: (round(width, 1), round(height, 1)) for plane, (width, height) in zip(PLANES, across)}
@@ -118,7 +118,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _range(volume: Mapping[str, Any]) -> str:
-    """The intensity window, of each channel."""
+    """The intensity window of each channel."""
     windows = zip(volume["intensity_low"], volume["intensity_high"])
     return ", ".join(f"{_number(low, '.5g')} to {_number(high, '.5g')}" for low, high in windows)
 

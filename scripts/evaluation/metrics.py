@@ -1,4 +1,4 @@
-"""Quality of a reconstruction, beyond the metrics that MONAI has."""
+"""Metrics of reconstruction quality that MONAI lacks."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = [
 
 class ForegroundPSNRMetric(PSNRMetric):
     """
-    Peak signal-to-noise ratio over the voxels of the target that are not air. Volumes are mostly air, which anything
-    reconstructs well, so the ratio over all voxels flatters.
+    Peak signal-to-noise ratio over the voxels of the target that are not air. Volumes are mostly air, which is easy to
+    reconstruct, so the ratio over all voxels is higher.
 
     Args:
         threshold: voxels of the target above it are foreground.
@@ -48,7 +48,7 @@ class ForegroundPSNRMetric(PSNRMetric):
 
 
 class _DefinedForLargeVolumes(RegressionMetric):
-    """A metric that is not a number for a volume of less than ``least_size`` along an axis, where MONAI's would raise."""
+    """A metric that is NaN for a volume of less than ``least_size`` along an axis, where MONAI's raises an error."""
 
     least_size: tuple[int, ...]
 
@@ -58,14 +58,14 @@ class _DefinedForLargeVolumes(RegressionMetric):
         return super()._compute_metric(y_pred, y)  # type: ignore[safe-super]
 
     def aggregate(self, reduction: Any = None) -> torch.Tensor:
-        """The mean of the volumes that are large enough; MONAI's would be 0 where none is."""
+        """The mean over the volumes that are large enough, NaN if none is; MONAI's would be 0."""
         return torch.as_tensor(self.get_buffer()).nanmean()
 
 
 class LargeVolumeSSIMMetric(_DefinedForLargeVolumes, SSIMMetric):
     """
-    MONAI's structural similarity, which is not a number for a volume smaller than its kernel (11 voxels along each axis),
-    instead of an error.
+    MONAI's structural similarity, which is NaN, instead of an error, for a volume smaller than its kernel (11 voxels along
+    each axis).
 
     Args:
         kwargs: arguments of MONAI's ``SSIMMetric``.
@@ -78,8 +78,8 @@ class LargeVolumeSSIMMetric(_DefinedForLargeVolumes, SSIMMetric):
 
 class LargeVolumeMSSSIMMetric(_DefinedForLargeVolumes, MultiScaleSSIMMetric):
     """
-    Ditto for MONAI's multi-scale structural similarity. With the defaults a volume needs 176 voxels along each axis: it is
-    halved four times, and the kernel of 11 voxels must still fit in.
+    MONAI's multi-scale structural similarity, which is NaN, instead of an error, for a volume that is too small. With the
+    defaults a volume needs 176 voxels along each axis: it is halved four times and must still hold the kernel of 11 voxels.
 
     Args:
         kwargs: arguments of MONAI's ``MultiScaleSSIMMetric``.
@@ -87,7 +87,7 @@ class LargeVolumeMSSSIMMetric(_DefinedForLargeVolumes, MultiScaleSSIMMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        shrunk = max(1, len(self.weights) - 1) ** 2  # as MONAI counts, also where it is not 2 ** halvings
+        shrunk = max(1, len(self.weights) - 1) ** 2  # MONAI's formula, also where it is not 2 ** halvings
         self.least_size = tuple(kernel * shrunk for kernel in self.kernel_size)
 
 
@@ -110,18 +110,19 @@ class GridEnergyMetric(RegressionMetric):
 
 def grid_energy(image: torch.Tensor, factors: Sequence[int]) -> float:
     """
-    How much a volume's energy of detail varies with the position in the blocks that the latent's grid cuts it into. Blocks
-    show as more of it at their borders, a checkerboard at every second voxel; an anatomy knows no grid.
+    How much the energy of detail varies with the position within a block, where the latent's grid divides the volume into
+    blocks. Visible blocks have more energy at their borders, a checkerboard has more at every second voxel; anatomy does not
+    depend on the grid.
 
-    For each axis the squared differences between neighbours are averaged for each position in a block: the deviation of
-    these averages, over their mean, is zero for a volume without a grid.
+    For each axis, the squared differences between neighbours are averaged for each position in a block. The standard
+    deviation of these averages, divided by their mean, is zero for a volume without a grid.
 
     Args:
         image: ``BxCxHxWxD`` (2D: ``BxCxHxW``).
         factors: size of a block along each axis.
 
     Returns:
-        the largest of the axes. That of the original, which is not quite zero, is the one to compare with.
+        the largest value of all axes. Compare it with that of the original, which is not quite zero.
     """
     energies = [0.0]
     for axis, factor in enumerate(factors):
@@ -154,7 +155,7 @@ def _mean_difference(image: torch.Tensor) -> torch.Tensor:
 
 def trilinear_reconstruction(image: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:
     """
-    Shrink by ``factors`` and enlarge again with linear interpolation: what a code must beat to be of any use.
+    Shrink by ``factors`` and enlarge again with linear interpolation: the least that an autoencoder must improve on.
 
     Args:
         image: ``BxCxHxWxD``.

@@ -18,9 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 __all__ = ["ERROR_GAIN", "PLANES", "ReconstructionPicture", "draw_panels", "draw_reconstruction"]
 
 PLANES = ("sagittal", "coronal", "axial")
-POSITION = 0.45  # of each plane along its axis: the very middle of a head is the gap between its halves
+POSITION = 0.45  # of each plane along its axis: in the middle of a head there is the gap between its halves
 ERROR_GAIN = 5  # the error is shown this many times larger
-MAX_PIXELS = 320  # along an edge of a panel; a screen has no more for each of three in a row
+MAX_PIXELS = 320  # along an edge of a panel, of which three in a row must fit on a screen
 
 
 def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spacing: tuple[float, ...]) -> Figure:
@@ -63,7 +63,7 @@ def draw_panels(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, 
 
     Returns:
         for each plane, and for each column in it, a grayscale PNG file. A pixel is a voxel, unless there are more than 320
-        along an edge; where voxels are not cubes, whoever shows it stretches it.
+        along an edge. Pictures of voxels that are not cubes must be stretched when they are shown.
     """
     columns = _columns(image, reconstruction)
     return {
@@ -77,7 +77,7 @@ def _columns(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, tor
 
 
 def _slice(volume: torch.Tensor, axis: int) -> np.ndarray:
-    """Across ``axis``; rows are the later one of the two axes that are left, upwards."""
+    """A slice across ``axis``. Its rows run along the later one of the two other axes, upwards."""
     return np.asarray(volume.select(axis, int(volume.shape[axis] * POSITION)).cpu(), dtype=np.float32).T
 
 

@@ -22,7 +22,7 @@ class ExportedNetwork(nn.Module):
     A :py:class:`scripts.autoencoderkl.Reconstructor` from the file that it was exported to.
 
     Args:
-        path: of the file; its suffix says what it is.
+        path: of the file; its suffix gives the format.
         device: where to run it.
 
     Raises:
@@ -54,13 +54,13 @@ class ExportedNetwork(nn.Module):
 
 def refuse_latents() -> None:
     """
-    Stand in for encoding and decoding, which an exported file cannot do.
+    Raise an error in place of encoding and decoding, which an exported file cannot do.
 
     Raises:
         ValueError: always.
     """
     raise ValueError(
-        "an exported file is the whole reconstruction; it makes no latents. Encode and decode with the weights: leave out "
+        "an exported file computes the whole reconstruction and no latents. Encode and decode with the weights: leave out "
         "inference_exported.json."
     )
 

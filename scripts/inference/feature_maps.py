@@ -1,4 +1,4 @@
-"""Feature maps on the host or in files, read and written in slabs along one axis."""
+"""Feature maps in the host's memory or in files, read and written in slabs along one axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scripts.layers.factors import padded_size
 
 __all__ = ["FeatureMap", "PaddedImage"]
 
-CHANNEL_BLOCK = 16  # channels that libraries reorder a map in
+CHANNEL_BLOCK = 16  # libraries reorder maps in blocks of this many channels
 
 
 class FeatureMap:
@@ -21,7 +21,7 @@ class FeatureMap:
 
     Args:
         tensor: the map, or the file that holds it.
-        dim: along which slabs are cut.
+        dim: dimension along which slabs are cut.
         shape: of a map in a file.
         dtype: of a map in a file.
     """
@@ -41,12 +41,12 @@ class FeatureMap:
 
     @property
     def row_values(self) -> int:
-        """Values of one row, its channels rounded up to the blocks that libraries reorder them in."""
+        """Values of one row, its channels rounded up to the blocks in which libraries reorder them."""
         channels = self.shape[1] if self.shape[1] == 1 else -(-self.shape[1] // CHANNEL_BLOCK) * CHANNEL_BLOCK
         return self.shape.numel() // self.rows // self.shape[1] * channels
 
     def tensor(self) -> torch.Tensor:
-        """The whole map. That in a file counts as memory of the process as far as it is touched, until it is dropped."""
+        """The whole map. Of one in a file, the parts in use count as memory of the process until the tensor is deleted."""
         if isinstance(self._content, torch.Tensor):
             return self._content
         return torch.from_file(str(self._content), shared=True, size=self.shape.numel(), dtype=self.dtype).view(self.shape)
@@ -70,7 +70,7 @@ class PaddedImage(FeatureMap):
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         last = self._given[self.dim]
-        # one row at least, to repeat it
+        # at least one row, which is then repeated
         slab = self.tensor().narrow(self.dim, min(start, last - 1), max(min(stop, last) - start, 1))
         sizes = [stop - start if dim == self.dim else self.shape[dim] for dim in range(2, slab.ndim)]
         missing = [wanted - size for wanted, size in zip(sizes, slab.shape[2:])]

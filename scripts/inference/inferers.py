@@ -1,4 +1,4 @@
-"""How validation and inference run the network."""
+"""The inferer of validation and inference, which reconstructs whole volumes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A network run layer by layer, each layer in slabs, exactly.
+"""Runs a network layer by layer, and each layer in slabs, with the result of one pass.
 
-Feature maps lie on the host, or in files when the host is short as well, and go through the device in slabs along one axis.
-A slab takes along the neighbours that a convolution looks at, and what they give is cut off again; norms take their
-statistics over the whole map. So the result is that of the whole volume, to rounding: no tiles, no overlap, no seams.
+Feature maps are kept in the host's memory, or in files where that is too small, and go through the device in slabs along one
+axis. A slab includes the neighbouring rows that a convolution reads, and their results are cut off; norms take their
+statistics over the whole map. So the result is that of the whole volume up to rounding, without the seams of tiles.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUp
 __all__ = ["stream"]
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; larger maps go to files
-# What a value of a slab takes, in bytes, whatever its type: itself, its normed form, the library's reordered copies, float32
-# in part, and what the allocator keeps of slabs that are gone
+SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; further maps go to files
+# Bytes per value of a slab, for any type: the value, its normed form, the library's reordered copies (partly in float32),
+# and what the allocator keeps of earlier slabs
 INPUT_BYTES, RESULT_BYTES = 14, 10
-# Values of a convolution's slab, where the budget has room for them: PyTorch's CPU takes another way for fewer in float32,
-# four times slower and with more memory (between 1.3 and 1.6 million, PyTorch 2.14.1)
+# Least number of values in a convolution's slab, if the budget allows: for fewer in float32, PyTorch on the CPU uses another
+# algorithm, which is four times slower and needs more memory (between 1.3 and 1.6 million, PyTorch 2.14.1)
 LEAST_VALUES = 1_600_000
-LAYERS = "{l_bar}{bar}| layer {n:.1f}/{total} [{elapsed}]"  # without the time left: layers differ too much to tell it
+LAYERS = "{l_bar}{bar}| layer {n:.1f}/{total} [{elapsed}]"  # without the time left, as layers differ too much
 Slabwise = Callable[[torch.Tensor], torch.Tensor]
 
 
 def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, progress: bool = False) -> torch.Tensor:
     """
-    Run ``network`` slab by slab. Slabs are never thinner than one row of the layer's coarser side, and attention takes its
-    map whole: where that alone needs more than ``memory_gb``, so does the run.
+    Run ``network`` slab by slab. A slab has at least one row of the layer's coarser side, and attention reads its whole map:
+    where one of these needs more than ``memory_gb``, the run does too.
 
     Args:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`, on the device where it is to run.
@@ -57,8 +57,8 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, prog
         progress: whether to show a progress bar over the layers.
 
     Returns:
-        float32 on the host: what ``network.reconstruct``, the mean of ``network.encode`` or ``network.decode`` return, to
-        rounding. Sizes that the total factor does not divide are padded to encode.
+        float32 on the host: up to rounding the result of ``network.reconstruct`` or ``network.decode``, or the mean from
+        ``network.encode``. Sizes that the total factor does not divide are padded before encoding.
     """
     x = x.detach().as_subclass(torch.Tensor).cpu()
     bar = None
@@ -75,7 +75,7 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, prog
         del x
         z_mu = run.encode(padded)
         if operation == "encode":
-            return z_mu.tensor().clone()  # one in a file goes with its folder
+            return z_mu.tensor().clone()  # its file is deleted with the folder
         del padded
         image = run.decode(z_mu).tensor()
     for dim in range(2, image.ndim):
@@ -102,7 +102,7 @@ class _Run:
         if self.device.type == "cpu":
             _return_freed_memory()
             # slabs, maps and the result share one memory
-            budget -= 4 * math.prod(self.image_shape)  # to encode as well, so that slabs are cut as they are to reconstruct
+            budget -= 4 * math.prod(self.image_shape)  # also when encoding, so that slabs are those of a reconstruction
             self.for_maps = int(SHARE_FOR_MAPS * budget)
             self.for_slabs = budget - self.for_maps
         else:
@@ -144,13 +144,13 @@ class _Run:
         return self._stream(lambda x, linear: last(norm(x)) + linear, [(x, 1), (linear, rows_out)], rows_out, into=image)
 
     def _block(self, block: nn.Module, x: FeatureMap, norm: Slabwise) -> tuple[FeatureMap, Slabwise]:
-        """A map after ``block``, and the norm that is still to come: it is left to the reader of the map."""
+        """A map after ``block``, and a norm that is not applied yet: whatever reads the map applies it."""
         if isinstance(block, nn.GroupNorm):
             return x, _norm_of(block, x)
         if isinstance(block, ResidualBlock):
             return self._residual(block, x), _identity
         if isinstance(block, SpatialAttention):
-            return self._stream(block, [(x, 1)], halo=x.rows), _identity  # each slab would see the whole map
+            return self._stream(block, [(x, 1)], halo=x.rows), _identity  # every voxel depends on the whole map
         rows_in, rows_out = _rates(block, self.axis)
         return self._stream(lambda slab: block(norm(slab)), [(x, rows_in)], rows_out), _identity
 
@@ -181,10 +181,10 @@ class _Run:
         Run ``operation`` over maps in slabs.
 
         Args:
-            operation: takes a slab of each map and gives one of the result.
-            sources: maps, each with its number of rows for a unit: what is cut from all of them at the same places.
-            rows_out: rows of the result for a unit.
-            halo: units to the left and right of a slab that its result depends on.
+            operation: takes a slab of each map and returns one of the result.
+            sources: maps, each with its number of rows per unit. All maps have the same number of units.
+            rows_out: rows of the result per unit.
+            halo: number of units on each side of a slab that its result depends on.
             into: where to write. It may be a source that ``operation`` reads voxel by voxel, without the halo.
         """
         units = sources[0][0].rows // sources[0][1]
@@ -195,7 +195,7 @@ class _Run:
             least = max(1, min(-(-LEAST_VALUES // values), self.for_slabs // unit_bytes))
         result = into
         moments: torch.Tensor | None = None
-        start, thickness = 0, max(1, least - 2 * halo)  # the first slab shows what the result is
+        start, thickness = 0, max(1, least - 2 * halo)  # the first slab shows shape and type of the result
         while start < units:
             stop = units if halo >= units else min(start + thickness, units)
             last = min(max(stop + halo, least), units)
@@ -212,7 +212,7 @@ class _Run:
             if self.bar is not None:
                 self.bar.update((stop - start) / units)
             start = stop
-            del slab  # before the next one is made
+            del slab  # before the next one is computed
         assert result is not None  # a map has at least one row
         result.moments = moments
         return result
@@ -234,13 +234,13 @@ class _Run:
 
 
 def _count_layers(network: Any, operation: str) -> int:
-    """How many layers an operation of a network streams."""
+    """The number of layers that an operation of a network streams."""
     layers = 0
     if operation != "decode":
         layers += sum(map(_layers_of, network.encoder.blocks)) + 1  # z_mu
     if operation != "encode":
         layers += sum(map(_layers_of, network.decoder.blocks)) + 1  # post_quant_conv
-        layers += 2 * (network.shortcut is not None)  # its image, and what refines it
+        layers += 2 * (network.shortcut is not None)  # its image, and the layer that reads it
     return layers
 
 
@@ -251,7 +251,7 @@ def _layers_of(block: nn.Module) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Let glibc give blocks of more than a MiB back at once, where it would keep those of up to 32 MiB for later."""
+    """Make glibc return freed blocks of more than a MiB at once; by default it keeps those of up to 32 MiB."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
 
@@ -262,8 +262,8 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 
 def _moments(slab: torch.Tensor) -> torch.Tensor:
     """
-    Number of voxels, sum and sum of squares for each channel, ``3xBxC`` in float64. Each channel's squares are taken around
-    its mean in the slab: in float32, large ones would drown small deviations.
+    Number of voxels, sum and sum of squares for each channel, ``3xBxC`` in float64. The variance in the slab is computed
+    around the channel's mean: in float32, small deviations would be lost beside large squares.
     """
     found = []
     for channel in slab.flatten(0, 1):
@@ -277,7 +277,7 @@ def _moments(slab: torch.Tensor) -> torch.Tensor:
 
 
 def _norm_of(norm: nn.GroupNorm, x: FeatureMap) -> Slabwise:
-    """``norm`` with the statistics of the whole of ``x``, for slabs of it."""
+    """``norm`` with the statistics of the whole map ``x``, to be applied to slabs of it."""
     assert x.moments is not None
     by_group = x.moments.unflatten(2, (norm.num_groups, -1)).sum(3)
     mean = by_group[1] / by_group[0]
@@ -288,7 +288,7 @@ def _norm_of(norm: nn.GroupNorm, x: FeatureMap) -> Slabwise:
     mean, variance = (s.repeat_interleave(per_group, dim=1).flatten().to(norm.weight) for s in (mean, variance))
 
     def normalise(slab: torch.Tensor) -> torch.Tensor:
-        # with given statistics, batch norm is the affine map of each channel that is wanted, in the slab's own type
+        # with given statistics, batch norm is an affine map of each channel, in the slab's own type
         merged = slab.reshape(1, -1, *slab.shape[2:])
         return F.batch_norm(merged, mean, variance, weight, bias, eps=norm.eps).view(slab.shape)
 
@@ -296,7 +296,7 @@ def _norm_of(norm: nn.GroupNorm, x: FeatureMap) -> Slabwise:
 
 
 def _rates(block: Any, axis: int) -> tuple[int, int]:
-    """Rows along ``axis`` that a layer takes, and gives for them. No layer looks further than one such unit."""
+    """Rows along ``axis`` of a layer's input and of its result, for one unit. No layer reads further than the next unit."""
     if isinstance(block, Downsample):
         stride: Any = block.conv.conv.stride
         return stride[axis], 1
@@ -310,4 +310,4 @@ def _rates(block: Any, axis: int) -> tuple[int, int]:
         return 1, 2
     if isinstance(block, Convolution):
         return 1, 1
-    raise TypeError(f"no rule says how to run a {type(block).__name__} in slabs; add one to {__name__}.")
+    raise TypeError(f"there is no rule to run a {type(block).__name__} in slabs; add one to {__name__}.")

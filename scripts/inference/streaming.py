@@ -1,4 +1,4 @@
-"""Encoding and decoding of volumes of any size within a budget of memory, exactly: in one pass, or in slabs."""
+"""Encoding and decoding of volumes of any size within a memory budget: in one pass, or in slabs with the same result."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from scripts.planning.inference_costs import inference_cost
 __all__ = ["StreamingInferer", "available_memory_gb"]
 
 OPERATIONS = ("reconstruct", "encode", "decode")
-SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; others use it too
+SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; other programs use it too
 
 
 def available_memory_gb(device: str | torch.device) -> float:
     """
-    What a run may use of a device's memory when ``memory_gb`` is not set: the same in every run on one machine, so that the
-    same volumes are streamed.
+    The memory budget of a run that does not set ``memory_gb``: a share of the device's memory. It is the same in every run
+    on one machine, so that the same volumes are streamed.
 
     Args:
         device: where the network runs.
 
     Returns:
-        GiB; of the host's memory, each of several processes on it gets its part.
+        GiB. Several processes on one host divide its memory.
 
     Raises:
         OSError: where the system does not say how much memory there is.
@@ -43,13 +43,13 @@ def available_memory_gb(device: str | torch.device) -> float:
 class StreamingInferer(ReconstructionInferer):
     """
     Encode, decode or reconstruct volumes of any size: in one pass when that fits into ``memory_gb``, otherwise in slabs,
-    with the same result to rounding. See :py:func:`scripts.inference.slabs.stream`.
+    with the same result up to rounding. See :py:func:`scripts.inference.slabs.stream`.
 
     Args:
         amp: whether to use mixed precision.
         amp_dtype: ``"bfloat16"`` or ``"float16"``.
-        memory_gb: GiB that may be used: on a GPU of its memory, the network included; on the CPU by how much the process may
-            grow. The memory of the given volume is not counted. None for what :py:func:`available_memory_gb` says.
+        memory_gb: limit in GiB: on a GPU for its memory, the network included; on the CPU for the growth of the process. The
+            memory of the given volume is not counted. None for :py:func:`available_memory_gb`.
         operation: ``"reconstruct"``, ``"encode"`` (to ``z_mu``) or ``"decode"``.
         progress: whether to show a progress bar over the layers of a volume that is streamed.
 
@@ -101,7 +101,10 @@ class StreamingInferer(ReconstructionInferer):
         return network.encode(pad_to_multiple(x, network.total_downsample_factor))[0]
 
     def _whole_volume_peak(self, inputs: torch.Tensor, network: Any, device: torch.device) -> int:
-        """Bytes of a reconstruction in one pass, for each operation: a latent is decoded as it would be in that."""
+        """
+        Bytes that a reconstruction in one pass needs. All operations are decided by it, so that a latent is decoded in the
+        way in which its volume would be reconstructed.
+        """
         sizes, factors = inputs.shape[2:], network.total_downsample_factor
         if self.operation == "decode":
             sizes = torch.Size(n * f for n, f in zip(sizes, factors))

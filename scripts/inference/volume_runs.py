@@ -1,4 +1,4 @@
-"""Runs over many volumes that one bad file does not end: it is named, the others are done, and the exit code says it."""
+"""Runs over many volumes that continue after a bad file: at the end it is named, and the exit code is 1."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from scripts.data.volume_lists import find_images
 __all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes"]
 
 PROBLEM = "problem"  # key of an item that could not be loaded
-PATIENCE = datetime.timedelta(days=7)  # of a process that waits for the others to finish their volumes
+PATIENCE = datetime.timedelta(days=7)  # how long a process waits for the others to finish their volumes
 logger = logging.getLogger(__name__)
 
 
 def join_processes(output_dir: str) -> None:
     """
-    Find the other processes of a run under ``torchrun``, and see to it that results can be written.
+    Connect the processes of a run under ``torchrun``, and check that results can be written.
 
     Args:
         output_dir: folder of the results; it is made.
@@ -49,14 +49,14 @@ def join_processes(output_dir: str) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"`output_dir` {output_dir!r} cannot be written to ({error.strerror}); choose a folder that can, or change its "
+            f"`output_dir` {output_dir!r} cannot be written to ({error.strerror}); choose another folder, or change its "
             "permissions",
         ) from error
 
 
 def find_share(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
     """
-    This process's share of the volumes below a folder, labels and segmentations left out. They are not opened.
+    This process's share of the volumes below a folder, without labels and segmentations. No file is opened.
 
     Args:
         dataset_dir: folder to search.
@@ -67,7 +67,7 @@ def find_share(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: when the folder does not exist or nothing in it matches.
-        ValueError: when two volumes would have one name in the output.
+        ValueError: when two volumes would have the same output file.
     """
     items = find_images(dataset_dir, image_glob)
     sources: dict[Path, str] = {}
@@ -81,12 +81,13 @@ def find_share(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
 
 class VolumeDataset(Dataset):
     """
-    MONAI's ``Dataset`` that hands on what is wrong with a volume in its place, for :py:class:`VolumeEvaluator`.
+    MONAI's ``Dataset`` that returns, in place of a volume that cannot be used, what is wrong with it, for
+    :py:class:`VolumeEvaluator`.
 
     Args:
         data: ``[{"image": path}, ...]``.
         transform: of the volumes.
-        image_channels: number of channels that every volume must have; None to leave that to ``transform``.
+        image_channels: number of channels that every volume must have; None for no check before ``transform``.
     """
 
     def __init__(
@@ -103,15 +104,15 @@ class VolumeDataset(Dataset):
                 return {"path": path, PROBLEM: problem}
         try:
             return {**super()._transform(index), "path": path}
-        except Exception as error:  # readers raise whatever they stumble over
+        except Exception as error:  # readers raise errors of any type
             cause = reason(error)
             return {"path": path, PROBLEM: str(cause) if isinstance(cause, ValueError) else unreadable(cause)}
 
 
 class VolumeEvaluator(SupervisedEvaluator):
     """
-    MONAI's ``SupervisedEvaluator`` for a :py:class:`VolumeDataset`: a volume that cannot be read, run or written is logged
-    and the next one taken.
+    MONAI's ``SupervisedEvaluator`` for a :py:class:`VolumeDataset`: a volume that cannot be read, processed or written is
+    logged, and the run continues with the next one.
 
     Args:
         kwargs: arguments of ``SupervisedEvaluator``.
@@ -122,7 +123,7 @@ class VolumeEvaluator(SupervisedEvaluator):
         self.problems: dict[str, str] = {}
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
-        """Take all volumes; none is fine too."""
+        """Process all volumes; an empty list is allowed."""
         if len(self.data_loader) == 0:  # type: ignore[arg-type]
             logger.info("there is nothing left to do")
             return
@@ -143,7 +144,7 @@ class VolumeEvaluator(SupervisedEvaluator):
 
     def finish(self) -> None:
         """
-        Say which volumes could not be done, of all processes.
+        Name the volumes of all processes that could not be done.
 
         Raises:
             SystemExit: with exit code 1, if there are any.

@@ -1,4 +1,4 @@
-"""Estimates from blocks of images that a linear shortcut is fitted by: principal components, and least squares."""
+"""Statistics of blocks of images that a linear shortcut is fitted with: principal components and ridge regression."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["LeastSquares", "alignments", "principal_components", "ridge_regressi
 
 # Candidate ridge strengths, as a number of observations of features with unit variance
 RIDGES = (1e5, 3e4, 1e4, 3e3, 1e3, 300.0, 100.0)
-LEFT_OUT = 4  # one in so many images, to choose among them
+LEFT_OUT = 4  # one image in so many is held out, to choose the strength
 
 
 def principal_components(blocks: torch.Tensor, waves: torch.Tensor, count: int) -> torch.Tensor:
     """
     Directions along which blocks vary most around zero. Large blocks have more values than there are blocks to learn from,
-    so their covariance is mixed with that of independent waves, each as strong as it is in the blocks. The mixture weighs as
-    much as one block for each value of a block.
+    so their covariance is mixed with that of independent waves, each with the amplitude that it has in the blocks. The waves
+    count as much as one block for each value of a block.
 
     Args:
         blocks: number x values of a block.
@@ -38,7 +38,8 @@ def ridge_regression(
     start: torch.Tensor, images: Iterable[Iterable[tuple[torch.Tensor, torch.Tensor]]]
 ) -> tuple[torch.Tensor, int]:
     """
-    Least squares with a ridge that draws the weights to ``start`` and is as strong as does best on images that are left out.
+    Least squares with a ridge penalty on the distance of the weights from ``start``. Its strength is the one with the
+    smallest error on held-out images.
 
     Args:
         start: features x targets.
@@ -59,10 +60,10 @@ def ridge_regression(
 
 class LeastSquares:
     """
-    Linear regression with a ridge, from data that comes in pieces.
+    Ridge regression from data that comes in pieces.
 
     Args:
-        start: the weights that the ridge draws to, features x targets.
+        start: the weights from which the penalty measures the distance, features x targets.
     """
 
     def __init__(self, start: torch.Tensor) -> None:
@@ -78,24 +79,24 @@ class LeastSquares:
         self.number += features.shape[1]
 
     def add_all(self, other: LeastSquares) -> None:
-        """Add what another one with the same start has seen."""
+        """Add the observations of another one with the same start."""
         self.gram += other.gram
         self.product += other.product
         self.number += other.number
 
     def solution(self, ridge: float) -> torch.Tensor:
-        """The weights, where ``ridge`` observations of features with unit variance say that they are those of the start."""
+        """The weights. The penalty counts as ``ridge`` observations, of features with unit variance, that fit the start."""
         regularised = self.gram + ridge * torch.eye(len(self.gram), device=self.gram.device)
         return self.start + torch.linalg.solve(regularised, self.product)
 
     def error(self, weights: torch.Tensor) -> float:
-        """Sum of squares that the weights miss, above that of the start."""
+        """Sum of squared errors of the weights, minus that of the start."""
         change = weights - self.start
         return (change * (self.gram @ change - 2 * self.product)).sum().item()
 
 
 def alignments(x: torch.Tensor, factors: Sequence[int]) -> Iterator[torch.Tensor]:
-    """``x``, and what begins half a block later along axes with three blocks or more: other blocks of the same image."""
+    """``x``, and ``x`` from half a block on along axes with three blocks or more, to have further blocks of the image."""
     starts = [(0, f // 2) if f > 1 and n >= 3 * f else (0,) for n, f in zip(x.shape[2:], factors)]
     for start in itertools.product(*starts):
         shifted = x

@@ -1,4 +1,4 @@
-"""Waves of the discrete cosine transform (DCT-II), which a linear shortcut starts as."""
+"""Waves of the discrete cosine transform (DCT-II), with which a linear shortcut is initialised."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def waves_per_channel(
     channels: int,
 ) -> torch.Tensor:
     """
-    The cosine waves of blocks of ``outer * inner`` voxels as functions of the coefficients that ``inner_indices`` name of
-    the smaller blocks, for each channel by itself.
+    The cosine waves of blocks of ``outer * inner`` voxels, written as functions of coefficients of the smaller blocks of
+    ``inner`` voxels (those that ``inner_indices`` names), for each channel by itself.
 
     Returns:
         ``(len(indices) * channels) x (len(inner_indices) * channels)`` times ``outer``; the channel changes fastest.

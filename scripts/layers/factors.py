@@ -39,10 +39,10 @@ def per_transition(
 
 
 def padded_size(spatial_size: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
-    """The nearest size from ``spatial_size`` upwards that ``factors`` divide."""
+    """The smallest size, not below ``spatial_size``, that ``factors`` divide."""
     return tuple(-(-size // factor) * factor for size, factor in zip(spatial_size, factors))
 
 
 def by(sizes: Iterable[float], sign: str = "x") -> str:
-    """Sizes, factors or spacings of all axes in one word, such as ``128x128x64``."""
+    """Sizes, factors or spacings of all axes as text, such as ``128x128x64``."""
     return sign.join(str(size) if isinstance(size, int) else f"{size:g}" for size in sizes)

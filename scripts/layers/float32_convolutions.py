@@ -2,8 +2,9 @@
 Convolutions that stay in float32 where bfloat16 fails.
 
 PyTorch 2.14.1 gives NaN for a bfloat16 convolution on processors with AMX when its result has one voxel along the last axis.
-Under the CPU's autocast in bfloat16, and there alone, a convolution that reads or makes such a map runs in float32 here: one
-that reads it makes it in the backward pass. Such maps are small. All other convolutions are what they were.
+Under the CPU's autocast in bfloat16, and only there, a convolution whose input or result is such a map runs in float32 here
+(the backward pass computes the gradient of the input, which has the input's size). Such maps are small. All other
+convolutions are unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def bfloat16_fails(x: torch.Tensor, kernel_size: int = 1, stride: int = 1, paddi
         padding: ditto, on each side.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return False  # before any look at the size, which exports would fix
+        return False  # before the size is read, which would make it a constant in exported networks
     size = x.shape[-1]
     return size == 1 or size + 2 * padding - kernel_size < stride
 
@@ -63,7 +64,7 @@ class _Spared(nn.Module):
     @torch.jit.unused
     def _fails(self, x: torch.Tensor) -> bool:
         layer: Any = self
-        if layer.transposed:  # the backward pass makes the map that it reads
+        if layer.transposed:  # the backward pass computes a map of its input's size
             return bfloat16_fails(x)
         return bfloat16_fails(x, layer.kernel_size[-1], layer.stride[-1], layer.padding[-1])
 

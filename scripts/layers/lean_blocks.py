@@ -1,4 +1,4 @@
-"""Blocks that give MONAI's result and keep fewer feature maps alive."""
+"""MONAI's blocks with the same results and fewer feature maps in memory."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups
     """
     ``torch.nn.functional.group_norm`` in the data type of ``x`` on every device.
 
-    CUDA's autocast would run it, and keep its result, in float32. The kernel accumulates in float32 whatever its input, so
-    that costs memory and gains nothing.
+    CUDA's autocast would run it in float32 and keep a float32 result, which costs memory and gains nothing: the kernel
+    accumulates in float32 for every input type.
 
     Args:
         x: ``BxCxHxWxD`` (or 1D, 2D).
@@ -62,8 +62,8 @@ def _norm_with_statistics(
 
 class _NormSiluConv(torch.autograd.Function):
     """
-    ``conv(silu(group_norm(x)))`` that keeps ``x`` alone for the backward pass, where plain modules keep the results of norm
-    and activation as well. Both are computed again there, which costs next to nothing beside the convolution.
+    ``conv(silu(group_norm(x)))`` that keeps only ``x`` for the backward pass, where plain modules keep the results of norm
+    and activation as well. The backward pass computes both again, in little time beside the convolution.
     """
 
     @staticmethod
@@ -104,8 +104,8 @@ class _NormSiluConv(torch.autograd.Function):
 
 def norm_silu_conv(x: torch.Tensor, norm: nn.GroupNorm, conv: Any) -> torch.Tensor:
     """
-    A convolution of kernel 3 after SiLU after GroupNorm, for training: of its feature maps only ``x`` is kept for the
-    backward pass.
+    GroupNorm, SiLU and a convolution of kernel 3, for training: of the feature maps only ``x`` is kept for the backward
+    pass.
 
     Args:
         x: ``BxCxHxWxD`` (or 1D, 2D), cast to the autocast type when autocast is on.
@@ -156,8 +156,8 @@ class SpatialAttention(SpatialAttentionBlock):
 
 class ResidualBlock(AEKLResBlock):
     """
-    MONAI's ``AEKLResBlock`` (same parameters, same result) that keeps two feature maps for the backward pass in place of
-    six, and without gradients activates and adds in place.
+    MONAI's ``AEKLResBlock`` (same parameters, same result) that keeps two feature maps for the backward pass instead of
+    six. Without gradients it activates and adds in place.
 
     Args:
         block: the block whose modules it takes over.
@@ -193,7 +193,7 @@ class ResidualBlock(AEKLResBlock):
 
     @torch.jit.unused
     def _training(self, x: torch.Tensor) -> torch.Tensor:
-        if bfloat16_fails(x):  # the convolutions see to it themselves; a map of one voxel need not be kept lean
+        if bfloat16_fails(x):  # the convolutions of `_plain` then run in float32; a map that small needs no saving
             return self._plain(x)
         h = norm_silu_conv(x, self.norm1, self.conv1.conv)
         h = norm_silu_conv(h, self.norm2, self.conv2.conv)

@@ -1,5 +1,5 @@
-"""The linear shortcut: a linear code beside the network, which starts as a cosine transform or is fitted to the data, and
-how the network beside it starts.
+"""The linear shortcut, a linear code beside the network: initialised as a cosine transform, or fitted to the data. Also the
+initialisation of the network beside it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ __all__ = ["LinearShortcut", "start_as_correction"]
 
 MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
 INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 voxels an edge, with 32 coefficients
-CORRECTION_AMPLITUDE = 0.05  # in the image, of a network's correction of 1
+CORRECTION_AMPLITUDE = 0.05  # in units of the image, of a network's correction of 1
 LEAST_SCALE = 1e-3  # deviations below it are noise of no interest in volumes in [0, 1]
 BLOCKS_PER_PATCH = 512
-PRIOR_WAVES = 4  # for each latent channel: of how many waves blocks are believed to be made
-CORRECTION_SCALE = 0.1  # beside a linear shortcut: of the norms and weights that end in the latent and in the image
-DETAIL_GAIN = 10.0  # ditto: of the first filters, which start blind to the brightness that the linear code carries
-LOG_VARIANCE_START = -12.0  # ditto: noise of 0.25 % of the latent; with 5 %, it drowned what the network had to learn
+PRIOR_WAVES = 4  # cosine waves per latent channel in the prior on blocks
+# How a network beside a linear shortcut is initialised:
+CORRECTION_SCALE = 0.1  # factor of the last norms and weights before the latent and the image
+DETAIL_GAIN = 10.0  # factor of the first filters, whose mean is 0: the linear code carries the brightness
+LOG_VARIANCE_START = -12.0  # noise of 0.25 % of the latent; 5 % masked what the network had to learn
 
 
 class BlockTransform(nn.Module):
     """
-    A convolution with kernel = stride = ``factors`` and its transposed twin, written as products of matrices: their kernels
-    are as large as blocks, which libraries for convolutions are not made for.
+    A convolution with kernel = stride = ``factors`` and a transposed convolution of the same shape, written as matrix
+    products: the kernels are as large as blocks, and convolution libraries are not made for such kernels.
 
     Args:
         in_channels: number of input channels.
@@ -58,7 +59,12 @@ class BlockTransform(nn.Module):
 
     @torch.no_grad()
     def start_as(self, functions: torch.Tensor) -> None:
-        """Set both to orthogonal functions, ``count`` or fewer times ``in_channels`` times ``factors``; the rest is zero."""
+        """
+        Set analysis and synthesis to orthogonal functions; further coefficients are zero.
+
+        Args:
+            functions: at most ``count`` x ``in_channels`` x ``factors``.
+        """
         for weight in (self.analysis, self.synthesis):
             weight.zero_()
             weight[: len(functions)] = functions
@@ -66,10 +72,10 @@ class BlockTransform(nn.Module):
 
 class OverlappedTransform(BlockTransform):
     """
-    A block transform whose decoder also looks at the blocks that share a face with a block: what a block's coefficients do
-    not say, those of its neighbours suggest, and edges of blocks show less, as in lapped transforms (Malvar and Staelin, The
-    LOT, IEEE Trans. ASSP 37, 1989). It adds a linear function of the differences between their coefficients and the block's
-    own, and starts with none. Beyond the border of a volume the last block repeats itself.
+    A block transform whose decoder also uses the coefficients of the blocks that share a face with a block. Edges of blocks
+    are then less visible, as in lapped transforms (Malvar and Staelin, The LOT, IEEE Trans. ASSP 37, 1989). It adds a linear
+    function of the differences between the neighbours' coefficients and the block's own; that function starts as zero. At
+    the border of a volume the last block is repeated.
 
     Args:
         in_channels: number of input channels.
@@ -82,7 +88,7 @@ class OverlappedTransform(BlockTransform):
         self.neighbours = nn.Parameter(torch.zeros(2 * len(factors) * count, in_channels, *factors))
 
     def start_as(self, functions: torch.Tensor) -> None:
-        """As without neighbours."""
+        """As :py:meth:`BlockTransform.start_as`; the weights of the neighbours are zero."""
         super().start_as(functions)
         nn.init.zeros_(self.neighbours)
 
@@ -94,7 +100,7 @@ class OverlappedTransform(BlockTransform):
 
 def beside_neighbours(z: torch.Tensor) -> torch.Tensor:
     """
-    A map, and how the neighbours of each voxel that share a face with it differ from it.
+    A map, followed by the differences between each voxel's face neighbours and the voxel itself.
 
     Args:
         z: ``BxCxHxWxD`` (or 1D, 2D).
@@ -127,7 +133,7 @@ def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _transform(in_channels: int, count: int, factors: Sequence[int]) -> BlockTransform:
-    """The transform with neighbours, unless it is too large."""
+    """A transform with neighbours, unless that is too large."""
     weights = count * in_channels * math.prod(factors) * (2 + 2 * len(factors))
     return (OverlappedTransform if weights <= MAX_PARAMETERS else BlockTransform)(in_channels, count, factors)
 
@@ -138,14 +144,14 @@ class LinearShortcut(nn.Module):
     https://arxiv.org/abs/2410.10733) from the image straight to the latent and back.
 
     It starts as the lowest frequencies of the block's DCT, or is fitted to data (:py:meth:`fit`), and is trained with the
-    network. ``scale`` divides the latent and multiplies it again, so that the latent of a volume in [0, 1] has about unit
-    variance while all functions have a root mean square of 1: otherwise an optimizer that moves every weight by the same
-    step, as Adam does, would distort the loudest channel (a block's mean) most. With more than one image channel the latent
-    channels are dealt out to them in turn.
+    network. The encoder divides the latent by ``scale`` and the decoder multiplies by it, so that the latent of a volume in
+    [0, 1] has about unit variance while all functions have a root mean square of 1: otherwise an optimizer that moves every
+    weight by the same step, as Adam does, would distort the channel with the largest amplitude (a block's mean) most. With
+    several image channels, the latent channels are assigned to them in turn.
 
     Once fitted, it decodes a block from its neighbours as well, see :py:class:`OverlappedTransform`. A code of more than
-    10 million weights is factorised: a transform of small blocks, then one of their coefficients; if that leaves no room for
-    neighbours, it goes without.
+    10 million weights is factorised: a transform of small blocks, then one of their coefficients. If the second is too large
+    with neighbours, it has none.
 
     Args:
         in_channels: number of image channels.
@@ -181,9 +187,9 @@ class LinearShortcut(nn.Module):
 
         Args:
             x: image ``BxCxHxWxD``.
-            correction: what the network adds, of the latent's shape. It is taken in units of the image, like the linear code
-                before it is scaled: in units of the latent, a mistake in a block's mean would be ten times as loud as one in
-                its finest detail, and nothing else would be learned.
+            correction: what the network adds, of the latent's shape. It is in units of the image, like the linear code
+                before scaling. In units of the latent, an error in a block's mean would weigh ten times as much as one in
+                its finest detail, and the network would learn nothing else.
         """
         if self.inner is not None:
             x = self.inner.encode(x)
@@ -202,7 +208,7 @@ class LinearShortcut(nn.Module):
         return self.decode(self.encode(x))
 
     def is_as_built(self) -> bool:
-        """Whether its code is still that of cosine waves: nobody has fitted, trained or loaded it."""
+        """Whether the code is still the initial one, of cosine waves: neither fitted, nor trained, nor loaded."""
         waves = self._lowest_waves(len(self.outer.analysis)).to(self.outer.analysis)
         return torch.equal(self.outer.analysis[: len(waves)], waves)
 
@@ -210,7 +216,7 @@ class LinearShortcut(nn.Module):
     def fit(self, images: Iterable[torch.Tensor]) -> int:
         """
         Set the code to the principal components of blocks, the best linear code for them. They are not centred: the first
-        component is close to a block's mean. Cosine waves say what blocks are like where there are too few of them.
+        component is close to a block's mean. Cosine waves are the prior, which matters where there are few blocks.
 
         Args:
             images: ``BxCxHxWxD`` each, sizes divisible by the factors.
@@ -236,14 +242,14 @@ class LinearShortcut(nn.Module):
     @torch.no_grad()
     def fit_neighbours(self, images: Iterable[torch.Tensor]) -> int:
         """
-        Set what is decoded from a block and its neighbours to the best linear estimate of the block, drawn to the code
-        without neighbours. Without room for neighbours it does nothing.
+        Set the decoder to the best linear estimate of a block from its own coefficients and its neighbours', regularised
+        towards the decoder without neighbours. A transform without neighbours stays as it is.
 
         Args:
             images: ``BxCxHxWxD`` each, sizes divisible by the factors.
 
         Returns:
-            number of blocks, those that overlap by half included.
+            number of blocks, including those shifted by half a block.
         """
         outer = self.outer
         if not isinstance(outer, OverlappedTransform):
@@ -258,7 +264,7 @@ class LinearShortcut(nn.Module):
         return number
 
     def _observations(self, image: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What blocks of an image and their neighbours are coded as, and the blocks themselves, number last."""
+        """Coefficients of an image's blocks and of their neighbours, and the blocks; the last axis counts blocks."""
         for x in alignments(self._outer_input(image), self.outer.factors):
             seen = beside_neighbours(self.outer.encode(x) / self.scale).transpose(0, 1).flatten(1)
             yield seen, space_to_depth(x, self.outer.factors).transpose(0, 1).flatten(1)
@@ -271,27 +277,27 @@ class LinearShortcut(nn.Module):
         return waves_per_channel(indices, lowest_frequencies(inner, INNER_COUNT), outer, inner, self.in_channels)[:count]
 
     def _outer_input(self, image: torch.Tensor) -> torch.Tensor:
-        """What the second of two steps, or the only one, sees of an image."""
+        """The input of ``outer``: the image, or its coefficients in ``inner``."""
         x = image.to(self.scale.device, torch.float32)
         return x if self.inner is None else self.inner.encode(x)
 
     @property
     def halo(self) -> int:
-        """How far :py:meth:`decode` looks, in voxels of the latent."""
+        """How many neighbouring voxels of the latent :py:meth:`decode` reads on each side."""
         return int(isinstance(self.outer, OverlappedTransform))
 
 
 @torch.no_grad()
 def start_as_correction(network: Any) -> None:
     """
-    Let a network start as a small correction of its linear shortcut's code, and grow in small steps.
+    Initialise a network as a small correction of its linear shortcut's code, such that the correction grows in small steps.
 
     Scaling the last layers alone is not enough: Adam moves all weights of a convolution by the same step, and with
-    hundreds of inputs that is a large step of its output. So the norm in front of it is scaled as well.
+    hundreds of inputs that is a large step of its output. So the norm before it is scaled as well.
 
-    What the linear code lacks is in the detail, which is a twentieth of a volume's brightness: to filters that see both,
-    and to the norms behind them, it is nothing. So the filters that read an image start as differences of voxels, and
-    louder.
+    What the linear code lacks is detail, whose amplitude is a twentieth of a volume's brightness. Filters that respond to
+    both, and the norms after them, would hardly pass it on. So the filters that read an image start with a mean of zero, as
+    differences of voxels, and with larger weights.
 
     Args:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL` with a linear shortcut, changed in place.

@@ -74,16 +74,16 @@ class Upsample(nn.Module):
     """
     Nearest-neighbour enlargement followed by a convolution, or a transposed convolution, as MONAI's decoder has them.
 
-    The enlarged feature map is never made: convolving one that repeats each voxel f times is a transposed convolution of
-    the small one, with stride f and a kernel in which each weight is spread over f neighbours. That is the same result to
-    rounding, for a fraction of the operations and of the memory.
+    The enlarged feature map is never computed: convolving a map that repeats each voxel f times equals a transposed
+    convolution of the small map, with stride f and a kernel in which each weight is spread over f neighbours. The result is
+    the same up to rounding, for a fraction of the operations and of the memory.
 
     Args:
         spatial_dims: number of spatial dimensions, 1 to 3.
         in_channels: number of input channels.
         out_channels: number of output channels, ``in_channels`` if None.
         scale_factor: enlargement, one for all axes or one per axis.
-        use_convtranspose: a free transposed convolution with kernel = stride = ``scale_factor`` instead.
+        use_convtranspose: instead, a transposed convolution whose kernel (= stride = ``scale_factor``) is learned.
         kernel_size: of the convolution after the enlargement, odd; one for all axes or one per axis.
 
     Raises:
@@ -102,7 +102,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.factors = list(per_axis("scale_factor", scale_factor, spatial_dims))
         out_channels = in_channels if out_channels is None else out_channels
-        self.deconv: Any = None  # both are named as in MONAI's Upsample, whose weights fit
+        self.deconv: Any = None  # both are named as in MONAI's Upsample, so that its weights load
         self.postconv: Any = None
         if use_convtranspose:
             stride = tuple(self.factors)

@@ -1,9 +1,9 @@
 """The planner: what a configuration needs in memory before it runs, and which factors suit a volume and a GPU.
 
-- ``plans`` reads a config: a further key that matters to memory is read there.
+- ``plans`` reads a config: a new key that affects memory is read there.
 - ``training_costs`` runs one step of the trainer on fake tensors, ``inference_costs`` one reconstruction; ``allocations``,
   ``saved_tensors``, ``operation_workspace`` and ``cuda_casting`` count what they allocate and keep.
-- ``estimates`` adds the margin, ``savings`` says what would need less, ``training_start`` logs an estimate.
+- ``estimates`` adds the margin, ``savings`` lists changes that would save memory, ``training_start`` logs an estimate.
 - ``factor_candidates`` lists the factors that could suit a volume, ``recommendations`` estimates and ranks them.
 - ``self_test`` runs every preset, ``tables`` prints; the command line is ``scripts/__main__.py``.
 """

@@ -1,4 +1,4 @@
-"""The memory that operations allocate and free, and how many operations they are."""
+"""Counts the memory that tensor operations allocate and free, and their floating-point operations."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ UNIT = {"cpu": 64, "cuda": 512}  # bytes that the allocators round up to
 
 class AllocationTracker(TorchDispatchMode):
     """
-    A context that follows the storages that are allocated and freed in it, fake or not.
+    A context that counts the storages that are allocated and freed in it, fake or real.
 
-    ``peak`` is the most that was allocated at one time, in bytes, and ``peak_phase`` the value of ``phase`` at that moment.
+    ``peak`` is the largest number of bytes allocated at one time, and ``peak_phase`` the value of ``phase`` at that moment.
     ``convolution`` has the bytes of input and result of the largest convolution; ``flops`` counts the operations, a
     multiplication and an addition as two.
 
     Args:
-        device: ``"cuda"`` or ``"cpu"``, whose allocator is followed.
+        device: ``"cuda"`` or ``"cpu"``, whose allocator is imitated.
 
     Raises:
         ValueError: for another device.
@@ -42,7 +42,7 @@ class AllocationTracker(TorchDispatchMode):
         self.phase = self.peak_phase = "forward"
 
     def track(self, *tensors: Any) -> None:
-        """Count tensors that are there before the first operation."""
+        """Count tensors that exist before the first operation."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
@@ -51,7 +51,7 @@ class AllocationTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        # FlopCounterMode would count the same, but its hooks keep gradients alive for longer than they are
+        # FlopCounterMode would count the same, but its hooks keep gradients in memory longer than a step does
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
@@ -82,5 +82,5 @@ class AllocationTracker(TorchDispatchMode):
 
 
 def nbytes_of(tensors: Any) -> int:
-    """Bytes of all tensors in lists, tuples and dictionaries of whatever depth."""
+    """Bytes of all tensors in nested lists, tuples and dictionaries."""
     return sum(tensor.nbytes for tensor in tree_leaves(tensors) if isinstance(tensor, torch.Tensor))

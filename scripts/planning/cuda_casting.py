@@ -1,4 +1,4 @@
-"""CUDA's rules of mixed precision, followed on the CPU: what a step would cast on a GPU that is not there."""
+"""CUDA's rules of mixed precision, applied on the CPU: what a step would cast on a GPU, without one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOAT32_RESULT_ON_CUDA = ("prod", "softmax", "log_softmax", "cumprod", "cumsum",
 
 
 class _CudaCasting(TorchFunctionMode):
-    """What CUDA's autocast runs in float32, while the CPU's autocast does the rest."""
+    """Runs in float32 what CUDA's autocast does; the CPU's autocast casts the rest."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -47,5 +47,5 @@ def casting_rules(device: str) -> contextlib.AbstractContextManager:
 
 
 def autocast(dtype: torch.dtype | None) -> torch.autocast:
-    """Mixed precision in ``dtype``, None for none, of fake tensors, which are the CPU's."""
+    """Mixed precision in ``dtype``, None for none, of fake tensors, which are on the CPU."""
     return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)

@@ -17,7 +17,7 @@ from scripts.planning.training_costs import TrainingCost, training_cost
 __all__ = ["Estimate", "estimate_memory", "estimate_plan", "with_margin"]
 
 CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB: CUDA's context and libraries; the process before the first step
-FRAGMENTATION = 0.08  # of the peak: what an allocator holds and cannot use
+FRAGMENTATION = 0.08  # share of the peak that an allocator holds and cannot use
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ def _training_cost(plan: Plan, size: Sequence[int], device: str) -> TrainingCost
 
 def with_margin(cost: TrainingCost | InferenceCost, device: str) -> int:
     """
-    Peak and margin. The margin is for what PyTorch does not allocate itself (``CONTEXT``), for what its allocator cannot use
-    (``FRAGMENTATION``), and on CUDA for one convolution's workspace, which is not in the peak there.
+    Peak and margin, bytes. The margin is for memory that PyTorch does not allocate itself (``CONTEXT``), for memory that its
+    allocator cannot use (``FRAGMENTATION``), and on CUDA for the workspace of one convolution, which the peak leaves out.
     """
     workspace = cost.convolution if device == "cuda" else 0
     return int(cost.peak * (1 + FRAGMENTATION)) + workspace + int(CONTEXT[device] * GIB)

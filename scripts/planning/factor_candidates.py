@@ -1,4 +1,4 @@
-"""Which factors could suit a volume: powers of two, shared out so that the latent comes near to isotropic."""
+"""Candidate factors for a volume: powers of two, divided among the axes so that the latent is nearly isotropic."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scripts.layers.factors import padded_size
 __all__ = ["Candidate", "candidates"]
 
 MAX_FACTOR = 64
-INITIAL_FACTORS = {1: 0.5, 2: 0.0, 4: 0.25, 8: 1.0}  # and what each costs in the ranking, octaves
-STEP_OF_4 = 0.1  # ditto
+INITIAL_FACTORS = {1: 0.5, 2: 0.0, 4: 0.25, 8: 1.0}  # and the penalty of each in the ranking, octaves
+STEP_OF_4 = 0.1  # penalty of a step of 4 between levels, octaves
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Candidate:
         totals: total factor of each axis.
         padded: the volume's size, padded so that the totals divide it.
         latent_spacing: edges of a latent voxel in mm, or in voxels where no spacing is known.
-        score: octaves by which it misses the request, less is better.
-        reasons: what speaks for and against it.
+        score: distance from the request in octaves; less is better.
+        reasons: for and against it.
     """
 
     initial: tuple[int, ...]
@@ -86,15 +86,15 @@ def _candidate(
 
 
 def _factor_of_axis(total: int, size: int, relative_spacing: float) -> int:
-    """Share of the total factor for an axis whose voxels are ``relative_spacing`` times as long as the shortest."""
+    """The part of the total factor for an axis whose voxels are ``relative_spacing`` times as long as the shortest."""
     octaves = math.log2(total) - math.log2(relative_spacing)
     return 2 ** max(0, min(round(octaves), int(math.log2(max(size // 2, 1)))))
 
 
 def _split(total: int, levels: Sequence[int]) -> tuple[int, ...]:
     """
-    ``total`` as an initial factor and one per level, of at most ``levels``. The deepest level is served first, so that an
-    axis with thick slices is left alone until the others have caught up.
+    ``total`` as an initial factor and one per level, of at most ``levels``. The deepest level gets its factor first, so that
+    the first levels leave an axis with thick slices as it is.
     """
     rest, factors = total, []
     for level in reversed(levels):

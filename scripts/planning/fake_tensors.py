@@ -1,4 +1,4 @@
-"""Networks on PyTorch's fake tensors: every operation on them takes place, but no tensor has numbers or memory."""
+"""Networks on PyTorch's fake tensors: every operation is run, but tensors have neither values nor memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fake_tensors() -> Any:
 
 
 def fake_copy(module: nn.Module) -> nn.Module:
-    """A copy of ``module``, from whatever device, with fake parameters and buffers. Made inside :py:func:`fake_tensors`."""
+    """A copy of ``module``, on any device, with fake parameters and buffers. To be called inside :py:func:`fake_tensors`."""
     memo: dict[int, Any] = {}
     attributes = (value for part in module.modules() for value in vars(part).values())
     plain = (value for value in attributes if isinstance(value, torch.Tensor))  # attention blocks have one
@@ -31,6 +31,6 @@ def fake_copy(module: nn.Module) -> nn.Module:
 
 
 def fake_image(network: nn.Module, batch_size: int, spatial_size: Sequence[int]) -> torch.Tensor:
-    """A batch of volumes for ``network``. Made inside :py:func:`fake_tensors`."""
+    """A batch of volumes for ``network``. To be called inside :py:func:`fake_tensors`."""
     encoder: Any = network.encoder
     return torch.empty(batch_size, encoder.in_channels, *spatial_size, dtype=next(network.parameters()).dtype)

@@ -1,4 +1,4 @@
-"""What the reconstruction of a volume costs in memory and operations, found by running it on fake tensors."""
+"""The memory and operations that the reconstruction of a volume needs, found by running it on fake tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class InferenceCost:
 
     Args:
         parameters: of the network, and its buffers.
-        peak: most that is alive at one time, everything included.
+        peak: largest amount in use at one time, everything included.
         convolution: input and result of the largest convolution: libraries may need as much again to reorder them.
         flops: operations, a multiplication and an addition counted as two.
     """
@@ -50,7 +50,7 @@ def inference_cost(
         spatial_size: of the volume, voxels.
         batch_size: volumes at once.
         amp_dtype: data type of mixed precision, None for none.
-        device: ``"cuda"`` or ``"cpu"``, whose casting rules and allocator are followed. No such device is needed.
+        device: ``"cuda"`` or ``"cpu"``, whose casting rules and allocator are imitated. No such device is needed.
 
     Raises:
         ValueError: for another device.

@@ -1,4 +1,4 @@
-"""Memory that single operations take for themselves, between their arguments and their results."""
+"""Temporary memory that single operations need besides their arguments and results."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["workspace"]
 
 aten = torch.ops.aten
 BLOCK = 16  # channels of oneDNN's memory formats
-STRIDED_PLANES = 125  # of the larger side, which it holds in bfloat16 for the weights' gradient with a stride
+STRIDED_PLANES = 125  # of the larger map, which oneDNN holds for the weights' gradient of a strided bfloat16 convolution
 
 
 def workspace(func: Any, args: Any, result: Any, device: str) -> int:
     """
     Bytes of an operation's workspace.
 
-    On the CPU, oneDNN copies the arguments and the result of a convolution into formats of its own. How often was read off
-    the growth of a process around single convolutions (PyTorch 2.14.1, a processor with AVX-512 and AMX); others may
-    differ. What cuDNN takes depends on the algorithm that it finds room for; it is not counted.
+    On the CPU, oneDNN copies the arguments and the result of a convolution into formats of its own. The number of copies was
+    measured as the growth of a process around single convolutions (PyTorch 2.14.1, a processor with AVX-512 and AMX); it may
+    differ elsewhere. cuDNN's workspace depends on the algorithm that it chooses and is not counted.
 
     Args:
         func: operation, as a ``TorchDispatchMode`` gets it.
@@ -34,7 +34,7 @@ def workspace(func: Any, args: Any, result: Any, device: str) -> int:
 
 
 def _mse_loss(args: Any, result: torch.Tensor, device: str) -> int:
-    """All squared errors, before they are reduced."""
+    """All squared errors, before their mean is taken."""
     return 0 if result.dim() else args[0].nbytes
 
 

@@ -34,7 +34,7 @@ class Plan:
         patch_size: spatial size of a training patch, voxels; None in a config that does not train.
         batch_size: patches per step.
         amp_dtype: data type of mixed precision, None for none.
-        accumulates: whether several batches make one optimizer step.
+        accumulates: whether an optimizer step uses the gradients of several batches.
         loss: of reconstruction and image.
         loss_terms: further terms of the loss, by name.
         optimizer: makes the optimizer from parameters.
@@ -67,8 +67,8 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda",
 
     Args:
         config_file: a config, or a list of a config and its overlays.
-        device: that is planned for. A config that leaves its precision alone means bfloat16 for ``"cuda"``, which need not
-            be there, and what pays on this machine for ``"cpu"``.
+        device: that is planned for. Where the config does not set the precision, it is bfloat16 for ``"cuda"``, which need
+            not be present, and this machine's default for ``"cpu"``.
         overrides: further config keys.
 
     Raises:
@@ -78,7 +78,7 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda",
     parser = ConfigParser(_read_configs(config_file))
     parser.update(pairs=overrides)
     parser["precision"] = _precision(device)
-    for key in ("network_def", "optimizer"):  # as callables: the one is made more than once, the other for fake parameters
+    for key in ("network_def", "optimizer"):  # as callables: networks are made several times, optimizers on fake parameters
         if isinstance(parser.get(key), dict):
             parser[key] = {**{k: v for k, v in parser[key].items() if k != "params"}, "_mode_": "callable"}
     parser.parse()
@@ -99,7 +99,7 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda",
 def _precision(device: str) -> Precision:
     if device == "cpu":
         return choose_precision(device)
-    return Precision(device, True, "bfloat16", "the GPU that is planned for is taken to have units for it")
+    return Precision(device, True, "bfloat16", "the GPU that is planned for is assumed to have units for it")
 
 
 def _read_configs(config_file: str | Sequence[str]) -> dict[str, Any]:

@@ -37,9 +37,9 @@ class Recommendation:
         downsample_factors: one factor per axis for each step between levels.
         padded_size: the size to train at, which the total factor divides; the volume's own if that already does.
         latent_spacing: edges of a latent voxel, in mm where the spacing is known, otherwise in voxels.
-        score: octaves by which it misses the request, less is better.
-        reason: why it ranks where it does.
-        overlay: the config keys that make it, an overlay of ``train.json``.
+        score: distance from the request in octaves; less is better.
+        reason: for its rank.
+        overlay: its config keys, as an overlay of ``train.json``.
     """
 
     estimate: Estimate
@@ -66,18 +66,18 @@ def recommend_downsample_factors(
     """
     The configurations that suit a volume best.
 
-    Candidates have factors that are powers of two, an initial one of at most 4 (8 if nothing else fits), and along each axis
-    the share of them that brings the latent nearest to isotropic in millimetres. They rank by how far they miss the
-    request, in octaves: the longest axis of the latent against ``target_latent_size``, its anisotropy, the padding, and a
-    little for an initial factor away from 2 and for steps of 4.
+    Factors are powers of two, with an initial factor of at most 4 (8 if nothing else fits). They are divided among the axes
+    so that the latent is as nearly isotropic in millimetres as possible. Candidates are ranked by their distance from the
+    request in octaves: the longest axis of the latent against ``target_latent_size``, its anisotropy, the padding, and small
+    penalties for initial factors other than 2 and for steps of 4.
 
     Args:
-        spatial_size: of the volumes, voxels; one number for a cube. Training on whole volumes is what is planned.
+        spatial_size: of the volumes, voxels; one number for a cube. The plan is to train on whole volumes.
         target_latent_size: wanted size of the latent along its longest axis.
-        memory_gb: GiB that training and reconstruction may need, the margin included; None for no limit.
+        memory_gb: limit in GiB for training and for reconstruction, margin included; None for no limit.
         spacing: of the volumes, mm per voxel along each axis; None is isotropic.
-        voxels_per_latent: wanted voxels for each number of the latent, which gives ``latent_channels``; None is as in the
-            preset with the nearest factors.
+        voxels_per_latent: wanted voxels for each number of the latent, which determines ``latent_channels``; None takes the
+            ratio of the preset with the nearest factors.
         count: how many to return at most.
         device: ``"cuda"`` or ``"cpu"``.
         overrides: further config keys, such as ``channels`` or ``batch_size``, which the overlays repeat.
@@ -113,8 +113,8 @@ def leanest(
     spatial_size: int | Sequence[int], memory_gb: float, device: str = "cuda", **overrides: Any
 ) -> tuple[Recommendation, list[Change]]:
     """
-    For a request that nothing fits: of the configurations with an initial factor of 4 or more (or the largest, where the
-    volume is too small for 4), the one that needs least, and :py:func:`what_would_fit` for it.
+    For a budget that is too small for every candidate: of the configurations with an initial factor of 4 or more (or the
+    largest, where the volume is too small for 4), the one that needs the least memory, and :py:func:`what_would_fit` for it.
 
     The arguments are those of :py:func:`recommend_downsample_factors`.
     """
@@ -132,7 +132,7 @@ def leanest(
 
 
 def write_overlay(recommendation: Recommendation, path: str | Path) -> None:
-    """Write a recommendation as an overlay of ``train.json``, and replace what is at ``path``."""
+    """Write a recommendation as an overlay of ``train.json``; a file at ``path`` is replaced."""
     content = {"_desc_": recommendation.reason, **recommendation.overlay}
     lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     write_atomically(f"{{\n{lines}\n}}\n".encode(), Path(path))

@@ -21,7 +21,7 @@ __all__ = ["LevelCost", "LevelListener", "SavedTensors"]
 @dataclass(frozen=True)
 class LevelCost:
     """
-    Bytes that the backward pass keeps of one level.
+    Bytes of one level that are kept for the backward pass.
 
     Args:
         part: ``"encoder"``, ``"decoder"`` or ``"other"`` (latent, shortcut and loss).
@@ -38,8 +38,8 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """
     Counts what a forward pass inside it keeps for the backward pass, on any device, fake or not.
 
-    ``places`` has the bytes of each place; whoever knows where the forward pass is sets ``place``. A storage counts once, at
-    the first place that keeps it.
+    ``places`` has the bytes of each place in the network, and ``place`` is set from outside, as by
+    :py:class:`LevelListener`. A storage counts once, at the first place that keeps it.
 
     Args:
         apart: tensors that are not counted, such as parameters.
@@ -53,7 +53,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         self.known = {tensor.untyped_storage()._cdata for tensor in apart}
 
     def attach(self, trainer: Trainer) -> None:
-        """Count only what forward pass and loss of the trainer's last iteration keep, when it has one epoch."""
+        """Count only what forward pass and loss of the last iteration of the first epoch keep."""
         self.counting = False
         trainer.add_event_handler(Events.ITERATION_STARTED, self._start)
         trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, self._stop)
@@ -79,8 +79,8 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
 class LevelListener:
     """
-    Tells :py:class:`SavedTensors` which level of encoder or decoder is at work. A level is the blocks that follow each other
-    and have the same finest grid, that of their input or of their result.
+    Tells :py:class:`SavedTensors` which level of encoder or decoder is running. A level is a sequence of blocks with the
+    same finest grid; that of a block is the finer one of its input's and its result's.
 
     Args:
         network: with ``encoder.blocks`` and ``decoder.blocks``, as MONAI's ``AutoencoderKL``.

@@ -17,7 +17,7 @@ LAST_RESORT_INITIAL = 8
 
 @dataclass(frozen=True)
 class Change:
-    """Something to do about a lack of memory: ``what``, and the bytes that training or reconstruction then needs."""
+    """A change that saves memory: ``what`` to change, and the bytes that training or reconstruction then needs."""
 
     what: str
     nbytes: int
@@ -37,7 +37,7 @@ def what_would_fit(
         device: ``"cuda"`` or ``"cpu"``.
 
     Returns:
-        the changes that fit, or if none does, those that help, least memory first.
+        the changes that fit; if none does, those that save memory, the smallest need first.
     """
     changes = []
     needed = estimate_plan(plan, spatial_size, volume_size, device).needed_bytes

@@ -39,7 +39,7 @@ class Configuration:
 @dataclass(frozen=True)
 class CheckResult:
     """
-    What became of a configuration. Memory is in bytes.
+    The result of checking a configuration. Memory is in bytes.
 
     Args:
         name: of the configuration.
@@ -49,7 +49,7 @@ class CheckResult:
         saved_estimated: estimated saved activations of a training step; None for a config that does not train.
         saved_counted: those of the real step.
         peak_estimated: estimated peak of the step.
-        peak_counted: the real one; None where PyTorch does not count, which is on the CPU.
+        peak_counted: that of the real step; None on the CPU, where PyTorch does not count.
         error: what failed; None if nothing did.
     """
 
@@ -91,7 +91,7 @@ def check_configuration(configuration: Configuration, root: Path = ROOT, device:
         files = [str(root / file) for file in configuration.files]
         plan = read_plan(files, device=device, **configuration.overrides)
         return _run(configuration.name, plan, device)
-    except Exception as error:  # a self-test goes on to the next configuration, and says of each what is wrong
+    except Exception as error:  # a self-test reports every configuration
         return CheckResult(configuration.name, error=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
@@ -124,7 +124,7 @@ def _run(name: str, plan: Plan, device: str) -> CheckResult:
 
 
 def _train(plan: Plan, network: AutoencoderKL, image: torch.Tensor) -> tuple[int, int | None]:
-    """Two steps, so that the second has the optimizer's state: bytes that it saves, and the GPU's peak."""
+    """Train two steps, so that the optimizer has its state in the second: bytes that this one saves, and the GPU's peak."""
     trainer = AutoencoderTrainer.of_images(
         [image, image],
         network,
@@ -136,7 +136,7 @@ def _train(plan: Plan, network: AutoencoderKL, image: torch.Tensor) -> tuple[int
     on_gpu = image.device.type == "cuda"
     if on_gpu:
         trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: torch.cuda.reset_peak_memory_stats())
-    average = AveragedModel(network) if plan.averaged else None  # noqa: F841  lies beside the weights while they train
+    average = AveragedModel(network) if plan.averaged else None  # noqa: F841  takes memory during training
     saved = SavedTensors(list(network.parameters()))
     saved.attach(trainer)
     with saved:
@@ -150,7 +150,7 @@ def _train(plan: Plan, network: AutoencoderKL, image: torch.Tensor) -> tuple[int
 def _encode_and_decode(network: AutoencoderKL, image: torch.Tensor, latent_shape: tuple[int, ...]) -> None:
     z_mu, _ = network.eval().encode(image)
     if z_mu.shape[1:] != latent_shape:
-        raise ArithmeticError(f"the latent is {tuple(z_mu.shape[1:])}, which should be {latent_shape}")
+        raise ArithmeticError(f"the latent has the shape {tuple(z_mu.shape[1:])}; {latent_shape} is expected")
     reconstruction = network.decode(z_mu)
     if reconstruction.shape != image.shape or not torch.isfinite(reconstruction).all():
-        raise ArithmeticError(f"the reconstruction is {tuple(reconstruction.shape)}, or not finite")
+        raise ArithmeticError(f"the reconstruction has the shape {tuple(reconstruction.shape)}, or is not finite")

@@ -1,4 +1,4 @@
-"""What the planner prints: estimates, recommendations and checks as tables that are Markdown and readable as they are."""
+"""What the planner prints: estimates, recommendations and checks as Markdown tables."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def estimate_table(estimate: Estimate) -> str:
 
 
 def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change]) -> str:
-    """Whether an estimate fits into a budget, and what would."""
+    """Whether an estimate fits into a budget, and which changes would make it fit."""
     lines = []
     for what, needed in (("training", estimate.training_bytes), ("reconstruction", estimate.inference_bytes)):
         if needed:

@@ -1,8 +1,8 @@
-"""What a training step costs in memory and operations, found by running it on fake tensors.
+"""The memory and operations that a training step needs, found by running it on fake tensors.
 
-The trainer makes the step with the real network, loss and optimizer under PyTorch's ``FakeTensorMode``: every operation
-takes place, in the order and the data types of the real one, but no tensor has numbers. So a volume of any size takes a
-second and no memory, and the result follows the code by itself.
+The trainer makes the step with the real network, loss and optimizer under PyTorch's ``FakeTensorMode``: every operation is
+run, in the order and the data types of the real step, but tensors have no values. So a volume of any size takes a second and
+no memory, and the result follows the training code when that changes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TrainingCost:
         optimizer_state: of all optimizers.
         saved_activations: what forward pass and loss keep for the backward pass, parameters apart.
         levels: the same per level, from the image to the latent and back.
-        peak: most that is alive at one time, everything included.
+        peak: largest amount in use at one time, everything included.
         peak_phase: when that is: ``"forward"``, ``"loss"``, ``"backward"``, ``"discriminator"`` or ``"optimizer"``.
         convolution: input and result of the largest convolution: libraries may need as much again to reorder them.
         flops: operations of forward and backward pass, a multiplication and an addition counted as two.
@@ -84,13 +84,13 @@ def training_cost(
         spatial_size: of the volume or patch, voxels.
         batch_size: volumes per step.
         amp_dtype: data type of mixed precision, None for none.
-        device: ``"cuda"`` or ``"cpu"``, whose casting rules, optimizer and allocator are followed. No such device is needed.
+        device: ``"cuda"`` or ``"cpu"``, whose casting rules, optimizer and allocator are imitated. No such device is needed.
         loss: of reconstruction and image, ``BxCxHxWxD`` in float32.
         loss_terms: further terms of the loss, by name.
         optimizer: makes an optimizer from parameters, the discriminator's too.
-        accumulates: gradients of an earlier batch are there while the batch runs (gradient accumulation).
-        discriminator: adversarial training with MONAI's ``PatchDiscriminator`` or one with its interface.
-        averaged: an average of the weights, PyTorch's ``AveragedModel``, lies beside them.
+        accumulates: gradients of an earlier batch are in memory while the batch runs (gradient accumulation).
+        discriminator: for adversarial training, MONAI's ``PatchDiscriminator`` or one with its interface.
+        averaged: an average of the weights, PyTorch's ``AveragedModel``, is kept.
 
     Raises:
         ValueError: for another device.
@@ -137,11 +137,11 @@ def _fake_adversary(discriminator: nn.Module, optimizer: MakeOptimizer) -> Adver
 
 
 class _FakeTrainer(AutoencoderTrainer):
-    """The trainer on fake tensors, of which it asks for no number, for a single step."""
+    """The trainer for a single step on fake tensors: it reads no values."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.scaler = torch.amp.GradScaler(enabled=False)  # which would ask whether gradients are finite
+        self.scaler = torch.amp.GradScaler(enabled=False)  # an enabled one reads whether gradients are finite
 
     @staticmethod
     def are_finite(values: list[torch.Tensor]) -> bool:
@@ -168,9 +168,9 @@ class _FakeTrainer(AutoencoderTrainer):
         return [dict(optimizer.state) for optimizer in self.optimizers]
 
     def make_optimizer_states(self, device: str) -> None:
-        """Give the optimizers their state, which the first step makes, and leave gradients where batches accumulate."""
+        """Make a first step, which gives the optimizers their state. Gradients remain where batches accumulate."""
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
-            if group.get("foreach", True) is None:  # PyTorch's choice, which it does not see on a fake device
+            if group.get("foreach", True) is None:  # left to PyTorch, which cannot tell the device of fake tensors
                 group["foreach"] = device == "cuda" and not group.get("fused")
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)

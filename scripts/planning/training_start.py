@@ -1,4 +1,4 @@
-"""What training says of its memory before its first step."""
+"""The estimate of memory that training logs before its first step."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def log_estimate(
     trainer: AutoencoderTrainer, patch_size: Sequence[int], batch_size: int, average: AveragedModel | None = None
 ) -> None:
     """
-    Log in one line what a training step will need, and warn when the device has less.
+    Log in one line the memory that a training step will need, and warn when the device has less.
 
     Args:
-        trainer: its network, losses, kinds of optimizers and mixed precision are used; it is not changed.
+        trainer: its network, losses, types of optimizers and mixed precision are used; it is not changed.
         patch_size: spatial size of a training patch, voxels.
         batch_size: patches per batch.
-        average: of the weights, which needs as much as they do.
+        average: of the weights, which takes as much memory as they do.
     """
     device = trainer.state.device
     rules = "cpu" if device.type == "cpu" else "cuda"
     try:
         cost = _cost(trainer, patch_size, batch_size, average, rules)
-    except Exception as error:  # whatever private parts of PyTorch raise: a week of training is worth more than its forecast
+    except Exception as error:  # of any type, from private parts of PyTorch; training must start without an estimate too
         logger.warning(f"no estimate of the memory: {type(error).__name__}: {error}")
         return
     needed = with_margin(cost, rules)
@@ -48,8 +48,8 @@ def log_estimate(
     available = total_memory(device)
     if available is not None and needed > available:
         logger.warning(
-            f"{device} has {available / GIB:.1f} GiB, and training is estimated to need {needed / GIB:.1f} GiB. Ask "
-            f"`python -m scripts estimate --memory_gb {available / GIB:.0f}` with this configuration what would fit."
+            f"{device} has {available / GIB:.1f} GiB, and training is estimated to need {needed / GIB:.1f} GiB. "
+            f"`python -m scripts estimate --memory_gb {available / GIB:.0f}` with this configuration shows what would fit."
         )
 
 
@@ -76,6 +76,6 @@ def _unwrapped(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def _maker(optimizer: torch.optim.Optimizer) -> Callable[..., torch.optim.Optimizer]:
-    """Makes optimizers of the same kind, with the same settings."""
+    """A function that makes optimizers of the same type, with the same settings."""
     accepted = inspect.signature(type(optimizer)).parameters
     return partial(type(optimizer), **{key: value for key, value in optimizer.defaults.items() if key in accepted})

@@ -1,4 +1,4 @@
-"""The discriminator that the autoencoder learns to deceive."""
+"""The discriminator of adversarial training, with its losses, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Adversary"]
 class Adversary:
     """
     A patch discriminator with its optimizer and schedule, as in VQGAN (Esser et al., https://arxiv.org/abs/2012.09841), with
-    least squares for a loss.
+    a least-squares loss.
 
     Args:
-        discriminator: MONAI's ``PatchDiscriminator``, wrapped for distributed training or not. Its last output is the map
-            that judges.
+        discriminator: MONAI's ``PatchDiscriminator``, wrapped for distributed training or not. Its last output is the map of
+            scores.
         optimizer: makes the optimizer of its parameters.
-        num_steps: the learning rate falls to zero over so many batches, along a cosine.
+        num_steps: number of batches over which the learning rate falls to zero, along a cosine.
         weight: of the adversarial loss in the autoencoder's.
         warmup_epochs: epochs that the autoencoder trains alone first.
     """
@@ -48,8 +48,8 @@ class Adversary:
 
     def generator_loss(self, reconstruction: torch.Tensor) -> torch.Tensor:
         """
-        How far ``reconstruction`` (``BxCxHxWxD``) is from passing for an image. The gradient goes to the reconstruction
-        alone.
+        Loss of a ``reconstruction`` (``BxCxHxWxD``), smallest where the discriminator takes it for an image. The gradient
+        goes to the reconstruction, not to the discriminator.
         """
         # Not through the wrapper for distributed training, which would wait for gradients of the frozen weights.
         wrapped = isinstance(self.discriminator, DistributedDataParallel)
@@ -62,13 +62,13 @@ class Adversary:
 
     def discriminator_loss(self, image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
         """
-        How badly the discriminator tells images from reconstructions.
+        Loss of the discriminator, smallest where it tells images from reconstructions.
 
         Args:
             image: ``BxCxHxWxD``.
             reconstruction: the same shape, detached from the autoencoder.
         """
-        # one forward pass for both: the wrapper for distributed training counts them
+        # one forward pass for both, as the wrapper for distributed training expects
         real, fake = self.discriminator(torch.cat([image, reconstruction.to(image.dtype)]))[-1].chunk(2)
         return 0.5 * (
             self.loss(real, target_is_real=True, for_discriminator=True)

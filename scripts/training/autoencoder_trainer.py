@@ -27,8 +27,8 @@ class AutoencoderTrainer(ResumableTrainer):
     - ``recon_loss``: ``loss_function`` of the reconstruction;
     - ``kl_loss``: the KL divergence of the latent, times ``kl_weight``;
     - each of ``loss_terms``, times its weight;
-    - ``adv_loss``: whether the adversary takes the reconstruction for an image, times its weight, after its warm-up. The
-      adversary then makes its own step on the same batch (``discriminator_loss``).
+    - ``adv_loss``: the adversary's loss of the reconstruction, times its weight, once its warm-up is over. From then on the
+      adversary makes its own step on the same batch (``discriminator_loss``).
 
     ``engine.state.output`` holds ``loss`` and its parts without their weights.
 
@@ -64,7 +64,7 @@ class AutoencoderTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> Self:
         """
-        A trainer for a few given steps, without data and handlers of a run: what estimates, tests and benchmarks use.
+        A trainer for given batches, without the data and handlers of a run; for estimates, tests and benchmarks.
 
         Args:
             images: the batches of its only epoch, each ``BxCxHxWxD``, on the device where it trains.

@@ -1,5 +1,5 @@
-"""Checkpoints of a training run: ``checkpoint_*.pt``, from each of which it goes on to the last bit, and ``model.pt``, the
-best weights so far."""
+"""Checkpoints of a training run: ``checkpoint_*.pt``, from each of which it can be resumed bit for bit, and ``model.pt``,
+the best weights so far."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def find_checkpoints(ckpt_dir: str | Path) -> list[Path]:
 
 def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
     """
-    Refuse to start a new run where another one keeps its checkpoints, or where none can be written.
+    Refuse to start a new run in a folder with checkpoints of another one, or in a folder that cannot be written to.
 
     Args:
         ckpt_dir: folder for the checkpoints, made if necessary.
-        resume: the run goes on from what lies there.
-        overwrite: the run may replace what lies there.
+        resume: the run continues from the checkpoints in it.
+        overwrite: the run may replace the checkpoints in it.
 
     Raises:
         FileExistsError: when the folder holds checkpoints and neither is set.
@@ -68,11 +68,11 @@ def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
 class TrainingSaver:
     """
     Handler that writes a checkpoint after every epoch, every few minutes within one, and when a signal ends the run; and
-    ``model.pt`` (with ``model.json``) whenever the evaluator's key metric is better than ever.
+    ``model.pt`` (with ``model.json``) whenever the evaluator's key metric reaches a new best value.
 
-    A checkpoint holds everything that :py:func:`scripts.training.resume.resume_run` needs for going on as if nothing had
-    happened. It is written beside its place, flushed to the disk and renamed, and only then are old ones removed: a kill, a
-    full disk or a power cut never costs one that was whole.
+    A checkpoint holds everything that :py:func:`scripts.training.resume.resume_run` needs to continue the run exactly. It is
+    written to a temporary file, flushed to the disk and renamed before old ones are removed: a kill, a full disk or a power
+    failure never destroys a complete checkpoint.
 
     Args:
         ckpt_dir: folder for the checkpoints.
@@ -81,7 +81,7 @@ class TrainingSaver:
         evaluator: the validation engine; the weights of its network are ``model.pt``.
         minutes: write a checkpoint within an epoch when the last one is older.
         keep: how many to keep, besides that of the best epoch.
-        describe: what ``model.json`` is to say besides the network's arguments.
+        describe: gives the entries of ``model.json`` besides the network's arguments.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class TrainingSaver:
 
     def _start(self, trainer: ResumableTrainer) -> None:
         self.ckpt_dir.mkdir(parents=True, exist_ok=True)
-        if trainer.state.iteration == 0:  # those of a run that is overwritten would pass for newer ones
+        if trainer.state.iteration == 0:  # those of a run that is overwritten could be taken for newer ones
             for path in find_checkpoints(self.ckpt_dir):
                 path.unlink()
         self.saved_metric = _best(self.evaluator)

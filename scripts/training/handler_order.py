@@ -1,4 +1,4 @@
-"""The order that the handlers of a trainer keep in their list."""
+"""Checks the order of a trainer's handlers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ ORDER = (  # the earlier one, the later one, and why
     ("LrScheduleHandler", "TrainingSaver", "a checkpoint holds the learning rate of the next step"),
     ("WeightAverage", "TrainingSaver", "a checkpoint holds the average after its step"),
     ("WeightAverage", "ValidationHandler", "validation uses the average after the last step"),
-    ("Throughput", "ValidationHandler", "the time of validation is not that of training"),
-    ("ValidationHandler", "BeforeAndAfter", "the last epoch is validated unless it has been"),
+    ("Throughput", "ValidationHandler", "the time of validation is not counted as training"),
+    ("ValidationHandler", "BeforeAndAfter", "the last epoch is validated once, and only if it has not been yet"),
     ("ValidationHandler", "TrainingSaver", "a checkpoint holds the best metric of its epoch"),
     ("BeforeAndAfter", "TrainingSaver", "a checkpoint holds the metric before the first step"),
-    ("TrainingSaver", "StopOnSignal", "the checkpoint is written before the run says where it is"),
+    ("TrainingSaver", "StopOnSignal", "the checkpoint is written before the log names it"),
 )
 
 
 def check_order(handlers: Sequence[object]) -> None:
     """
-    Check the order of a list of handlers, those of subclasses too.
+    Check the order of a list of handlers. A subclass counts as its base class.
 
     Raises:
-        ValueError: for two that are the wrong way round, by name and with the reason.
+        ValueError: for two in the wrong order, with their names and the reason.
     """
     names = [[kind.__name__ for kind in type(handler).__mro__] for handler in handlers]
     for earlier, later, reason in ORDER:

@@ -1,4 +1,4 @@
-"""Where the weights of a run start."""
+"""The weights that a run starts with."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["InitialWeights"]
 
 class InitialWeights:
     """
-    Trainer handler that gives the network its weights before the first step. It takes the newest checkpoint, if ``resume``
-    is set and there is one. Otherwise it takes those of ``pretrained``, if it is given; fits the linear shortcut to the
-    training data, if ``fit_shortcut`` is set and the shortcut is as it was built; and starts the average from the result.
+    Trainer handler that sets the network's weights before the first step. It loads the newest checkpoint, if ``resume`` is
+    set and there is one. Otherwise it loads ``pretrained``, if that is given; fits the linear shortcut to the training data,
+    if ``fit_shortcut`` is set and the shortcut is as it was built; and sets the average to the result.
 
     Args:
         network: the network, not wrapped.
         average: of its weights, or None.
         ckpt_dir: folder of the checkpoints to resume.
-        resume: whether to go on from the newest of them.
+        resume: whether to continue from the newest of them.
         to_load: what a checkpoint holds besides the network, by name, as :py:class:`scripts.training.TrainingSaver` has it.
         evaluator: the validation engine, which gets back its best metric when a run is resumed.
         pretrained: path of weights for a network that is a :py:class:`scripts.autoencoderkl.AutoencoderKL`; empty for none.

@@ -34,8 +34,8 @@ class ReconstructionLoss:
 def kl_divergence(z_mu: torch.Tensor, z_sigma: torch.Tensor) -> torch.Tensor:
     """
     Kullback-Leibler divergence of a diagonal normal distribution from the standard one (Kingma and Welling,
-    https://arxiv.org/abs/1312.6114, appendix B), in float32 whatever the input: the logarithm of a float16 variance is how
-    training runs become NaN.
+    https://arxiv.org/abs/1312.6114, appendix B), in float32 for any input type: with the logarithm of a float16 variance,
+    training can become NaN.
 
     Args:
         z_mu: mean, ``B`` times the latent's shape.
@@ -84,7 +84,7 @@ def perceptual_loss(spatial_dims: int, weights_file: str | None, device: str | t
         loss = PerceptualLoss(spatial_dims, network_type="resnet50", pretrained_path=weights_file)
     except Exception as error:  # no torchvision, no connection, another file
         raise RuntimeError(
-            f"the perceptual loss cannot have its ResNet-50 from {weights_file or 'the internet'} ({error}). Install "
+            f"the perceptual loss cannot load its ResNet-50 from {weights_file or 'the internet'} ({error}). Install "
             "torchvision, and set `perceptual_weights_file` to a state dict of its resnet50, as "
             "`torchvision.models.resnet50(weights='DEFAULT').state_dict()`; or set `perceptual_weight` to 0."
         ) from error

@@ -26,7 +26,7 @@ GENERATIVE_MODELS = (  # its names, and those of MONAI
     (re.compile(r"\.proj_attn\."), ".attn.out_proj."),
     (re.compile(r"^(decoder\.blocks\.\d+)\.conv\.conv\."), r"\1.postconv.conv."),
 )
-# What makes the latent and the image of the features; of a linear shortcut's latent and image it only makes a correction
+# Layers that compute latent and image from the features; beside a linear shortcut they only compute a correction of both
 ENDS = ("encoder norm", "decoder norm", "decoder last", "quant_conv_mu", "quant_conv_log_sigma")
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,12 @@ Layer = tuple[str, dict[str, torch.Tensor]]  # its name in the state dict, and i
 
 def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
     """
-    Take over weights, of the same network strictly, of another one layer by layer. A layer is taken over when one of its
-    place and kind is there, with the same factor and the same shapes; each that is not is logged with the reason.
+    Take over weights: those of the same network strictly, those of another network layer by layer. A layer is taken over
+    when the file has one at the same place and of the same kind, factor and shapes; every other one is logged with the
+    reason.
 
-    Without a description beside them, weights are taken as those of MONAI's network, with a factor of 2 at every step, under
-    today's names or under those of GenerativeModels. They may lie in a dictionary of a checkpoint, under any name.
+    Without a description beside them, weights are taken as those of MONAI's network, with a factor of 2 at every step, with
+    MONAI's names or those of GenerativeModels. They may be one value of a checkpoint's dictionary, under any key.
 
     Args:
         network: the network.
@@ -47,7 +48,7 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is damaged, holds code, or no AutoencoderKL, or one of which nothing fits.
+        ValueError: when it is damaged, holds code, holds no AutoencoderKL, or holds one of which no layer fits.
     """
     content, arguments = read_weights(path)
     state = _autoencoder_in(content, path)
@@ -55,8 +56,8 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
         arguments = content.get("arguments")  # of a checkpoint of this bundle
     if arguments is None:
         logger.info(
-            f"{path} does not tell its arguments: it is taken as MONAI's network, with a factor of 2 at every step, and "
-            f"`norm_num_groups` {network.arguments['norm_num_groups']} as here"
+            f"{path} does not record the network's arguments: it is taken as MONAI's network, with a factor of 2 at every "
+            f"step, and `norm_num_groups` {network.arguments['norm_num_groups']} as here"
         )
         arguments = _as_monai(network.arguments)
         state = {_name_of_today(key): value for key, value in state.items()}
@@ -154,8 +155,8 @@ def _places(part: str, kinds: list[str]) -> Iterator[str]:
 
 def _nonlocal_attention(part: str, inner: list[str]) -> range:
     """
-    Where the attention between the two halves is: residual, attention, residual at the encoder's end or the decoder's start.
-    In a level with attention every residual block has its own.
+    Position of the non-local attention: residual, attention, residual at the encoder's end or the decoder's start. In a
+    level with attention every residual block has an attention block of its own.
     """
     triple = ["residual", "attention", "residual"]
     if part == "encoder" and inner[-3:] == triple:

@@ -1,4 +1,4 @@
-"""What a run tells the person who waits for it: the factors at the start, progress, the numbers before and after."""
+"""What a training run reports while it runs: factors at the start, progress, throughput, the metric before and after."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def log_factors(network: AutoencoderKL, patch_size: Sequence[int]) -> None:
 
 class TrainingProgress:
     """
-    Trainer handler that shows one progress bar over all iterations (epoch, losses, time left; Ignite's ``ProgressBar`` knows
-    one epoch only), and logs the mean losses of every epoch. All processes of a distributed run need it, because they share
-    the means; the first shows the bar.
+    Trainer handler that shows one progress bar over all iterations (epoch, losses, time left; Ignite's ``ProgressBar``
+    covers one epoch only), and logs the mean losses of every epoch. All processes of a distributed run need it, because the
+    means are taken over all of them; the first shows the bar.
     """
 
     bar: ProgressBar | None = None
@@ -71,7 +71,7 @@ class TrainingProgress:
 
     def _advance(self, engine: ResumableTrainer) -> None:
         assert self.bar is not None
-        if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait
+        if self.bar.update():  # only when it is redrawn, because reading the losses makes the GPU wait
             losses = {name: f"{engine.state.output[0][name].item():.3g}" for name in engine.loss_names}
             epoch = f"{engine.state.epoch}/{engine.state.max_epochs}"
             self.bar.set_postfix({"epoch": epoch, **losses}, refresh=False)
@@ -81,7 +81,7 @@ class TrainingProgress:
         logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}")
 
     def _close(self, engine: ResumableTrainer, error: BaseException | None = None) -> None:
-        if self.bar is not None:  # otherwise the run ends while it starts
+        if self.bar is not None:  # None when the run ends while it starts
             self.bar.close()
         if error is not None:
             raise error  # ignite swallows an exception that has a handler
@@ -90,8 +90,9 @@ class TrainingProgress:
 class Throughput:
     """
     Trainer handler that logs after every epoch how many volumes were trained on per second, by all processes, and the share
-    of the time that was spent waiting for data: a large one means that the loader is too slow. It must come before
-    validation in the list. (Ignite's ``Frequency`` rounds down to whole volumes, its profilers count the whole run.)
+    of the time that was spent waiting for data: a large share means that the loader is too slow. It must come before
+    validation in the list of handlers. (Ignite's ``Frequency`` rounds down to whole volumes, and its profilers measure the
+    whole run.)
 
     Args:
         summary_writer: where to add both as curves, at the epoch as step.
@@ -131,15 +132,15 @@ class Throughput:
 
 class BeforeAndAfter:
     """
-    Trainer handler that validates before the first step and after the last, and says at the end what training gained: the
-    validation engine's key metric before and after, metrics to compare it with, and where to find what the run has made.
+    Trainer handler that validates before the first step and after the last. At the end it logs the validation engine's key
+    metric before and after, metrics to compare it with, and the files that the run has written.
 
     Args:
         validator: the validation engine.
-        name: of its key metric, for a reader.
-        unit: ditto, of the metric and of those that it is compared with.
-        compare: further metrics of the engine that the key metric is to be compared with: ``{text: name of the metric}``.
-        files: what the run leaves: ``{text: path}``.
+        name: of its key metric, as the log shows it.
+        unit: of the key metric and of those that it is compared with, as the log shows it.
+        compare: further metrics of the engine to compare the key metric with: ``{text: name of the metric}``.
+        files: what the run has written: ``{text: path}``.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class BeforeAndAfter:
         state = self.validator.state
         state.metric_before = state.metrics[state.key_metric_name]  # checkpoints hold it
         logger.info(f"before the first step: validation {self.name} {self._value(state.metric_before)}")
-        # an untrained network is not the best one, and the next validation is the first
+        # the untrained network must not count as the best one, and the next validation is number 1
         state.best_metric = state.best_metric_epoch = -1
         state.epoch = 0
 

@@ -1,5 +1,5 @@
-"""Which volume a batch holds and how it is augmented, as a function of the seed, the epoch and the position in it alone: so
-that a run can go on in the middle of an epoch, with any number of workers or processes, and see the same data."""
+"""Batches whose volumes and augmentation depend only on the seed, the epoch and the position in the epoch. So a run can be
+resumed in the middle of an epoch, with any number of workers or processes, and see the same data."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def derive_seed(*parts: int) -> int:
 class RepeatableBatchSampler(Sampler[list[Draw]]):
     """
     Shuffled batches that depend on the seed, the epoch and the position alone. With several processes
-    (``torch.distributed``), each global batch is shared out: two processes with batch 1 see what one sees with batch 2.
-    The last batch of an epoch is filled up from its beginning, so that all are of one size.
+    (``torch.distributed``), each global batch is divided among them: two processes with batch size 1 see what one sees with
+    batch size 2. The last batch of an epoch is filled up with the epoch's first items, so that all have one size.
 
     Args:
         num_items: number of items in the dataset.
@@ -44,7 +44,7 @@ class RepeatableBatchSampler(Sampler[list[Draw]]):
 
     Attributes:
         epoch: from 1, as ignite counts.
-        start: batches of the epoch to leave out, when a run goes on in its middle. ``len()`` stays that of the whole epoch.
+        start: batches of the epoch to skip, when a run is resumed in its middle. ``len()`` stays that of the whole epoch.
     """
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
@@ -93,7 +93,7 @@ class RepeatableDataset(Dataset):
         self.dataset.transform.set_random_state(seed=draw.seed)
         samples = self.dataset[draw.item]
         file = str(self.dataset.data[draw.item]["image"])
-        # transforms that crop return a list, which MONAI's collate function takes apart
+        # transforms that crop return a list, which MONAI's collate function flattens
         return [
             {**sample, "file": file, "seed": draw.seed} for sample in (samples if isinstance(samples, list) else [samples])
         ]
@@ -101,8 +101,8 @@ class RepeatableDataset(Dataset):
 
 class RepeatableOrder:
     """
-    Trainer handler that tells the sampler where the run is, and reseeds PyTorch, NumPy and Python before every iteration by
-    its number, so that the noise of an iteration does not depend on what came before.
+    Trainer handler that sets the sampler to the position of the run, and reseeds PyTorch, NumPy and Python before every
+    iteration by its number, so that the noise of an iteration does not depend on what came before.
 
     Args:
         sampler: batch sampler of the trainer's loader.

@@ -1,4 +1,4 @@
-"""A trainer whose runs can be resumed to the last bit."""
+"""A trainer whose runs can be resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 class ResumableTrainer(SupervisedTrainer):
     """
-    MONAI's ``SupervisedTrainer`` with mixed precision on any device, clipped gradients, and a gradient scaler that lives as
-    long as the trainer, so that a resumed one keeps its scale. A step whose loss or gradient is not finite is left out.
+    MONAI's ``SupervisedTrainer`` with mixed precision on any device, clipped gradients, and a gradient scaler that is made
+    once, so that a resumed run keeps its scale. A step whose loss or gradient is not finite is skipped.
 
     ``engine.state.output`` is a list of one dict, as MONAI's handlers expect: the image, the prediction, and the losses of
     the whole batch. The loss is ``loss_function`` of prediction and target; a trainer with further losses overrides
@@ -50,7 +50,7 @@ class ResumableTrainer(SupervisedTrainer):
     """
 
     def __init__(self, *, amp_dtype: str, max_grad_norm: float = 1.0, max_nonfinite_steps: int = 10, **kwargs: Any) -> None:
-        super().__init__(decollate=False, **kwargs)  # handlers read scalars, no need to take apart
+        super().__init__(decollate=False, **kwargs)  # handlers read scalars only
         self.max_grad_norm = max_grad_norm
         self.max_nonfinite_steps = max_nonfinite_steps
         self.autocast = {"device_type": self.state.device.type, "dtype": autocast_dtype(amp_dtype), "enabled": self.amp}
@@ -67,7 +67,7 @@ class ResumableTrainer(SupervisedTrainer):
 
     @property
     def step_is_complete(self) -> bool:
-        """Whether the optimizer has used all gradients so far, so that none would be lost if the run stopped here."""
+        """Whether the optimizer has used all gradients so far, so that none is lost if the run stops here."""
         return self._accumulation_window()[1]
 
     def _register_handlers(self, handlers: Sequence) -> None:
@@ -155,8 +155,8 @@ class ResumableTrainer(SupervisedTrainer):
         for optimizer, network in self.pairs():
             self.scaler.unscale_(optimizer)
             norms.append(torch.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm))
-        # The gradients of all processes are in the norms, so all agree. A gradient scaler leaves a step out by itself, and
-        # an overflow is its way to find the scale: there the losses decide what is counted.
+        # The norms are those of the gradients of all processes, so all agree. A gradient scaler skips steps by itself, and
+        # overflows while it looks for the scale: with one, the losses decide whether a step counts as not finite.
         decisive = [loss for _, loss in self.batches_of_step] if self.scaler.is_enabled() else norms
         finite = self.are_finite(decisive)
         if finite or self.scaler.is_enabled():
@@ -167,7 +167,7 @@ class ResumableTrainer(SupervisedTrainer):
 
     @staticmethod
     def are_finite(values: list[torch.Tensor]) -> bool:
-        """Whether numbers are finite: all that a step asks of values, which tensors without data do not have."""
+        """Whether all values are finite. Nothing else in a step reads values; a trainer on fake tensors overrides this."""
         return bool(torch.isfinite(torch.stack(values)).all())
 
     def _count_nonfinite(self, finite: bool, losses: Losses) -> None:
@@ -179,18 +179,19 @@ class ResumableTrainer(SupervisedTrainer):
         batches = [files for files, loss in self.batches_of_step if not torch.isfinite(loss)]
         files = [file for batch in batches for file in batch]
         where = f"the loss of {', '.join(files)}" if batches else "the gradient"
-        logger.warning(f"iteration {self.state.iteration}: {where} is not finite; the step is left out")
+        logger.warning(f"iteration {self.state.iteration}: {where} is not finite; the step is skipped")
         if self.nonfinite_steps >= self.max_nonfinite_steps:
             last = ", ".join(f"{name} {value.item():.4g}" for name, value in self.finite_losses.items())
             raise FloatingPointError(
                 f"{self.nonfinite_steps} steps in a row were not finite (`max_nonfinite_steps`), the last at iteration "
                 f"{self.state.iteration}, because of {where}. The last finite losses were: {last or 'none'}. The weights "
-                "have not moved since. Look at the volume, lower `lr` or set `amp` to false, and go on with `--resume true`."
+                "have not changed since. Look at the volume, lower `lr` or set `amp` to false, and go on with "
+                "`--resume true`."
             )
 
     @staticmethod
     def gradients_shared(network: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Processes need each other's gradients only for the last batch of a step."""
+        """A context in which processes exchange gradients, which they do only for the last batch of a step."""
         if isinstance(network, DistributedDataParallel) and not last:
             return network.no_sync()
         return contextlib.nullcontext()
@@ -203,7 +204,7 @@ class ResumableTrainer(SupervisedTrainer):
 
 
 def lr_and_losses(optimizer: torch.optim.Optimizer) -> Callable[[list[Losses]], dict[str, Any]]:
-    """What TensorBoard draws of a trainer's output: the learning rate, and every loss."""
+    """The curves that TensorBoard shows of a trainer's output: the learning rate, and every loss."""
     return lambda output: {
         "lr": optimizer.param_groups[0]["lr"],
         **{name: value for name, value in output[0].items() if name.endswith("loss")},

@@ -1,4 +1,4 @@
-"""A run goes on from its newest checkpoint that is whole."""
+"""Resumes a run from its newest checkpoint that is not damaged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONTENT = {  # schema of a checkpoint, as far as it is not tensors; the argument
     },
     "description": "a dictionary",
 }
-SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
+SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: the config of a resumed run may have more epochs
 logger = logging.getLogger(__name__)
 
 
@@ -45,11 +45,11 @@ def resume_run(
     trainer: ResumableTrainer, ckpt_dir: str | Path, network: Any, to_load: dict[str, Any], evaluator: Evaluator
 ) -> bool:
     """
-    Load the newest checkpoint that is whole, if there is one. For the arguments see
+    Load the newest checkpoint that is not damaged, if there is one. For the arguments see
     :py:class:`scripts.training.InitialWeights`.
 
     Raises:
-        ValueError: when no checkpoint is whole, or it is of another network, or not all processes find the same.
+        ValueError: when all checkpoints are damaged, when it is of another network, or when processes find different ones.
     """
     found = _newest_whole(Path(ckpt_dir))
     iterations = idist.all_gather(found[1]["trainer"]["iteration"] if found else 0)
@@ -82,7 +82,7 @@ def _newest_whole(ckpt_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in paths:
         try:
             return path, _read(path)
-        except Exception as error:  # damaged archives raise whatever the reader stumbles over
+        except Exception as error:  # damaged archives raise errors of any type
             reason = what_is_wrong(error)
         logger.warning(f"{path} {reason}. Trying the one before.")
     if paths:
@@ -95,7 +95,7 @@ def _newest_whole(ckpt_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # what torch writes; torch itself does not look at its checksums
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # the format of torch, which does not check the checksums in it
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} in it has changed")
@@ -111,7 +111,7 @@ def _load_items(to_load: dict[str, Any], content: dict[str, Any], path: Path) ->
         if item is None:
             continue
         if name not in content:
-            logger.warning(f"{path} has no `{name}`, which this run has: it starts anew")
+            logger.warning(f"{path} has no `{name}`, which this run has: the run starts with a new one")
             continue
         length = {key: value for key, value in item.state_dict().items() if key in SCHEDULE_LENGTH}
         item.load_state_dict({**content[name], **length})

@@ -1,4 +1,4 @@
-"""Training starts with a linear shortcut that is fitted to the training data."""
+"""Fits the linear shortcut to the training data, before the first step."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from scripts.training.repeatable_batches import RepeatableBatchSampler, training
 
 __all__ = ["fit_shortcut"]
 
-CODE_PATCHES, NEIGHBOUR_PATCHES = 64, 128  # that a code is fitted to, and then what it decodes from neighbours
+CODE_PATCHES, NEIGHBOUR_PATCHES = 64, 128  # that the code is fitted to, and then its decoder with neighbours
 logger = logging.getLogger(__name__)
 
 
 def fit_shortcut(shortcut: LinearShortcut | None, dataset: Any, sampler: RepeatableBatchSampler) -> None:
     """
     Fit a network's linear shortcut to training patches, by :py:meth:`scripts.layers.LinearShortcut.fit` and
-    :py:meth:`~scripts.layers.LinearShortcut.fit_neighbours`; all processes get the same. Where there is none, or one that
-    is not as it was built, because it was fitted or came from other weights, nothing happens.
+    :py:meth:`~scripts.layers.LinearShortcut.fit_neighbours`; all processes get the same result. Nothing happens if there is
+    no shortcut, or if it is not as it was built: fitted already, trained, or loaded.
 
     Args:
         shortcut: of a :py:class:`scripts.autoencoderkl.AutoencoderKL`.
@@ -45,5 +45,5 @@ def fit_shortcut(shortcut: LinearShortcut | None, dataset: Any, sampler: Repeata
         for tensor in shortcut.state_dict().values():
             idist.broadcast(tensor, src=0)
     components, *block = shortcut.outer.analysis.shape
-    scarce = "; larger patches would tell it more" if number < math.prod(block) else ""
+    scarce = "; larger patches would give it more blocks" if number < math.prod(block) else ""
     logger.info(f"linear shortcut: {components} principal components of {number} blocks{scarce}")

@@ -1,4 +1,4 @@
-"""What a training run does when it is told to stop: by Ctrl-C, or by a scheduler at the end of its time."""
+"""How a training run stops on a signal: from Ctrl-C, or from a scheduler at its time limit."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class StopOnSignal:
     """
     Trainer handler: on SIGTERM or SIGINT within an epoch, the trainer finishes the step that it is in and terminates, and
     the process ends with the exit code that a shell gives to the signal, 143 or 130. ``TrainingSaver``, which must come
-    before it in the list, writes a checkpoint then. A validation is cut short as soon as the operation that it is in
-    returns, and counts for nothing. Before the first epoch and after the last there is nothing to save, and
+    before it in the list, writes a checkpoint then. A validation is stopped as soon as the operation that it is in returns,
+    and its metrics are discarded. Before the first epoch and after the last there is nothing to save, and
     :py:func:`scripts.bundle.end_on_signals` applies.
 
-    All processes of a distributed run stop at the same step; validation, of which each has another share, is finished there.
-    A second SIGINT ends the process at once.
+    All processes of a distributed run stop at the same step; a validation, of which each has a share, is finished first. A
+    second SIGINT ends the process at once.
 
     Args:
         evaluator: the validation engine.
-        ckpt_dir: folder of the checkpoints, to tell where to go on from.
+        ckpt_dir: folder of the checkpoints, for the log.
     """
 
     def __init__(self, evaluator: Evaluator, ckpt_dir: str) -> None:
@@ -57,7 +57,7 @@ class StopOnSignal:
 
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # Python lets nobody else listen
+            return  # Python allows handlers in the main thread only
         for number in (signal.SIGTERM, signal.SIGINT):
             self.previous[number] = signal.signal(number, self._receive)
 
@@ -80,7 +80,7 @@ class StopOnSignal:
             engine.terminate(skip_completed=True)
 
     def _start_volume(self) -> None:
-        # not for the metrics that are made of all volumes, nor for the weights that are saved if they are the best
+        # only while a volume is computed, not while metrics are averaged or the best weights are saved
         self.validating = idist.get_world_size() == 1
         if self.validating and self.received is not None:
             self._cut_validation_short()
@@ -89,8 +89,8 @@ class StopOnSignal:
         self.validating = False
 
     def _cut_validation_short(self) -> None:
-        # A volume takes minutes where it is large, so do not wait for its end. The epoch's steps are done and validation
-        # changes nothing that a checkpoint holds; what remains is to tell the handlers.
+        # A large volume takes minutes, so do not wait for its end. The epoch's steps are done and validation changes nothing
+        # that a checkpoint holds; only the handlers remain to be called.
         assert self.received is not None
         self.validating = False
         self.engine.exit_code = 128 + self.received

@@ -16,11 +16,11 @@ __all__ = ["WeightAverage", "moving_average"]
 
 def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
     """
-    A ``multi_avg_fn`` for PyTorch's ``AveragedModel``. The average starts short and grows with the run, up to ``decay``, so
-    that the first weights are soon forgotten and short runs gain from it too.
+    A ``multi_avg_fn`` for PyTorch's ``AveragedModel``. The share that a step keeps grows with the run, up to ``decay``, so
+    that the first weights soon have no influence and short runs gain from the average too.
 
     Args:
-        decay: share of the average that a step keeps, at most; between 0 (no average) and 1, both as in [0, 1).
+        decay: largest share of the average that a step keeps, in [0, 1); 0 is no average.
 
     Raises:
         ValueError: for another ``decay``.
@@ -37,8 +37,8 @@ def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
 
 class WeightAverage:
     """
-    Trainer handler that updates the average after every optimizer step. What it starts from is left to
-    :py:class:`scripts.training.InitialWeights`.
+    Trainer handler that updates the average after every optimizer step. :py:class:`scripts.training.InitialWeights` sets
+    what it starts from.
 
     Args:
         average: of the network, with :py:func:`moving_average`.

@@ -1,4 +1,4 @@
-"""The configs as they lie there: they agree with each other, keep MONAI's property names, and refuse typing errors."""
+"""The configs of the bundle: they agree with each other, keep MONAI's property names, and refuse misspelt keys."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_inference_builds_the_network_that_training_builds():
     assert inference["settings"] == ConfigParser.load_config_file(CONFIGS / "evaluate.json")["settings"]
     assert (
         inference["preprocessing"]["transforms"][:-1] == train["deterministic_transforms"]
-    )  # the last one notes where a volume comes from
+    )  # the last one records which file a volume comes from
 
 
 def test_8x_is_the_default():

@@ -1,4 +1,4 @@
-"""What the terminal ends in after an error: its reason, below MONAI's traceback."""
+"""After an error, the last line on the terminal is its reason, below MONAI's traceback."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def test_reason_is_what_the_bundle_says_about_an_error_below_it(printed, tmp_pat
     assert lines[-1].startswith(f"ValueError: {tmp_path / 'model.pt'} cannot be loaded")
 
 
-def test_error_that_nobody_wrapped_is_said_once(printed):
+def test_error_that_monai_did_not_wrap_is_printed_once(printed):
     assert "".join(printed(ValueError("plain"))).count("plain") == 1

@@ -1,4 +1,4 @@
-"""Files that are read back are not believed: what is wrong is an error that names the file, the field and what to do."""
+"""Files that are read are checked: an error names the file, the field and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precision follows the hardware, and what was chosen is said."""
+"""Precision follows the hardware, and the log names the choice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.precision
 
 @pytest.fixture
 def hardware(monkeypatch):
-    """Replaces what the machine says of itself."""
+    """Replaces what PyTorch reports of the machine."""
 
     def replace(capability=(8, 0), supported=(), gain=1.0):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -56,13 +56,13 @@ def test_a_cpu_has_bfloat16_only_where_its_convolutions_are_fast(hardware, suppo
     assert choose_precision(torch.device("cpu")).name == name
 
 
-def test_a_device_that_nobody_knows_has_float32():
+def test_an_unknown_device_has_float32():
     assert choose_precision("mps").name == "float32"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA is of x86 processors")
 def test_the_choice_follows_the_instruction_set_that_onednn_is_limited_to():
-    """Flags of the processor would not."""
+    """The processor's flags would not follow it."""
     command = "from scripts.bundle import choose_precision; print(choose_precision('cpu').name)"
     limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(
@@ -107,14 +107,14 @@ def test_one_line_of_the_log_says_what_was_chosen_and_why(hardware, caplog):
 @pytest.mark.parametrize(
     "device, amp_dtype, machine, words",
     [
-        ("cpu", "bfloat16", {}, "bfloat16 does not pay on cpu.*several hundred times.*--amp false"),
-        ("cpu", "float16", {}, "float16 does not pay on cpu.*several hundred times.*--amp false"),
+        ("cpu", "bfloat16", {}, "bfloat16 is slow on cpu.*several hundred times.*--amp false"),
+        ("cpu", "float16", {}, "float16 is slow on cpu.*several hundred times.*--amp false"),
         ("cpu", "float16", {"supported": ("bfloat16", "float16"), "gain": 3.0}, "float16.*20 times"),
         ("cpu", "bfloat16", {"supported": ("bfloat16",), "gain": 0.25}, "bfloat16.* 4 times as long as in float32"),
         ("cuda", "bfloat16", {"capability": (7, 5)}, "bfloat16.*no units for it.*--amp_dtype float16"),
     ],
 )
-def test_a_choice_that_does_not_pay_is_taken_with_a_warning_that_names_the_cost(
+def test_a_choice_that_is_slow_is_used_with_a_warning_that_names_the_cost(
     hardware, caplog, device, amp_dtype, machine, words
 ):
     hardware(**machine)
@@ -130,7 +130,7 @@ def test_float32_is_taken_without_a_warning(hardware, caplog):
 
 @pytest.mark.parametrize("files", [["train.json"], ["train.json", "evaluate.json"], ["inference.json"]])
 @pytest.mark.parametrize("supported, amp", [((), False), (("bfloat16",), True)])
-def test_configs_ask_the_hardware_and_record_what_it_said(hardware, files, supported, amp):
+def test_configs_use_the_precision_of_the_hardware_and_record_it(hardware, files, supported, amp):
     hardware(supported=supported, gain=3.0)
     parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / "configs" / name) for name in files]))
     parser.update({"device": "cpu"})

@@ -1,4 +1,4 @@
-"""What a run shows while it works: bars that move while they wait, on a terminal and in a file."""
+"""Progress bars on a terminal and in a file: they are redrawn while a step takes long, and do not mix with the log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(params=[io.StringIO, Terminal])
 def output(request, monkeypatch):
-    """Where bars and the log go; the clock of a bar is quick."""
+    """The stream that bars and the log are written to; bars are redrawn often."""
     stream = request.param()
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     monkeypatch.setattr(progress, "SECONDS", 0.02)
@@ -50,7 +50,7 @@ def test_closed_bar_is_drawn_no_more(output):
     assert output.getvalue() == drawn
 
 
-def test_bar_that_nobody_holds_ends_its_clock(output):
+def test_thread_of_a_bar_ends_when_nothing_refers_to_the_bar(output):
     bar = ProgressBar(total=1, desc="validation")
     assert wait_for(lambda: output.getvalue().count("validation:   0%") >= 4)
     del bar
@@ -84,8 +84,8 @@ def test_on_a_terminal_the_log_stands_above_the_bar(output, monkeypatch):
     with ProgressBar(total=1, desc="validation"):
         logging.warning("a line of the log")
         before, after = output.getvalue().split("a line of the log\n")
-        assert before.endswith("\r")  # the bar was wiped out
-        assert "validation:   0%" in after  # and is below now
+        assert before.endswith("\r")  # the bar was removed
+        assert "validation:   0%" in after  # and drawn again below
     assert logging.getLogger().handlers == [console]
 
 

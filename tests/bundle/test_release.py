@@ -1,4 +1,4 @@
-"""`make release`: one file, the same each time, that a user downloads into an empty folder and works with."""
+"""`make release`: one file, the same bytes each time, that a user can download into an empty folder and use."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_downloaded_bundle_trains_evaluates_encodes_and_loads(downloaded, archiv
     assert (downloaded / "eval/fast_dev_run/checkpoints/model.pt").is_file()
     assert (downloaded / "eval/evaluation/metrics.csv").is_file()
     assert len(list((downloaded / "latents").rglob("*_latent.nii.gz"))) == 2
-    assert (folder / "again" / archive.name).read_bytes() == archive.read_bytes()  # nothing is missing to share it again
+    assert (folder / "again" / archive.name).read_bytes() == archive.read_bytes()  # a download can be shared again
 
 
 def test_layout_is_what_the_hub_takes(downloaded, tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_layout_is_what_the_hub_takes(downloaded, tmp_path, monkeypatch):
     uploaded = {}
 
     class Hub:
-        HfApi = lambda token: Hub  # noqa: E731  stands in for the package, which would go to the network
+        HfApi = lambda token: Hub  # noqa: E731  in place of the package, which needs an internet connection
         create_repo = create_tag = lambda **_: None
 
         def upload_folder(repo_id: str, folder_path: str) -> str:

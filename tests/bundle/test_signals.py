@@ -1,4 +1,4 @@
-"""Ctrl-C in a run over volumes: words, an exit code, and no half a file."""
+"""Ctrl-C in a run over volumes: a message, an exit code, and no incomplete file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _reconstruct(volumes: Path, output_dir: Path):
     flow.run()
 
 
-def test_ctrl_c_in_a_run_over_volumes_ends_with_words_and_no_half_a_file(volumes, tmp_path):
+def test_ctrl_c_in_a_run_over_volumes_ends_with_a_message_and_no_incomplete_file(volumes, tmp_path):
     output_dir = tmp_path / "reconstructions"
     process = SERVER.Process(target=_reconstruct, args=(volumes, output_dir))
     process.start()

@@ -1,4 +1,4 @@
-"""A latent that somebody shared is decoded within the output folder and within memory, or refused by name."""
+"""A latent from elsewhere is decoded into the output folder and within memory, or refused with an error that names it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OUTSIDE = [
     "C:\\x\\y.nii.gz",
     "C:y.nii.gz",
     "\\\\host\\x\\y.nii.gz",
-    "a/.. /y.nii.gz",  # Windows leaves out the space
+    "a/.. /y.nii.gz",  # Windows ignores the space
     ".",
     "",
     "a\0.nii.gz",
@@ -155,7 +155,7 @@ def test_latent_of_an_earlier_version_is_decoded_to_the_same_bytes(encoded, late
         ({"preprocessed_shape": [32767] * 3, "padding": [1] * 3}, "does not lie where|take .* GiB"),
         (
             {"preprocessed_shape": [8, 8, 6], "padding": [0, 0, 0]},
-            r"has the shape \(5, 4, 3, 3\), and .* makes it \(4, 4, 3, 3\)",
+            r"has the shape \(5, 4, 3, 3\); with .* it must be \(4, 4, 3, 3\)",
         ),
         ({"padding": [0, 0, 0]}, r"`padding` \[0, 0, 0\] does not pad `preprocessed_shape` \[9, 8, 6\]"),
         ({"data_type": "O"}, "`data_type` is 'O'; it must be a data type of real numbers"),
@@ -209,7 +209,7 @@ def test_scale_of_latents_leaves_out_descriptions_that_are_false(encoded, latent
 
 
 def mutated(description: dict[str, Any], chance: random.Random) -> bytes:
-    """A description in which something is different, or a text that is none."""
+    """A changed description, or text that is not a description."""
     kind = chance.randrange(8)
     if kind == 0:
         text = bytearray(json.dumps(description).encode())

@@ -36,7 +36,7 @@ def with_voxel(path: Path, value: float) -> str:
 
 
 def with_header(path: Path, affine: np.ndarray | None = None, **fields: object) -> str:
-    """A volume whose header says something else than what is in the file."""
+    """A volume whose header does not agree with the content of the file."""
     image = nib.Nifti1Image(head_like(SHAPE), np.eye(4))
     for name, value in fields.items():
         image.header[name] = value
@@ -105,7 +105,7 @@ def test_volume_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, m
 
 
 @pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"a": {"state": "x", "problem": null}}', "[" * 10**5])
-def test_memory_of_checks_that_is_false_is_named_and_made_again(tmp_path, caplog, content):
+def test_invalid_cache_of_checks_is_named_and_made_again(tmp_path, caplog, content):
     lists, cache = volumes_with_two_bad(tmp_path), tmp_path / "checked.json"
     cache.write_text(content)
     assert len(usable_volumes(lists, 1, True, str(cache))["training"]) == 3

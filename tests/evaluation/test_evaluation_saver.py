@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: numbers for each volume that agree with each other, and a report that stands alone."""
+"""What an evaluation writes: numbers for each volume that agree with each other, and a report that needs no other file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def keys_of(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Volumes in ``in``, one of them in HU and one with a name that HTML must not take for its own; and ``weights``."""
+    """Volumes in ``in``, one of them in HU and one with a name that must be escaped in HTML; and ``weights``."""
     folder = tmp_path_factory.mktemp("evaluation")
     save_volume(folder / "in" / "a.nii.gz", (24, 24, 24))
     save_volume(folder / "in" / "training.nii.gz", (16, 16, 16), seed=1)
@@ -67,7 +67,7 @@ def evaluated(folder) -> dict:
 
 
 class Page(HTMLParser):
-    """What a page refers to, its ids, the cells of its table and its text; tags that are closed wrongly are an error."""
+    """The references of a page, its ids, the cells of its table and its text; wrongly closed tags are an error."""
 
     VOID = ("meta", "img", "link", "br")
 
@@ -103,7 +103,7 @@ class Page(HTMLParser):
 
 
 def alike(one: dict[str, float | None], other: dict[str, float | None]) -> bool:
-    """Whether two have the same metrics, to rounding."""
+    """Whether two have the same metrics, up to rounding."""
     defined = {name for name, value in one.items() if value is not None}
     assert one.keys() == other.keys() and defined == {name for name, value in other.items() if value is not None}
     return all(one[name] == pytest.approx(other[name], rel=1e-4) for name in defined)
@@ -152,7 +152,7 @@ def test_report_needs_no_other_file_and_no_network(report):
     for reference in page.references:
         assert urlsplit(reference).scheme == "data" or reference.startswith("#"), reference
     assert "url(" not in report and "@import" not in report and "http://" not in report and "https://" not in report
-    assert "default-src 'none'" in report  # the browser sees to it as well
+    assert "default-src 'none'" in report  # the browser enforces it as well
     for reference in page.references:
         assert not reference.startswith("#") or reference[1:] in page.ids
 
@@ -176,7 +176,7 @@ def test_report_says_what_was_evaluated(folder, report):
     assert file_hash(str(folder / "weights" / "model.pt")) in text
     for words in ("total factor 8 x 8 x 8", "latent channels 8", "compression 64 voxels per number", "latent_channels 8"):
         assert words in text, words
-    assert "deep/<b>&.nii.gz" in text  # and not a bold one
+    assert "deep/<b>&.nii.gz" in text  # not as bold text
     assert "21 x 26 x 9 voxels of 1 x 1 x 3 mm" in text
 
 

@@ -1,4 +1,4 @@
-"""Metrics: each sees what it is for, and is MONAI's where MONAI has it."""
+"""Metrics: each measures what it is for, and equals MONAI's where MONAI has it."""
 
 from __future__ import annotations
 

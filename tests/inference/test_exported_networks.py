@@ -1,4 +1,4 @@
-"""The commands of docs/export.md on the shipped weights: what they write gives what the network gives, at any size."""
+"""The commands of docs/export.md on the shipped weights: exported files give the results of the network, at any size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TWO_LATENTS = 9  # the smallest size that is padded to two latents of 8 voxels
 
 
 def run_documented(command: str, folder: Path) -> None:
-    """A command of the document as a shell would hand it to MONAI, with its file in another folder."""
+    """A command of the document as a shell would pass it to MONAI, with its file in another folder."""
     pattern = rf"^python -m monai\.bundle ({command} (?:.|\n)*?)\n```"
     words = shlex.split(re.search(pattern, DOCUMENT, re.MULTILINE)[1].replace("\\\n", " "))
     words = [re.sub(r"^models/model\.(ts|onnx)$", rf"{folder}/model.\1", word) for word in words]

@@ -1,4 +1,4 @@
-"""Streaming gives what the whole-volume pass gives, whatever the network, the size and the budget."""
+"""Streaming gives the result of one pass, for every network, size and budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZES = [(16, 16, 16), (17, 20, 23), (33, 9, 12), (5, 40, 7), (24, 11, 41), (1, 
 def network_and_image(arguments: dict, size: tuple[int, ...], batch: int = 1):
     network = build(Reconstructor, **arguments)
     torch.manual_seed(1)
-    for parameter in network.parameters():  # norms that do nothing, and small last layers, would hide errors
+    for parameter in network.parameters():  # norms without effect and small last layers would hide errors
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return network, torch.rand(batch, network.arguments["in_channels"], *size)
 
@@ -124,7 +124,7 @@ def test_what_fits_runs_in_one_pass_and_what_does_not_in_slabs(monkeypatch):
     assert budgets == [TINY]
 
 
-def test_maps_that_the_host_has_no_room_for_lie_in_files_that_are_gone_afterwards(monkeypatch, tmp_path):
+def test_maps_too_large_for_the_host_are_in_files_that_are_deleted_afterwards(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     network, image = network_and_image({}, (16, 16, 16))
     seen = []

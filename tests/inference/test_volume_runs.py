@@ -1,4 +1,4 @@
-"""Whole volumes through the inference pipelines: they come back as the files that they were, and latents suffice."""
+"""Whole volumes in the inference pipelines: results have the form of the input files, and decoding needs only latents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(*args, **overrides) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A folder with weights of a small network that has seen nothing; its linear shortcut makes a fair reconstruction."""
+    """A folder with weights of a small untrained network, whose linear shortcut gives a fair reconstruction."""
     folder = tmp_path_factory.mktemp("weights")
     flow = ConfigWorkflow(
         str(ROOT / "configs" / "inference.json"), workflow_type="infer", logging_file=False, bundle_root=str(ROOT), **NETWORK
@@ -108,7 +108,7 @@ def encoded(kinds, weights, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reconstruction_is_the_file_that_its_volume_was(kinds, reconstructed, kind):
+def test_reconstruction_has_the_form_of_its_volumes_file(kinds, reconstructed, kind):
     before, after = nib.load(kinds / f"{kind}.nii.gz"), nib.load(reconstructed / f"{kind}_reconstruction.nii.gz")
     assert after.shape == before.shape
     assert np.allclose(after.affine, before.affine, atol=1e-6)
@@ -202,7 +202,7 @@ def test_killed_encoding_ends_with_the_files_of_an_undisturbed_one(weights, tmp_
     assert job.returncode == -signal.SIGKILL and 3 <= len(done) < 40
     run("encoding", data, out, weights)
     run("encoding", data, undisturbed, weights)
-    assert {path: path.stat().st_mtime_ns for path in done} == done  # what was whole is left alone
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # complete latents are not written again
     names = sorted(path.name for path in undisturbed.iterdir())
     assert sorted(path.name for path in out.iterdir()) == names and len(names) == 81
     for name in names:
@@ -287,11 +287,11 @@ def test_bad_files_are_named_and_the_good_ones_done(weights, tmp_path):
         assert len(list((out / run_id).glob("good_*.nii.gz"))) == 1
 
 
-def test_empty_folder_and_read_only_output_are_said_at_once(weights, tmp_path):
+def test_empty_folder_and_read_only_output_are_errors_at_the_start(weights, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "file").write_text("")
     for out, words in (("file/out", "cannot be written to"), ("out", "no volume below `dataset_dir`")):
-        with pytest.raises(RuntimeError) as stopped:  # MONAI's, around what an expression of the config raises
+        with pytest.raises(RuntimeError) as stopped:  # MONAI's, raised from the error of an expression of the config
             run("encoding", tmp_path / "in", tmp_path / out, weights)
         assert words in str(stopped.value.__cause__) or words in str(stopped.value.__cause__.__cause__)
 
@@ -342,7 +342,7 @@ def test_dicom_series_are_folders_and_become_nifti(weights, tmp_path):
         assert (tmp_path / "decoding" / name).read_bytes() == (tmp_path / "evaluating" / name).read_bytes()
 
 
-def test_read_only_output_folder_is_said_at_once():
+def test_read_only_output_folder_is_an_error_at_the_start():
     from scripts.inference.volume_runs import join_processes
 
     with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to other users
@@ -351,7 +351,7 @@ def test_read_only_output_folder_is_said_at_once():
         os.chmod(folder, 0o755)
         os.chmod(out, 0o555)
         user = os.geteuid()
-        if user == 0:  # who may write everywhere
+        if user == 0:  # root may write everywhere
             os.seteuid(65534)
         try:
             with pytest.raises(OSError, match=r"`output_dir` .* cannot be written to \(Permission denied\)"):

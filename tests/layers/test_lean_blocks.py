@@ -1,4 +1,4 @@
-"""The lean blocks give the result of MONAI's, and keep what they promise to keep."""
+"""The lean blocks give the results of MONAI's, and keep only the feature maps that they claim."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_network_compiles_and_gives_the_same():
     results = []
     for compiled in (False, True):
         if compiled:
-            network.compile(backend="aot_eager")  # traces as the default does, and leaves out its minutes of building
+            network.compile(backend="aot_eager")  # traces as the default does, without its minutes of compilation
         torch.manual_seed(3)
         reconstruction = network(image)[0]
         network.zero_grad()

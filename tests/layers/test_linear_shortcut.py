@@ -1,4 +1,4 @@
-"""The linear shortcut: where it starts, what it is fitted to, and that the network only corrects it."""
+"""The linear shortcut: its initialisation, its fits, and that the network beside it only corrects it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_fitted_code_is_the_best_linear_one(factors):
     blocks = torch.einsum("khwd,kn->nhwd", mixing, weights)
     image = torch.cat(list(blocks.split(1)), dim=1)[None]  # along one axis
     before = (code(image) - image).square().mean()
-    assert code.fit([image] * 100) == 51200  # beside which the cosine waves do not count
+    assert code.fit([image] * 100) == 51200  # so many that the prior of cosine waves has no weight
     assert (code(image) - image).square().mean() < 1e-4 * before
     assert torch.allclose(code.encode(image).square().mean(dim=(0, 2, 3, 4)), torch.ones(6), atol=1e-3)
 
@@ -101,13 +101,13 @@ def test_fitted_neighbours_are_the_ridge_regression():
     images = torch.rand(16, 1, 4, 4)
     latent = code.encode(images).detach()
     code.fit_neighbours([images])
-    # the same in one piece: prior rows say that each feature decodes to what it does without neighbours
+    # the same in one piece: the prior is a row for each feature, with the decoder without neighbours as its target
     start = LinearShortcut(1, 3, (2, 2))
     seen = beside_neighbours(latent).transpose(0, 1).flatten(1).t()
     blocks = torch.nn.functional.pixel_unshuffle(images, 2).transpose(0, 1).flatten(1).t()
     functions = torch.zeros(15, 4)
     functions[:3] = (start.outer.synthesis * start.scale.view(3, 1, 1, 1)).flatten(1).detach()
-    weight = RIDGES[0] ** 0.5  # with nothing left out to judge by, the strongest
+    weight = RIDGES[0] ** 0.5  # without held-out images, the strongest
     rows = torch.cat([seen, weight * torch.eye(15)])
     solution = torch.linalg.lstsq(rows, torch.cat([blocks, weight * functions])).solution
     expected = torch.nn.functional.pixel_shuffle((seen @ solution).t().reshape(4, 16, 2, 2).transpose(0, 1), 2)
@@ -123,7 +123,7 @@ def test_few_blocks_fit_no_worse_than_cosine_waves():
         assert (code(unseen) - unseen).square().mean() < 1.05 * waves
 
 
-def test_neighbours_that_tell_nothing_are_left_out():
+def test_neighbours_without_information_get_no_weight():
     def noise(seed):
         return torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(seed))
 
@@ -137,7 +137,7 @@ def test_neighbours_that_tell_nothing_are_left_out():
         assert (code(unseen) - unseen).square().mean() < 1.001 * alone
 
 
-def test_a_code_without_room_for_neighbours_goes_without():
+def test_a_code_too_large_for_neighbours_has_none():
     large = LinearShortcut(1, 256, (64, 64, 64))
     assert large.halo == 0 and large.fit_neighbours([torch.rand(1, 1, 64, 64, 64)]) == 0
     for latent_channels, size in ((24, 8), (64, 16), (256, 32)):
@@ -199,7 +199,7 @@ def test_networks_beside_a_shortcut_start_with_filters_that_see_detail_alone():
             assert brighter.abs().max() < 1e-4 < 0.1 < contrast.std(), name
 
 
-def test_correction_of_each_latent_channel_is_as_loud_in_the_image():
+def test_correction_of_each_latent_channel_has_the_same_amplitude_in_the_image():
     code = LinearShortcut(1, 24, (8, 8, 8))
     code.fit([smooth_volume(seed)[..., :16] for seed in range(30)])
     assert code.scale.max() > 5 * code.scale.min()

@@ -1,4 +1,4 @@
-"""The planner: what it counts without computing is what a real step needs."""
+"""The planner: its counts on fake tensors are those of a real step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from scripts.training.losses import LossTerm, SpectralLoss
 from tests.conftest import ROOT, SMALL
 from tests.processes import bundle_run
 
-NARROW = {"channels": (4, 8, 8), "norm_num_groups": 4}  # where bfloat16 is slow it does not matter
+NARROW = {"channels": (4, 8, 8), "norm_num_groups": 4}  # so narrow that slow bfloat16 does not matter
 TINY = {"channels": [4, 8, 8], "latent_channels": 8}
 
 
@@ -146,13 +146,13 @@ def test_accumulated_gradients_are_there_during_the_step():
 
 
 def test_optimizer_makes_its_temporaries_for_all_parameters_at_once_on_cuda_only():
-    tiny_volume = (16,) * 3  # the optimizer is what needs most
+    tiny_volume = (16,) * 3  # so small that the optimizer needs most
     cuda, cpu = (training_cost(on_meta("initial 4, [2,2]"), tiny_volume, device=d) for d in ("cuda", "cpu"))
     assert cuda.peak_phase == "optimizer"
     assert cuda.peak > cpu.peak
 
 
-def test_volume_of_512_takes_seconds_and_next_to_no_memory():
+def test_volume_of_512_takes_seconds_and_hardly_any_memory():
     start, before = time.process_time(), restart_peak()
     estimate = estimate_memory(512)
     assert estimate.training.peak > 10 * GIB
@@ -212,7 +212,7 @@ def test_voxels_per_latent_set_the_latent_channels():
     assert best.overlay["latent_channels"] == 8
 
 
-def test_what_fits_nowhere_comes_with_what_would():
+def test_request_that_nothing_fits_names_what_would_fit():
     two_levels = {"channels": [4, 8], "downsample_factors": [2], "latent_channels": 8}
     assert recommend_downsample_factors(48, memory_gb=0.6, **two_levels) == []
     least, changes = leanest(48, 0.6, **two_levels)
@@ -367,7 +367,7 @@ def test_recommended_overlay_trains(volumes, tmp_path):
 
 
 @pytest.mark.precision
-def test_plans_for_a_gpu_are_in_bfloat16_and_for_the_cpu_in_what_pays_here(monkeypatch):
+def test_plans_for_a_gpu_are_in_bfloat16_and_for_the_cpu_in_its_default(monkeypatch):
     monkeypatch.setattr("scripts.bundle.precision.has_convolutions", lambda name: False)
     assert read_plan().amp_dtype is torch.bfloat16
     assert read_plan(device="cpu").amp_dtype is None

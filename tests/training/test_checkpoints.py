@@ -1,4 +1,4 @@
-"""Weights and checkpoints, in one process on tiny networks: what is kept, what is refused, and what a damaged file costs."""
+"""Weights and checkpoints, in one process on tiny networks: what they keep, what is refused, and damaged files."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_weights_of_other_factors_are_refused_although_their_shapes_fit(tmp_path
         load_weights(other, tmp_path / "model.pt")
 
 
-def test_weights_of_a_run_that_has_not_validated_yet_are_no_riddle(tmp_path):
+def test_weights_of_a_run_that_has_not_validated_yet_get_an_error_that_says_so(tmp_path):
     (tmp_path / "checkpoint_00000032.pt").touch()
-    with pytest.raises(FileNotFoundError, match=r"not written model.pt yet, it does at its next validation.*--resume true"):
+    with pytest.raises(FileNotFoundError, match=r"not written model.pt yet; its next validation will.*--resume true"):
         load_weights(small_network(), tmp_path / "model.pt")
 
 
@@ -62,7 +62,7 @@ def test_missing_damaged_and_unknown_weights(tmp_path, caplog):
         load_weights(small_network(), path)
     path.write_bytes(whole)
     load_weights(small_network(), path)
-    assert "nobody knows" in caplog.text
+    assert "it cannot be checked whether it fits this network" in caplog.text
 
 
 class RunsCode:

@@ -1,4 +1,4 @@
-"""Several processes train as one does. With gloo; torchrun starts them where its own part is the point."""
+"""Several processes train as one does, with gloo; torchrun starts them only in the tests of torchrun itself."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def record(folder: Path, flow: ConfigWorkflow):
 
 
 def terminate_second_process(flow: ConfigWorkflow):
-    trainer = flow.trainer  # made in all processes: making it, they wait for each other
+    trainer = flow.trainer  # in all processes, which wait for each other while it is made
     if os.environ["RANK"] == "1":
         trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: os.kill(os.getpid(), signal.SIGTERM))
 

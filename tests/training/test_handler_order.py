@@ -1,4 +1,4 @@
-"""Handlers in an order that does not work are refused before the first step."""
+"""Handlers in a wrong order are refused before the first step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def test_order_is_about_the_handlers_of_train_json_which_keep_it():
 
 
 @pytest.mark.parametrize("earlier, later, reason", ORDER)
-def test_two_handlers_the_wrong_way_round_are_named_with_the_reason(earlier, later, reason):
+def test_two_handlers_in_the_wrong_order_are_named_with_the_reason(earlier, later, reason):
     handlers = {type(handler).__name__: handler for handler in handlers_of("train.json")}
-    special = type("Special", (type(handlers[later]),), {})()  # of a subclass
+    special = type("Special", (type(handlers[later]),), {})()  # a subclass counts as its base class
     with pytest.raises(ValueError, match=f"{earlier} must come before {later} in the list of handlers: {reason}"):
         check_order([special, handlers[earlier]])
 

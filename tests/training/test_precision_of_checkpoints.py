@@ -21,7 +21,7 @@ OF_THE_DEVICE = Precision("cpu", False, "bfloat16", "that of the device")
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
-    """A device that would have float32."""
+    """A device whose default is float32."""
     monkeypatch.setattr("scripts.training.precision_of_checkpoints.choose_precision", lambda device: OF_THE_DEVICE)
 
 
@@ -41,7 +41,7 @@ def test_without_a_checkpoint_it_is_that_of_the_device(tmp_path):
     "record", [None, "bfloat16", {"amp": "yes", "amp_dtype": "bfloat16"}, {"amp": True, "amp_dtype": "int8"}]
 )
 def test_a_checkpoint_that_does_not_say_it_goes_on_as_the_device_has_it(tmp_path, caplog, record):
-    """As those of older versions."""
+    """A checkpoint as older versions wrote it."""
     network = small_network()
     run_with_checkpoints(tmp_path, network, epochs=1)
     (path,) = find_checkpoints(tmp_path)
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_does_not_say_it_goes_on_as_the_device_has_it(tmp_path
     torch.save(content if record is None else {**content, "precision": record}, path)
     with caplog.at_level(logging.INFO):
         assert resumed_precision(str(tmp_path), "cpu") is OF_THE_DEVICE
-    assert f"{path} does not say its precision" in caplog.text
+    assert f"{path} does not record its precision" in caplog.text
     resumed, _ = run_with_checkpoints(tmp_path, network, epochs=2, resume=True)
     assert resumed.state.iteration == 6
 

@@ -63,7 +63,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def training(data, output_dir, *presets: str, **keys) -> ConfigWorkflow:
-    """The training of configs/train.json, ready to run. ``flow.first`` will be what validation saw and got at first."""
+    """The training of configs/train.json, ready to run. ``flow.first`` will have the first validation's image and result."""
     flow = ConfigWorkflow(
         config_file=[str(ROOT / "configs" / name) for name in ("train.json", *presets)],
         meta_file=str(ROOT / "configs/metadata.json"),

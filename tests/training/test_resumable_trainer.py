@@ -1,4 +1,4 @@
-"""The trainer, its checkpoints and its start serve a network that is no autoencoder."""
+"""The trainer, its checkpoints and its initial weights work with a network that is not an autoencoder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A run that is killed and goes on ends with the weights of one that was not, to the last bit; no fault costs more than the
-minutes since the last checkpoint. Every run is that of configs/train.json, in a process of its own."""
+"""A run that is killed and resumed ends with the weights of an uninterrupted one, bit for bit; no fault loses more than the
+minutes since the last checkpoint. Every run is that of configs/train.json, in a separate process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def send_itself(number: int):
 
 
 def kill_at(iteration: int, flow: ConfigWorkflow):
-    """In the middle of a step: the forward pass is done, the weights have not moved."""
+    """In the middle of a step: the forward pass is done, the weights are unchanged."""
     trainer = flow.trainer
     trainer.add_event_handler(
         IterationEvents.BACKWARD_COMPLETED,
@@ -49,8 +49,8 @@ def kill_at(iteration: int, flow: ConfigWorkflow):
 
 
 def kill_in_write(number: int, function: str, flow: ConfigWorkflow):
-    """While the ``number``-th checkpoint is written: ``os.fsync`` before it is whole on disk, ``os.replace`` before it has
-    its name."""
+    """While the ``number``-th checkpoint is written: in ``os.fsync`` before it is complete on the disk, in ``os.replace``
+    before it has its name."""
     original = getattr(os, function)
     folder = Path(flow.parser.get_parsed_content("ckpt_dir"))
     calls = []
@@ -67,7 +67,7 @@ def kill_in_write(number: int, function: str, flow: ConfigWorkflow):
 
 
 def same(a, b) -> bool:
-    """Equal to the last bit, at any depth."""
+    """Equal bit for bit, at any depth."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -85,7 +85,7 @@ def uninterrupted(data, tmp_path_factory) -> dict:
 
 
 def test_the_run_that_is_compared_with_learns_and_augments(uninterrupted, data, tmp_path):
-    """Otherwise equality would say nothing."""
+    """Otherwise the equality of two runs would prove nothing."""
     assert not any("not finite" in line for line in uninterrupted["log"])
     assert uninterrupted["trainer"] == {"iteration": 9, "epoch": 3, "epoch_length": EPOCH_LENGTH}
     assert train(data, tmp_path / "eval", seed=1) == 0
@@ -101,7 +101,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("moment", KILLS)
-def test_killed_and_resumed_is_as_if_nothing_had_happened(moment, data, tmp_path, uninterrupted):
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(moment, data, tmp_path, uninterrupted):
     output_dir = tmp_path / "eval"
     assert train(data, output_dir, KILLS[moment]) == -signal.SIGKILL
     assert train(data, output_dir, resume=True, num_workers=1) == 0, log_of(output_dir)
@@ -203,7 +203,7 @@ def signal_before_first_step(moment: str, number: int, flow: ConfigWorkflow):
         ("shortcut is fitted", signal.SIGTERM),
     ],
 )
-def test_signal_before_the_first_step_ends_with_words_and_its_exit_code(moment, number, data, tmp_path):
+def test_signal_before_the_first_step_ends_with_a_message_and_its_exit_code(moment, number, data, tmp_path):
     output_dir = tmp_path / "eval"
     handlers = {"validate#handlers": [{"_target_": "StatsHandler", "iteration_log": False}]}  # it logs exceptions
     code = train(data, output_dir, partial(signal_before_first_step, moment, number), num_workers=1, **handlers)
@@ -219,7 +219,7 @@ def signal_after_last_epoch(flow: ConfigWorkflow):
 
 
 def test_signal_after_the_last_epoch_loses_nothing(data, tmp_path):
-    """In the validation that a run makes whose epochs were all done before."""
+    """In the validation of a resumed run whose epochs were all done before."""
     output_dir = tmp_path / "eval"
     assert train(data, output_dir, epochs=1) == 0
     before = sorted((path.name, path.read_bytes()) for path in (output_dir / "checkpoints").iterdir())

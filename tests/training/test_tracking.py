@@ -1,4 +1,4 @@
-"""What a run leaves to look at: MLflow, throughput; and the datasets that a config chooses between."""
+"""What a run records beside its weights (MLflow, throughput), and the datasets that a config can choose."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_mlflow_shows_losses_parameters_and_the_picture(volumes, tmp_path):
     assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["reconstruction.png"]
 
 
-def test_throughput_tells_a_starved_trainer(caplog):
+def test_throughput_shows_a_trainer_that_waits_for_data(caplog):
     class Slow(torch.utils.data.Dataset):
         def __len__(self):
             return 4

@@ -132,8 +132,8 @@ def test_adversary_waits_for_its_warmup():
     assert torch.isclose(output["loss"], output["recon_loss"] + 1e-4 * output["kl_loss"] + 0.1 * output["adv_loss"])
 
 
-def test_each_step_moves_its_own_network_only():
-    """The autoencoder's step with an adversary of weight 0 is that without one, and the discriminator's the other way."""
+def test_each_step_changes_its_own_network_only():
+    """An adversary of weight 0 leaves the autoencoder's step as it is, and its loss gives the discriminator no gradient."""
     networks = []
     for adversary in (None, adversary_of(weight=0.0)):
         networks.append(small_network())
@@ -323,7 +323,7 @@ def poisoned(bad: set[int]):
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_step_that_is_not_finite_is_left_out(accumulation_steps, caplog):
+def test_step_that_is_not_finite_is_skipped(accumulation_steps, caplog):
     network = small_network()
     items = [{**item, "file": f"{i}.nii"} for i, item in enumerate(images(4))]
     weights = []
