@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Standardised", "coarse_latent", "local_statistics"]
+__all__ = ["Standardised", "coarse_latent", "local_statistics", "nearest_class"]
 
 GRID = 4  # cells along each axis
 NUM_CHANNELS = 4
@@ -65,3 +65,26 @@ class Standardised:
     def __call__(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """``NxK`` in float64."""
         return (torch.stack(list(features)).double() - self.mean) / self.deviation
+
+
+def nearest_class(
+    features: Sequence[torch.Tensor],
+    training: Sequence[torch.Tensor],
+    labels: Sequence[str],
+    classes: Iterable[str],
+    standardised: Standardised,
+) -> list[str]:
+    """
+    The class whose mean over the training volumes is nearest to each volume's features.
+
+    Args:
+        features: of the volumes, ``K`` each.
+        training: of the training volumes, ``K`` each.
+        labels: of the training volumes.
+        classes: to choose from.
+        standardised: makes features comparable.
+    """
+    rows = {name: [z for z, label in zip(training, labels) if label == name] for name in classes}
+    present = [name for name, found in rows.items() if found]
+    means = torch.stack([standardised(rows[name]).mean(0) for name in present])
+    return [present[i] for i in torch.cdist(standardised(features), means).argmin(1).tolist()]
