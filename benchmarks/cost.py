@@ -2,14 +2,15 @@
 
     python -m benchmarks.cost [--size 96] [--inference_size 256] [--device cpu]
 
-Prints the tables of docs/performance.md in Markdown. All ratios of a table are measured in one run on one machine.
+Prints the tables of docs/performance.md in Markdown, in the precision that pays on the device: the head line says which. All
+ratios of a table are measured in one run on one machine.
 """
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from statistics import median
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import fire
 import torch
 
+from benchmarks.machine import described, now
 from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factors
+from scripts.bundle.precision import autocast_dtype, choose_precision
 from scripts.planning.saved_tensors import SavedTensors
 
 MIB = 2**20
@@ -43,7 +46,8 @@ def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> No
         inference_size: edge of the cube that is reconstructed, voxels.
         device: where to run.
     """
-    print(f"Training step on {size}³, batch 1, bfloat16, channels (32, 64, 64), {device}:\n")
+    precision = choose_precision(device).name
+    print(f"{described(device, precision)}. Training step on {size}³, batch 1, channels (32, 64, 64):\n")
     rows = {name: (saved_activations(name, size, device), training_step(name, size, device)) for name in [MONAI, *FACTORS]}
     memory, seconds = rows[MONAI]
     print_table(
@@ -71,7 +75,7 @@ def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> No
             for name, (m, s) in switched.items()
         ),
     )
-    print(f"\nReconstruction of {inference_size}³ without gradients, float32, process peak above idle, {device}:\n")
+    print(f"\nReconstruction of {inference_size}³ without gradients, float32, process peak above idle:\n")
     peaks = {name: inference_peak(name, inference_size, device) for name in [MONAI, *RECONSTRUCTED]}
     print_table(
         ["network", "total", "peak", "of MONAI's"],
@@ -94,12 +98,18 @@ def switched_network(
     return network
 
 
+def mixed_precision(device: str) -> torch.autocast:
+    """The autocast that pays on a device, which may be none."""
+    precision = choose_precision(device)
+    return torch.autocast(device, autocast_dtype(precision.amp_dtype), enabled=precision.amp)
+
+
 def saved_activations(name: str, size: int, device: str, **switches: Any) -> int:
     """Bytes that the backward pass of one step keeps, parameters apart."""
     network = switched_network(name, device, **switches)
     image = torch.rand(1, 1, size, size, size, device=device)
     saved = SavedTensors(list(network.parameters()))
-    with saved, torch.autocast(device, torch.bfloat16):
+    with saved, mixed_precision(device):
         kept = network(image)  # noqa: F841  a storage that is freed could be counted twice
     return saved.nbytes
 
@@ -111,8 +121,8 @@ def training_step(name: str, size: int, device: str, **switches: Any) -> float:
     image = torch.rand(1, 1, size, size, size, device=device)
     times = []
     for _ in range(1 + REPEATS):
-        start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16):
+        start = now(device)
+        with mixed_precision(device):
             reconstruction, z_mu, _ = network(image)
         loss = torch.nn.functional.l1_loss(reconstruction.float(), image) + 1e-8 * z_mu.float().square().sum()
         loss.backward()
@@ -120,7 +130,7 @@ def training_step(name: str, size: int, device: str, **switches: Any) -> float:
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(now(device) - start)
     return median(times[1:])
 
 
@@ -132,7 +142,7 @@ def inference_peak(name: str, size: int, device: str) -> int:
 
 def print_table(header: list[str], rows: Iterable[list[str]]) -> None:
     """Print a Markdown table."""
-    for row in [header, ["---"] * len(header), *rows]:
+    for row in itertools.chain([header, ["---"] * len(header)], rows):  # each row as soon as it is there
         print(f"| {' | '.join(row)} |", flush=True)
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.cost import MIB, print_table
+from benchmarks.machine import described
 from benchmarks.networks import MONAI, build_with, total_factors
+from scripts.bundle.precision import choose_precision
 from scripts.planning.step_costs import training_cost
 
 # glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use
@@ -29,9 +31,13 @@ class Row:
 
     name: str
     size: tuple[int, ...]
-    amp: bool = True
+    amp: bool = True  # where it pays on this processor
     batch_size: int = 1
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def amp_here(self) -> bool:
+        return self.amp and choose_precision("cpu").amp
 
     def build(self) -> torch.nn.Module:
         return build_with(self.name, **self.arguments)
@@ -73,6 +79,7 @@ ROWS = {
 
 def main() -> None:
     """Print the table."""
+    print(f"{described('cpu', choose_precision('cpu').name + ' unless the row says otherwise')}:\n")
     header = ["", "size", "batch", "saved: estimated", "counted", "off by", "peak: estimated", "measured", "off by"]
     print_table(header, ([name, *compare(name)] for name in ROWS))
 
@@ -81,7 +88,7 @@ def compare(name: str) -> list[str]:
     """The cells of a row: estimate, measurement, and by how much the one is off the other."""
     row = ROWS[name]
     estimate = training_cost(
-        row.build(), row.size, batch_size=row.batch_size, amp_dtype=torch.bfloat16 if row.amp else None, device="cpu"
+        row.build(), row.size, batch_size=row.batch_size, amp_dtype=torch.bfloat16 if row.amp_here else None, device="cpu"
     )
     saved, peak = measure(name)
     cells = ["x".join(str(n) for n in row.size), str(row.batch_size)]

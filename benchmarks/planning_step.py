@@ -57,10 +57,10 @@ def step(name: str) -> None:
     from benchmarks.planning import ROWS
 
     row = ROWS[name]
-    saved_in_a_step(row.build(), tuple(2 * f for f in row.factors), 1, row.amp)  # loads the libraries
+    saved_in_a_step(row.build(), tuple(2 * f for f in row.factors), 1, row.amp_here)  # loads the libraries
     gc.collect()  # a trainer and its handlers hold each other, and with them the network
     before = resident()
-    saved = saved_in_a_step(row.build(), row.size, row.batch_size, row.amp)
+    saved = saved_in_a_step(row.build(), row.size, row.batch_size, row.amp_here)
     print(saved, peak_bytes("cpu") - before)
 
 

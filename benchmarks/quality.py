@@ -39,9 +39,10 @@ from monai.utils import set_determinism
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import print_table
 from benchmarks.large_volumes import PRESETS, preset
+from benchmarks.machine import described
 from benchmarks.networks import total_factors
 from scripts.bundle.config import check_parser
-from scripts.bundle.precision import autocast_dtype
+from scripts.bundle.precision import autocast_dtype, computing_dtype
 from scripts.evaluation.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
@@ -90,6 +91,8 @@ def train(
     parser["validate#handlers"] = []
     parser.parse()
     set_determinism(seed=parser.get_parsed_content("seed"))
+    machine = described(device, computing_dtype(parser.get_parsed_content("amp"), parser.get_parsed_content("amp_dtype")))
+    print(machine, flush=True)
     trainer = parser.get_parsed_content("train#trainer")
     Budget(60 * minutes, device).attach(trainer)
     trainer.run()
@@ -100,6 +103,7 @@ def train(
     row = {
         "network": name,
         "data": data,
+        "machine": machine,
         "minutes": minutes,
         "steps": trainer.state.iteration,
         "factors": list(total_factors(trained)),
@@ -224,10 +228,11 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
         all numbers of each volume, by the name of its file.
     """
     factors, device = list(total_factors(network)), parser["device"]
+    get = parser.get_parsed_content
     volumes = {}
     for name, item in validation_volumes(parser):
         image = item.as_tensor()[None]
-        with torch.no_grad(), torch.autocast(device, autocast_dtype(parser["amp_dtype"])):
+        with torch.no_grad(), torch.autocast(device, autocast_dtype(get("amp_dtype")), enabled=get("amp")):
             reconstruction = at_any_size(network.reconstruct, image.to(device), factors).float().clamp(0, 1).cpu()
         volumes[name] = measure(reconstruction, image, factors, parser.get_parsed_content("network_def#latent_channels"))
         if pictures is not None:
@@ -270,7 +275,8 @@ def tables() -> None:
     rows = read_rows()
     volumes = sorted({(row["data"], name) for row in rows for name in row["volumes"]}, reverse=True)
     for data, name in volumes:
-        print(f"\n`{name}`, trained on `data/{data}`:\n")
+        machines = sorted({row.get("machine", "a machine that was not recorded") for row in rows if row["data"] == data})
+        print(f"\n`{name}`, trained on `data/{data}`, {' and '.join(machines)}:\n")
         header = ["network", "minutes", "steps", "voxels per number", "PSNR", "foreground", "SSIM", "block DCT", "trilinear"]
         cells = [table_row(row, row["volumes"][name]) for row in rows if name in row["volumes"] and row["data"] == data]
         print_table([*header, "grid: image, ours, DCT"], cells)

@@ -1,6 +1,6 @@
 """Reconstruction of a volume in slabs, within a share of the memory that one pass takes: how much it takes, and how long.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.streaming --size 256 --share 0.25 --amp True
+    OMP_NUM_THREADS=1 python -m benchmarks.streaming --size 256 --share 0.25 [--amp True]
 
 Time is the processor time of this process. It runs on Linux, where a process can tell its peak.
 """
@@ -14,21 +14,25 @@ import torch
 from monai.bundle import ConfigParser
 
 from benchmarks.inference_peak import peak_bytes, restart_peak
+from benchmarks.machine import described
+from scripts.bundle.precision import choose_precision, computing_dtype
 from scripts.inference.streaming import StreamingInferer
 from scripts.planning.step_costs import inference_cost
 
 GIB = 2**30
 
 
-def compare(size: int = 256, share: float = 0.25, amp: bool = True) -> None:
+def compare(size: int = 256, share: float = 0.25, amp: bool | None = None) -> None:
     """
     Print peak and time of one pass, and of slabs, with the network of `configs/inference.json`.
 
     Args:
         size: edge of the cube, voxels.
         share: of the peak of one pass, by the planner, that slabs may take.
-        amp: bfloat16 in place of float32.
+        amp: bfloat16 in place of float32; None is what pays on this processor.
     """
+    amp = choose_precision("cpu").amp if amp is None else amp
+    print(described("cpu", computing_dtype(amp, "bfloat16")))
     parser = ConfigParser()
     parser.read_config("configs/inference.json")
     parser.update({"device": "cpu"})

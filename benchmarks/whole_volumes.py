@@ -16,8 +16,10 @@ from monai.inferers import SlidingWindowInferer
 from monai.metrics import PSNRMetric
 
 from benchmarks.cost import print_table
+from benchmarks.machine import described
 from benchmarks.networks import total_factors
 from benchmarks.quality import RESULTS, at_any_size, recipe_of_row, validation_volumes
+from scripts.bundle.precision import autocast_dtype, computing_dtype
 
 NEAREST = 0.03  # of a crop's size, the width of a Gaussian window that leaves next to nothing to the other crops
 
@@ -33,12 +35,14 @@ def main(network: str = "8x", data: str = "sample") -> None:
     """
     network = str(network)
     parser = recipe_of_row(network, data)
+    get = parser.get_parsed_content
+    print(f"{described('cpu', computing_dtype(get('amp'), get('amp_dtype')))}:\n")
     trained: Any = parser.get_parsed_content("network_def")
     trained.load_state_dict(torch.load(RESULTS / f"{data}-{network}.pt", weights_only=True))
     trained.eval()
 
     def whole(image: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", autocast_dtype(get("amp_dtype")), enabled=get("amp")):
             return at_any_size(trained.reconstruct, image, list(total_factors(trained))).float()
 
     crops = SlidingWindowInferer(parser["patch_size"], overlap=0.5, mode="gaussian", sigma_scale=NEAREST)

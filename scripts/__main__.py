@@ -48,7 +48,7 @@ def estimate(
         overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
     """
     _refuse(unexpected)
-    plan = read_plan(config_file, **overrides)
+    plan = read_plan(config_file, device=device, **overrides)
     budget = None if memory_gb is None else positive("memory_gb", memory_gb)
     found = estimate_plan(plan, spatial_size, volume_size, device)
     fits = None if budget is None else found.fits(budget)

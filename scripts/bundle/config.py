@@ -20,6 +20,7 @@ NOT_CONFIGS = ("metadata.json", "mlflow.json")
 MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
 ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
 FLAGS = {"true": True, "false": False}
+FLAGS_BY_EXPRESSION = ("amp",)  # their default depends on the machine
 ONE_PER_LEVEL = ("use_checkpoint",)  # a flag, or a list of them
 FLAG_OR_PATH = ("pretrained",)
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def check_parser(parser: ConfigParser) -> None:
     defaults = _bundle_defaults()
     _refuse_unknown_keys(parser, defaults)
     for key, default in defaults.items():
-        if isinstance(default, bool) and key in parser:
+        if (isinstance(default, bool) or key in FLAGS_BY_EXPRESSION) and key in parser:
             _read_flag(parser, key)
 
 

@@ -1,10 +1,33 @@
-"""The data type of mixed precision."""
+"""Which precision a run computes in: what is fast on its device, unless the user says otherwise."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import ignite.distributed as idist
 import torch
 
-__all__ = ["autocast_dtype"]
+__all__ = [
+    "LOWER_PRECISIONS",
+    "Precision",
+    "autocast_dtype",
+    "choose_precision",
+    "computing_dtype",
+    "dtype_name",
+    "has_convolutions",
+]
+
+LOWER_PRECISIONS = ("bfloat16", "float16")
+PREFERENCE = ("float32", "float16", "bfloat16")  # processes that differ use the first of theirs
+BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with units for it
+LEAST_GAIN = 1.2  # by which bfloat16 must be faster: less is not worth its rounding
+TRIAL_SHAPE = (1, 32, 32, 32, 8)  # PyTorch keeps maps of up to 20480 values without their last axis to itself
+TRIALS = 5
+logger = logging.getLogger(__name__)
 
 
 def autocast_dtype(name: str) -> torch.dtype:
@@ -14,6 +37,173 @@ def autocast_dtype(name: str) -> torch.dtype:
     Raises:
         ValueError: for another name than ``"bfloat16"`` and ``"float16"``.
     """
-    if name not in ("bfloat16", "float16"):
+    if name not in LOWER_PRECISIONS:
         raise ValueError(f"`amp_dtype` is {name!r}; it must be 'bfloat16' or 'float16'.")
     return getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def computing_dtype(amp: bool, amp_dtype: str) -> str:
+    """The data type that a run computes in: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+    return amp_dtype if amp else "float32"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """
+    The precision that a run has when its ``amp`` and ``amp_dtype`` are left alone.
+
+    Args:
+        device: that it is for, e.g. ``"cuda:0"``.
+        amp: whether mixed precision is on.
+        amp_dtype: its data type, ``"bfloat16"`` or ``"float16"``; the one to use if ``amp`` is switched on where it is off.
+        reason: why.
+    """
+
+    device: str
+    amp: bool
+    amp_dtype: str
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The data type that is computed in: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+        return computing_dtype(self.amp, self.amp_dtype)
+
+    def log(self, amp: bool, amp_dtype: str) -> None:
+        """
+        Log in one line which precision a run has and why, and warn when it is slow on the device.
+
+        Args:
+            amp: that of the run, which may be the user's.
+            amp_dtype: likewise.
+        """
+        used = computing_dtype(amp, amp_dtype)
+        if used == self.name:
+            logger.info(f"precision: {used} on {self.device}: {self.reason}")
+        else:
+            logger.info(
+                f"precision: {used} on {self.device}, as configured; by itself it would be {self.name}: {self.reason}"
+            )
+        cost = _cost(self.device, used)
+        if cost is not None:
+            logger.warning(f"{used} does not pay on {self.device}: {cost}")
+
+
+def choose_precision(device: str | torch.device) -> Precision:
+    """
+    The precision that pays on a device.
+
+    - A GPU: bfloat16 from compute capability 8.0 on, which has units for it, otherwise float16 (with a gradient scaler).
+    - A CPU: bfloat16 where a convolution is at least a fifth faster in it, otherwise float32. Most processors without
+      AVX-512 have no fast bfloat16 convolution at all.
+    - Any other device: float32.
+
+    The processes of a distributed run agree: where they differ, all take the precision that is fast on each of them.
+    """
+    device = torch.device(device)
+    find = {"cuda": _precision_of_gpu, "cpu": _precision_of_cpu}.get(device.type, _precision_of_other)
+    precision = find(device)
+    common = PREFERENCE[min(_of_all_processes(PREFERENCE.index(precision.name)))]
+    if common == precision.name:
+        return precision
+    reason = f"that is fast in every process of the run; in this one alone {precision.name} would be"
+    amp_dtype = "float16" if common == "float16" else "bfloat16"
+    return replace(precision, amp=common != "float32", amp_dtype=amp_dtype, reason=reason)
+
+
+def _precision_of_gpu(device: torch.device) -> Precision:
+    capability = torch.cuda.get_device_capability(device)
+    name = f"compute capability {capability[0]}.{capability[1]}"
+    if capability >= BFLOAT16_CAPABILITY:
+        return Precision(str(device), True, "bfloat16", f"the GPU has units for it ({name})")
+    return Precision(str(device), True, "float16", f"the GPU has no units for bfloat16 ({name})")
+
+
+def _precision_of_cpu(device: torch.device) -> Precision:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not has_convolutions("bfloat16"):
+        return Precision(str(device), False, "bfloat16", f"the processor has no fast bfloat16 convolutions ({capability})")
+    gain = bfloat16_gain()
+    reason = f"a convolution in bfloat16 takes {1 / gain:.2g} times as long as in float32 ({capability})"
+    return Precision(str(device), gain >= LEAST_GAIN, "bfloat16", reason)
+
+
+def _precision_of_other(device: torch.device) -> Precision:
+    return Precision(str(device), False, "bfloat16", f"mixed precision is left to CUDA and CPU, not {device.type}")
+
+
+def has_convolutions(name: str) -> bool:
+    """
+    Whether oneDNN has convolutions in a lower precision here. It is what PyTorch itself asks before it hands one over, and
+    follows ``ONEDNN_MAX_CPU_ISA``, which flags of the processor do not. Where the answer is no, PyTorch has a reference
+    loop.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    return bool(getattr(torch.ops.mkldnn, supported[name])())
+
+
+@functools.cache
+def bfloat16_gain() -> float:
+    """
+    How many times faster a small convolution, forward and backward, is in bfloat16 than in float32 on the CPU. The
+    shortest of several turns counts, each in both, so that a busy machine slows both down or neither. Less than a second.
+    """
+    steps = [_convolution_step(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    shortest = [float("inf")] * len(steps)
+    for trial in range(1 + TRIALS):
+        for index, step in enumerate(steps):
+            seconds = _seconds(step)
+            if trial > 0:  # the first one compiles the kernels
+                shortest[index] = min(shortest[index], seconds)
+    return shortest[0] / shortest[1]
+
+
+def _convolution_step(dtype: torch.dtype) -> Callable[[], None]:
+    channels = TRIAL_SHAPE[1]
+    # no random numbers: a run's own would be others then
+    image = torch.full(TRIAL_SHAPE, 0.5, dtype=dtype, requires_grad=True)
+    weight = torch.full((channels, channels, 3, 3, 3), 0.5, dtype=dtype, requires_grad=True)
+
+    def step() -> None:
+        result = torch.nn.functional.conv3d(image, weight, padding=1)
+        torch.autograd.grad(result, (image, weight), result)
+
+    return step
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _cost(device: str, name: str) -> str | None:
+    """What a precision costs on a device where it does not pay, and what to do; None where it pays."""
+    kind = torch.device(device).type
+    advice = "`--amp false` is faster"
+    if kind == "cuda" and name == "bfloat16" and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:
+        return "the GPU has no units for it and computes slower than in float16; `--amp_dtype float16` is faster"
+    if kind != "cpu" or name == "float32":
+        return None
+    if not has_convolutions(name):
+        return (
+            "the processor has no fast convolutions in it, and PyTorch's reference loop takes several hundred times as long "
+            f"as float32 (400 times in bfloat16 with AVX2, more in float16). A step may take minutes; {advice}"
+        )
+    if name == "float16":
+        return f"a step takes many times as long as in bfloat16 (20 times where it was measured, with AMX); {advice}"
+    if bfloat16_gain() < LEAST_GAIN:
+        return f"a convolution takes {1 / bfloat16_gain():.2g} times as long as in float32; {advice}"
+    return None
+
+
+def _of_all_processes(index: int) -> list[int]:
+    found = idist.all_gather(index)
+    return [int(i) for i in found] if idist.get_world_size() > 1 else [index]  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from monai.data.utils import worker_init_fn
 
-__all__ = ["end_on_signals", "leave_signals_to_main"]
+__all__ = ["end_on_signals", "end_process", "leave_signals_to_main"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,15 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     logger.warning(f"{signal.Signals(number).name}: the run ends here; each file that it has written is whole")
+    end_process(number)
+
+
+def end_process(number: int) -> NoReturn:
+    """
+    Raises:
+        SystemExit: with the exit code that a shell gives to a signal.
+    """
+    logging.getLogger("ignite").setLevel(logging.CRITICAL)  # it logs an exit as an error, and MONAI's handlers a traceback
     raise SystemExit(128 + number)
 
 

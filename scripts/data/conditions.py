@@ -33,7 +33,7 @@ def conditions_of(path: str, dataset_dir: str) -> dict[str, Any]:
     Raises:
         ValueError: for a file that cannot be read.
     """
-    _, item = _decathlon_items(dataset_dir).get(_absolute(path), (None, {}))
+    _, item = _decathlon_items(*_as_of_now(Path(dataset_dir) / "dataset.json")).get(_absolute(path), (None, {}))
     found = {**_participant(Path(path), Path(dataset_dir)), **item}
     return {key: found[key] for key in sorted(found)}
 
@@ -47,15 +47,20 @@ def dataset_list_of(path: str, dataset_dir: str) -> str | None:
         path: of the volume.
         dataset_dir: folder of the volumes.
     """
-    items = _decathlon_items(dataset_dir)
+    items = _decathlon_items(*_as_of_now(Path(dataset_dir) / "dataset.json"))
     return items.get(_absolute(path), ("none", {}))[0] if items else None
 
 
+def _as_of_now(path: Path) -> tuple[str, int]:
+    """A file and when it was changed last: what is kept of it counts until it changes. 0 where there is none."""
+    return str(path), path.stat().st_mtime_ns if path.is_file() else 0
+
+
 @functools.lru_cache
-def _decathlon_items(dataset_dir: str) -> dict[str, tuple[str, dict[str, Any]]]:
+def _decathlon_items(file: str, changed: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """The list and the further keys of every volume in ``dataset.json``, by its absolute path."""
-    path = Path(dataset_dir) / "dataset.json"
-    if not path.is_file():
+    path = Path(file)
+    if not changed:
         return {}
     try:
         content = json.loads(path.read_text())
@@ -74,13 +79,14 @@ def _participant(path: Path, dataset_dir: Path) -> dict[str, Any]:
     for folder in path.parents if subject else ():
         if not folder.is_relative_to(dataset_dir):
             break
-        if (folder / "participants.tsv").is_file():
-            return _participants(str(folder / "participants.tsv")).get(subject.group(), {})  # type: ignore[union-attr]
+        table, changed = _as_of_now(folder / "participants.tsv")
+        if changed:
+            return _participants(table, changed).get(subject.group(), {})  # type: ignore[union-attr]
     return {}
 
 
 @functools.lru_cache
-def _participants(path: str) -> dict[str, dict[str, Any]]:
+def _participants(path: str, changed: int) -> dict[str, dict[str, Any]]:
     """The rows of ``participants.tsv`` by subject."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

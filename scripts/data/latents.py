@@ -211,8 +211,8 @@ def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
         raise ValueError(f"{path} {problem}")
     if image.shape != shape:
         raise ValueError(
-            f"{path} has the shape {image.shape}, and `preprocessed_shape` in {_description_path(path).name} makes it {shape}; "
-            f"{ADVICE}."
+            f"{path} has the shape {image.shape}, and `preprocessed_shape` in {_description_path(path).name} makes it "
+            f"{shape}; {ADVICE}."
         )
     if not np.isfinite(values).all():
         raise ValueError(f"{path} has values that are NaN or infinite; {ADVICE}.")

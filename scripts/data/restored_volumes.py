@@ -162,8 +162,8 @@ def output_path(output_dir: str, source: str, postfix: str) -> Path:
     """
     if not _stays_inside(source):
         raise ValueError(
-            f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`; rename the file, or encode "
-            "the volume again if a latent says this of its source."
+            f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`; rename the file, or "
+            "encode the volume again if a latent says this of its source."
         )
     relative = Path(source)
     name = relative.name

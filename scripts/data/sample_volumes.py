@@ -57,11 +57,12 @@ def prepare_sample_volumes(folder: str) -> str:
     unfinished.mkdir(parents=True)
     logger.info(f"preparing the sample volumes in {target}")
 
+    names = [f"synthetic_{i:02d}.nii.gz" for i in range(NUM_TRAINING_VOLUMES)]
+    bar = ProgressBar(names, desc="sample volumes", unit="volume")  # the tissues take long too
     template = t1_template()
     _save(template, unfinished / "validation" / "mni152_t1.nii.gz")
     tissues = _tissue_maps()
-    names = [f"synthetic_{i:02d}.nii.gz" for i in range(NUM_TRAINING_VOLUMES)]
-    for seed, name in enumerate(ProgressBar(names, desc="sample volumes", unit="volume")):
+    for seed, name in enumerate(bar):
         _save(_as_uint8(_synthesise_head(tissues, seed), template.affine), unfinished / "training" / name)
 
     (unfinished / "dataset.json").write_text(

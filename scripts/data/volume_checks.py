@@ -146,7 +146,7 @@ def problem_of_header(path: str, image_channels: int) -> str | None:
     except OSError as error:
         return unreadable(error)
     except Exception as error:
-        return f"cannot be read as NIfTI ({error}); copy it again, or remove it."
+        return f"cannot be read as NIfTI ({error}); copy or convert it again, or remove it."
 
 
 def unreadable(error: BaseException) -> str:
@@ -155,7 +155,7 @@ def unreadable(error: BaseException) -> str:
         return f"cannot be opened ({error.strerror}); change its permissions, or remove it."
     if isinstance(error, MemoryError):
         return "does not fit into the memory of this machine; crop or resample it, or remove it."
-    return f"cannot be read to its end ({type(error).__name__}: {error}); copy it again, or remove it."
+    return f"cannot be read to its end ({type(error).__name__}: {error}); copy or convert it again, or remove it."
 
 
 def problem_of_affine(affine: Any) -> str | None:
@@ -190,8 +190,8 @@ def problem_of_claim(image: Any, path: str) -> str | None:
     if end > size * (GZIP_RATIO if compressed else 1):
         return (
             f"cannot be read to its end: its header claims {claimed} voxels of {item_size} bytes up to byte {end:,}, and "
-            f"the file has {size:,}{' compressed' * compressed} bytes. It is truncated or its header is false; copy it again, "
-            "or remove it."
+            f"the file has {size:,}{' compressed' * compressed} bytes. It is truncated or its header is false; copy it "
+            "again, or remove it."
         )
     problem = problem_of_memory(FLOAT_SIZE * num_voxels)
     return problem and f"has {claimed} voxels, as float32 {problem}; crop or resample it, or remove it."

@@ -115,7 +115,7 @@ def estimate_memory(
     """
     given = {"channels": channels, "downsample_factors": downsample_factors, "batch_size": batch_size}
     overrides.update({key: value for key, value in given.items() if value is not None})
-    return estimate_plan(read_plan(config_file, **overrides), spatial_size, volume_size, device)
+    return estimate_plan(read_plan(config_file, device=device, **overrides), spatial_size, volume_size, device)
 
 
 def estimate_plan(

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT, check_parser
 from scripts.bundle.errors import reason
-from scripts.bundle.precision import autocast_dtype
+from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
 from scripts.planning.request_checks import voxels, whole
 
 __all__ = ["TRAIN", "Plan", "read_plan", "total_loss"]
@@ -58,9 +58,15 @@ class Plan:
             return replace(self, build=build, network=build())
 
 
-def read_plan(config_file: str | Sequence[str] = TRAIN, **overrides: Any) -> Plan:
+def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda", **overrides: Any) -> Plan:
     """
     Read a config as ``monai.bundle run`` does, and build its network on the ``meta`` device.
+
+    Args:
+        config_file: a config, or a list of a config and its overlays.
+        device: that is planned for. A config that leaves its precision alone means bfloat16 for ``"cuda"``, which need not
+            be there, and what pays on this machine for ``"cpu"``.
+        overrides: further config keys.
 
     Raises:
         ValueError: for a config of another network, an unknown key, or a value that the network refuses.
@@ -68,6 +74,7 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, **overrides: Any) -> Pla
     """
     parser = ConfigParser(_read_configs(config_file))
     parser.update(pairs=overrides)
+    parser["precision"] = _precision(device)
     for key in ("network_def", "optimizer"):  # as callables: the one is made more than once, the other for fake parameters
         if isinstance(parser.get(key), dict):
             parser[key] = {**{k: v for k, v in parser[key].items() if k != "params"}, "_mode_": "callable"}
@@ -84,6 +91,12 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, **overrides: Any) -> Pla
         return Plan(build, network, amp_dtype=amp_dtype, **_training_settings(parser, network))
     except (RuntimeError, TypeError) as error:  # MONAI wraps what a component raises; `--channels 8` has no length
         raise ValueError(f"{_names(config_file)} cannot be used: {reason(error)}") from error
+
+
+def _precision(device: str) -> Precision:
+    if device == "cpu":
+        return choose_precision(device)
+    return Precision(device, True, "bfloat16", "the GPU that is planned for is taken to have units for it")
 
 
 def _read_configs(config_file: str | Sequence[str]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def recommend_downsample_factors(
     Raises:
         ValueError: as :py:func:`estimate_memory`.
     """
-    plan = read_plan(**overrides)
+    plan = read_plan(device=device, **overrides)
     size = voxels("spatial_size", spatial_size, plan.network.arguments["spatial_dims"])
     wanted = {"target_latent_size": target_latent_size, "memory_gb": memory_gb, "voxels_per_latent": voxels_per_latent}
     for name, value in wanted.items():
@@ -117,7 +117,7 @@ def leanest(
 
     The arguments are those of :py:func:`recommend_downsample_factors`.
     """
-    plan = read_plan(**overrides)
+    plan = read_plan(device=device, **overrides)
     size = voxels("spatial_size", spatial_size, plan.network.arguments["spatial_dims"])
     every = candidates(size, None, len(plan.network.downsample_factors), target=1)
     largest = max(max(candidate.initial) for candidate in every)

@@ -123,7 +123,7 @@ def check_configuration(configuration: Configuration, root: Path = ROOT, device:
     """
     try:
         overrides = {key: _thawed(value) for key, value in configuration.overrides}
-        plan = read_plan([str(root / file) for file in configuration.files], **overrides)
+        plan = read_plan([str(root / file) for file in configuration.files], device=device, **overrides)
         return _run(configuration.name, plan, device)
     except Exception as error:  # a self-test goes on to the next configuration, and says of each what is wrong
         return CheckResult(configuration.name, error=f"{type(error).__name__}: {error}".splitlines()[0])

@@ -7,6 +7,7 @@ from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.checkpoints import TrainingSaver, claim_ckpt_dir, find_checkpoints
 from scripts.training.initial_weights import InitialWeights
 from scripts.training.losses import LossTerm, ReconstructionLoss, SpectralLoss, perceptual_loss
+from scripts.training.precision_of_checkpoints import resumed_precision
 from scripts.training.pretrained import load_pretrained
 from scripts.training.progress import BeforeAndAfter, Throughput, TrainingProgress, log_factors
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
@@ -38,4 +39,5 @@ __all__ = [
     "lr_and_losses",
     "moving_average",
     "perceptual_loss",
+    "resumed_precision",
 ]

@@ -18,6 +18,7 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 
 from scripts.bundle.files import UNFINISHED, serialise, write_atomically
+from scripts.bundle.precision import dtype_name
 from scripts.bundle.weights import save_weights
 from scripts.training.resumable_trainer import ResumableTrainer
 
@@ -139,6 +140,7 @@ class TrainingSaver:
             "arguments": self.network.arguments,
             "network": self.network.state_dict(),
             "scaler": trainer.scaler.state_dict(),
+            "precision": {"amp": trainer.autocast["enabled"], "amp_dtype": dtype_name(trainer.autocast["dtype"])},
             "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
             "evaluator": {
                 name: kind(getattr(self.evaluator.state, name))

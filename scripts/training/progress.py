@@ -57,6 +57,8 @@ class TrainingProgress:
     the means; the first shows the bar.
     """
 
+    bar: ProgressBar | None = None
+
     def attach(self, engine: ResumableTrainer) -> None:
         for name in engine.loss_names:
             Average(output_transform=from_engine([name], first=True)).attach(engine, name)
@@ -71,6 +73,7 @@ class TrainingProgress:
         self.bar = ProgressBar(total=total, initial=engine.state.iteration, desc="training", unit="step")
 
     def _advance(self, engine: ResumableTrainer) -> None:
+        assert self.bar is not None
         if self.bar.update():  # it was redrawn; reading the losses makes a GPU wait
             losses = {name: f"{engine.state.output[0][name].item():.3g}" for name in engine.loss_names}
             epoch = f"{engine.state.epoch}/{engine.state.max_epochs}"
@@ -81,7 +84,8 @@ class TrainingProgress:
         logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}")
 
     def _close(self, engine: ResumableTrainer, error: BaseException | None = None) -> None:
-        self.bar.close()
+        if self.bar is not None:  # otherwise the run ends while it starts
+            self.bar.close()
         if error is not None:
             raise error  # ignite swallows an exception that has a handler
 

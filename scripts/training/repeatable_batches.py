@@ -94,7 +94,9 @@ class RepeatableDataset(Dataset):
         samples = self.dataset[draw.item]
         file = str(self.dataset.data[draw.item]["image"])
         # transforms that crop return a list, which MONAI's collate function takes apart
-        return [{**sample, "file": file, "seed": draw.seed} for sample in (samples if isinstance(samples, list) else [samples])]
+        return [
+            {**sample, "file": file, "seed": draw.seed} for sample in (samples if isinstance(samples, list) else [samples])
+        ]
 
 
 class RepeatableOrder:

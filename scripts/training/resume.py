@@ -12,6 +12,7 @@ import ignite.distributed as idist
 import torch
 from monai.engines import Evaluator
 
+from scripts.bundle.json_files import problem_of_content
 from scripts.bundle.weights import check_arguments, what_is_wrong
 from scripts.training.checkpoints import find_checkpoints, set_random_states
 from scripts.training.resumable_trainer import ResumableTrainer
@@ -19,6 +20,23 @@ from scripts.training.resumable_trainer import ResumableTrainer
 __all__ = ["resume_run"]
 
 RENAMED = {"psnr_before": "metric_before"}  # in checkpoints of earlier versions
+_POSITION = {"type": "integer", "minimum": 0, "description": "an integer from 0 on"}
+CONTENT = {  # schema of a checkpoint, as far as it is not tensors; the arguments are compared with those of the network
+    "type": "object",
+    "required": ["arguments", "network", "scaler", "trainer", "evaluator", "random"],
+    "properties": {
+        "trainer": {
+            "type": "object",
+            "required": ["iteration", "epoch", "epoch_length"],
+            "properties": {"iteration": _POSITION, "epoch": _POSITION, "epoch_length": {**_POSITION, "minimum": 1}},
+        },
+        **{
+            name: {"type": "object", "description": "a dictionary"}
+            for name in ("arguments", "network", "scaler", "evaluator", "random")
+        },
+    },
+    "description": "a dictionary",
+}
 SCHEDULE_LENGTH = ("warmup_steps", "t_total")  # of MONAI's schedules: a resumed run may be longer than it was to be
 logger = logging.getLogger(__name__)
 
@@ -81,7 +99,11 @@ def _read(path: Path) -> dict[str, Any]:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} in it has changed")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    problem = problem_of_content(checkpoint, CONTENT)
+    if problem is not None:
+        raise ValueError(problem)
+    return checkpoint
 
 
 def _load_items(to_load: dict[str, Any], content: dict[str, Any], path: Path) -> None:

@@ -12,6 +12,7 @@ import ignite.distributed as idist
 from ignite.engine import Events
 from monai.engines import Evaluator
 
+from scripts.bundle.signals import end_process
 from scripts.training.checkpoints import find_checkpoints
 from scripts.training.resumable_trainer import ResumableTrainer
 
@@ -95,7 +96,7 @@ class StopOnSignal:
         self.engine.exit_code = 128 + self.received
         for engine in (self.evaluator, self.engine):
             engine.fire_event(Events.TERMINATE)
-        raise SystemExit(self.engine.exit_code)
+        end_process(self.received)
 
     def _say_how_to_go_on(self, engine: ResumableTrainer) -> None:
         if engine.exit_code and idist.get_rank() == 0:

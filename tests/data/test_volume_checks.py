@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -10,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.data.volume_checks import find_problem, usable_volumes
+from scripts.data.volume_checks import find_problem, problem_of_header, usable_volumes
 from tests.conftest import head_like, save_volume
 from tests.processes import bundle_run
 
@@ -34,6 +35,28 @@ def with_voxel(path: Path, value: float) -> str:
     return save(path, values)
 
 
+def with_header(path: Path, affine: np.ndarray | None = None, **fields: object) -> str:
+    """A volume whose header says something else than what is in the file."""
+    image = nib.Nifti1Image(head_like(SHAPE), np.eye(4))
+    for name, value in fields.items():
+        image.header[name] = value
+    if affine is not None:
+        image.header["sform_code"] = 1
+        for name, row in zip(("srow_x", "srow_y", "srow_z"), affine):
+            image.header[name] = row
+    content = image.header.binaryblock + bytes(4) + image.get_fdata().astype("<i2").tobytes("F")
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
+
+
+def colours(path: Path) -> str:
+    values = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    values["G"] = np.arange(10)
+    return save(path, values)
+
+
+HUGE = [3, 32000, 32000, 32000, 1, 1, 1, 1]
+FLAT = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]])
 FAULTS = {
     "truncated.nii.gz": (truncated, "cannot be read to its end"),
     "truncated.nii": (truncated, "cannot be read to its end"),
@@ -45,13 +68,49 @@ FAULTS = {
     "flat.nii": (lambda path: save(path, head_like((9, 9, 1))[..., 0]), "a 2D slice; stack"),
     "series.nii": (lambda path: save(path, np.ones((5, 6, 7, 20), np.int16)), "a 4D series, or 20 channels where 1 is"),
     "vectors.nii": (lambda path: save(path, np.ones((5, 6, 7, 1, 3), np.int16)), "a volume has three axes"),
+    "rgb.nii.gz": (colours, "has colours for voxels (R, G, B); convert it to one number for each voxel"),
+    "complex.nii.gz": (
+        lambda path: save(path, head_like(SHAPE) * np.complex64(1 + 1j)),
+        "has complex voxels (complex64); save",
+    ),
+    "zero.nii": (lambda path: with_header(path, np.zeros((3, 4))), "singular affine: its three axes (0 x 0 x 0 mm long)"),
+    "flat_affine.nii.gz": (lambda path: with_header(path, FLAT), "write the right sform or qform into its header"),
+    "nan_affine.nii": (lambda path: with_header(path, np.nan * FLAT), "an affine with values that are NaN"),
+    "huge.nii": (
+        lambda path: with_header(path, dim=HUGE),
+        "its header claims 32000 x 32000 x 32000 voxels of 2 bytes up to",
+    ),
+    "huge.nii.gz": (lambda path: with_header(path, dim=HUGE), "compressed bytes. It is truncated or its header is false"),
+    "offset.nii": (lambda path: with_header(path, vox_offset=1e9), "up to byte 1,000,001,440, and the file has"),
 }
+SEEN_IN_THE_HEADER = [*FAULTS][[*FAULTS].index("rgb.nii.gz") :]
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_volume_that_cannot_be_used_is_told_why(name, tmp_path):
     make, words = FAULTS[name]
-    assert words in (find_problem(make(tmp_path / name), image_channels=1) or "")
+    path = make(tmp_path / name)
+    found = find_problem(path, image_channels=1) or ""
+    assert words in found
+    if name in SEEN_IN_THE_HEADER:
+        assert problem_of_header(path, image_channels=1) == found
+
+
+def test_volume_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = str(save_volume(tmp_path / "a.nii.gz", SHAPE))
+    monkeypatch.setattr("scripts.data.volume_checks.total_memory", lambda device: 4 * 8 * 9 * 10 - 1)
+    assert "has 8 x 9 x 10 voxels, as float32 " in (problem_of_header(path, 1) or "")
+    monkeypatch.setattr("scripts.data.volume_checks.total_memory", lambda device: 4 * 8 * 9 * 10)
+    assert problem_of_header(path, 1) is None
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"a": {"state": "x", "problem": null}}', "[" * 10**5])
+def test_memory_of_checks_that_is_false_is_named_and_made_again(tmp_path, caplog, content):
+    lists, cache = volumes_with_two_bad(tmp_path), tmp_path / "checked.json"
+    cache.write_text(content)
+    assert len(usable_volumes(lists, 1, True, str(cache))["training"]) == 3
+    assert f"{cache}" in caplog.text and "all volumes are checked again" in caplog.text
+    assert len(json.loads(cache.read_text())) == 6
 
 
 def test_volume_that_can_be_used_has_no_problem(tmp_path):

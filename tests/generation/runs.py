@@ -24,7 +24,6 @@ KEYS = {
     "val_interval": 2,
     "val_fraction": 0.25,
     "ckpt_minutes": 0,  # at every step
-    "device": "cpu",
     "amp": False,
 }
 
@@ -50,6 +49,13 @@ def make_weights(folder: Path, seed: int = 0) -> Path:
     assert isinstance(network, Reconstructor)
     save_weights(network, folder / "model.pt")
     return folder / "model.pt"
+
+
+def leave_start(network: torch.nn.Module) -> None:
+    """Give weights to the layers that start as zero, without which neither time nor conditions change what comes out."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
 
 
 def encode(volumes: Path, latents: Path, weights: Path, **keys) -> Path:

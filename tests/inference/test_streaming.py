@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scripts.autoencoderkl import Reconstructor
+from scripts.bundle.precision import has_convolutions
 from scripts.bundle.progress import ProgressBar
 from scripts.inference import slabs
 from scripts.inference.slabs import stream
@@ -40,6 +41,10 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / (b.max() - b.min())).item()
 
 
+def mean_square(error: torch.Tensor) -> float:
+    return error.square().mean().item()
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
 def test_streaming_equals_the_whole_volume_pass(arguments: dict, size: tuple[int, ...]):
@@ -49,6 +54,7 @@ def test_streaming_equals_the_whole_volume_pass(arguments: dict, size: tuple[int
     assert difference(stream(network, image, "reconstruct", TINY), whole) < 1e-4
 
 
+@pytest.mark.precision
 @pytest.mark.parametrize("arguments", CONFIGURATIONS, ids=str)
 def test_streaming_equals_the_whole_volume_pass_in_bfloat16(arguments: dict):
     network, image = network_and_image(arguments, (17, 20, 33))
@@ -57,8 +63,11 @@ def test_streaming_equals_the_whole_volume_pass_in_bfloat16(arguments: dict):
         with torch.autocast("cpu", torch.bfloat16):
             rounded = network.reconstruct(image).float()
             streamed = stream(network, image, "reconstruct", TINY)
-    assert difference(streamed, rounded) < 1e-2
     assert difference(rounded, whole) > 0  # it was bfloat16
+    # Norms and attention round in other places in slabs, and a unit in the last place is up to 0.8 % of a value. With AMX
+    # the two stay within a hundredth; with AVX2 alone attention comes to 0.0122, where one pass is 0.0156 off float32.
+    assert difference(streamed, rounded) < (1e-2 if has_convolutions("bfloat16") else difference(rounded, whole))
+    assert mean_square(streamed - whole) < 1.1**2 * mean_square(rounded - whole)  # slabs add no error to that
 
 
 def test_a_batch_keeps_the_statistics_of_each_volume():

@@ -21,6 +21,7 @@ from monai.bundle import ConfigWorkflow
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.weights import save_weights
 from tests.conftest import ROOT, head_like, save_volume
+from tests.processes import bundle_run
 
 NETWORK = {"channels": [4, 8, 8], "latent_channels": 8, "device": "cpu", "num_workers": 0, "amp": False}
 OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.1, 0.2, 0.3) @ np.diag([-1.0, 1.0, 2.0]), [10.0, -20.0, 30.0])
@@ -230,6 +231,32 @@ def test_latents_of_another_network_are_refused_with_what_differs(encoded, tmp_p
     save_weights(other, tmp_path / "model.pt")
     with pytest.raises(SystemExit, match="`downsample_factors` is .* there and .* here"):
         run("decoding", encoded, tmp_path / "out", tmp_path, downsample_factors=[4, 2])
+
+
+def test_latents_with_false_descriptions_are_named_and_the_good_ones_decoded(encoded, weights, reconstructed, tmp_path):
+    latents, out = shutil.copytree(encoded, tmp_path / "a" / "b" / "latents"), tmp_path / "a" / "b" / "out"
+    false = {
+        "big_endian": ({"source": "../../../x/y.nii.gz"}, "`source` is '../../../x/y.nii.gz'"),
+        "lps_uint8": ({"source": f"{tmp_path}/x/y.nii.gz"}, "`source` is '/"),
+        "oblique_int16": ({"data_type": "O"}, "`data_type` is 'O'"),
+        "slope": ({"shape": [30000] * 3}, "`shape` [30000, 30000, 30000]"),
+        "turned": (None, "is no JSON file or a damaged one"),
+    }
+    for name, (change, _) in false.items():
+        path = latents / f"{name}_latent.json"
+        path.write_text("[" * 10**5 if change is None else json.dumps({**json.loads(path.read_text()), **change}))
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    keys = {
+        key: str(value) for key, value in {**NETWORK, "dataset_dir": latents, "output_dir": out, "ckpt_dir": weights}.items()
+    }
+    process = bundle_run("decoding", "inference.json", check=False, **keys)
+    lines = process.stdout.rstrip().splitlines()[-6:]
+    assert process.returncode == 1 and lines[0] == "could not be done (5):"
+    for line, (name, (_, words)) in zip(lines[1:], false.items()):
+        assert f"{name}_latent.nii.gz: " in line and words in line and "encode the volume again" in line, line
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} - before == {out / "ras_float64_reconstruction.nii.gz"}
+    name = "ras_float64_reconstruction.nii.gz"
+    assert (out / name).read_bytes() == (reconstructed / name).read_bytes()
 
 
 def test_bad_files_are_named_and_the_good_ones_done(weights, tmp_path):

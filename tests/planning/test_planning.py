@@ -17,7 +17,7 @@ from benchmarks.networks import MONAI, build_with
 from benchmarks.planning_step import saved_in_a_step
 from scripts.__main__ import main
 from scripts.planning.estimates import GIB, estimate_memory, log_estimate
-from scripts.planning.plans import TRAIN
+from scripts.planning.plans import TRAIN, read_plan
 from scripts.planning.recommendations import leanest, recommend_downsample_factors, write_overlay
 from scripts.planning.self_test import Configuration, check_all, check_configuration, configurations
 from scripts.planning.step_costs import inference_cost, training_cost
@@ -25,6 +25,7 @@ from scripts.planning.tables import verdict
 from tests.conftest import ROOT, SMALL
 from tests.processes import bundle_run
 
+NARROW = {"channels": (4, 8, 8), "norm_num_groups": 4}  # where bfloat16 is slow it does not matter
 TINY = {"channels": [4, 8, 8], "latent_channels": 8}
 
 
@@ -36,9 +37,9 @@ def on_meta(name: str, **arguments) -> torch.nn.Module:
 @pytest.mark.parametrize(
     "name, batch_size, amp, arguments",
     [
-        (MONAI, 1, True, {}),
-        ("initial 2 (conv), [4,2]", 1, True, {"use_checkpoint": True}),
-        ("initial 2, [2,2]", 1, True, {"attention_levels": (False, False, True), "use_flash_attention": True}),
+        (MONAI, 1, True, NARROW),
+        ("initial 2 (conv), [4,2]", 1, True, {**NARROW, "use_checkpoint": True}),
+        ("initial 2, [2,2]", 1, True, {**NARROW, "attention_levels": (False, False, True), "use_flash_attention": True}),
         ("initial 2, [2,2]", 3, False, {"linear_shortcut": True}),
     ],
 )
@@ -344,3 +345,14 @@ def test_recommended_overlay_trains(volumes, tmp_path):
     )
     assert "initial 2x2x1, per level 2x2x2, 2x2x2" in process.stdout
     assert "estimate for one training step" in process.stdout
+
+
+@pytest.mark.precision
+def test_plans_for_a_gpu_are_in_bfloat16_and_for_the_cpu_in_what_pays_here(monkeypatch):
+    monkeypatch.setattr("scripts.bundle.precision.has_convolutions", lambda name: False)
+    assert read_plan().amp_dtype is torch.bfloat16
+    assert read_plan(device="cpu").amp_dtype is None
+    assert estimate_memory(16, device="cpu") == estimate_memory(16, device="cpu", amp=False)
+    assert estimate_memory(16, device="cuda") == estimate_memory(16, device="cuda", amp=True, amp_dtype="bfloat16")
+    assert read_plan(device="cpu", amp=True).amp_dtype is torch.bfloat16
+    assert read_plan(amp_dtype="float16").amp_dtype is torch.float16

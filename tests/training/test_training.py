@@ -267,6 +267,7 @@ def test_gradients_are_clipped():
     assert moved.norm() == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.precision
 @pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
 def test_mixed_precision_trains_on_the_cpu(amp_dtype):
     network = small_network()
@@ -281,6 +282,7 @@ def test_mixed_precision_trains_on_the_cpu(amp_dtype):
         assert trainer.scaler.state_dict()["_growth_tracker"] > 0
 
 
+@pytest.mark.precision
 @pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
 def test_fifty_steps_of_mixed_precision_stay_finite_and_learn(amp_dtype):
     """With the adversary and the spectral loss, whose gradients are the largest."""

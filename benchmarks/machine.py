@@ -1,0 +1,64 @@
+"""What a measurement ran on, for the head lines of the benchmarks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+__all__ = ["described", "now", "instruction_set", "processor"]
+
+# a convolution that is large enough for oneDNN, which then says in its first lines what it will use
+CONVOLUTION = "import torch; torch.nn.functional.conv2d(torch.rand(1, 32, 64, 64), torch.rand(8, 32, 3, 3))"
+
+
+def described(device: str, precision: str) -> str:
+    """
+    Device, instruction set, threads, PyTorch and precision in one line.
+
+    Args:
+        device: where a benchmark runs.
+        precision: what it computes in.
+    """
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, {precision}"
+    threads = torch.get_num_threads()
+    plural = "" if threads == 1 else "s"
+    return f"{processor()}, {instruction_set()}, {threads} thread{plural}, PyTorch {torch.__version__}, {precision}"
+
+
+def now(device: str) -> float:
+    """
+    Seconds since an arbitrary moment. With one thread on a CPU (``OMP_NUM_THREADS=1``) it is the processor time of this
+    process, so that whatever else runs on the machine takes nothing away.
+    """
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def processor() -> str:
+    """The name of the processor."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def instruction_set(**environment: str) -> str:
+    """
+    The instruction set that oneDNN uses, by its own name, in a process of its own. It follows ``ONEDNN_MAX_CPU_ISA``.
+
+    Args:
+        environment: further variables for that process.
+    """
+    command = [sys.executable, "-c", CONVOLUTION]
+    variables = {**os.environ, "ONEDNN_VERBOSE": "1", **environment}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
+    found = [line.split("isa:", 1)[1] for line in output.splitlines() if ",cpu,isa:" in line]
+    return found[0] if found else f"{torch.backends.cpu.get_cpu_capability()} (without oneDNN)"

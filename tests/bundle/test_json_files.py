@@ -1,0 +1,91 @@
+"""Files that are read back are not believed: what is wrong is an error that names the file, the field and what to do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.json_files import SHA256, problem_of_content, read_json
+from scripts.bundle.weights import load_weights, save_weights
+
+SCHEMA = {
+    "type": "object",
+    "required": ["sizes"],
+    "properties": {
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 1}, "description": "positive integers"},
+        "share": {"type": "number", "description": "a finite number"},
+        "hash": SHA256,
+    },
+    "description": "an object with `sizes`",
+}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ([], "the content is []; it must be an object with `sizes`"),
+        ({}, "the content has no `sizes`"),
+        ({"sizes": [3, -1]}, "`sizes[1]` is -1; it must be positive integers"),
+        ({"sizes": [True]}, "`sizes[0]` is True"),
+        ({"sizes": [2.0]}, "`sizes[0]` is 2.0"),
+        ({"sizes": [1], "share": float("nan")}, "`share` is nan; it must be a finite number"),
+        ({"sizes": [1], "share": float("inf")}, "`share` is inf"),
+        ({"sizes": [1], "share": 10**400}, "`share` is 1000"),
+        ({"sizes": [1], "hash": "abc"}, "`hash` is 'abc'; it must be a SHA-256 in hexadecimal"),
+    ],
+)
+def test_field_is_named_with_what_was_found_and_what_it_must_be(content, words):
+    assert words in problem_of_content(content, SCHEMA)
+
+
+def test_content_that_follows_the_schema_has_no_problem():
+    assert problem_of_content({"sizes": [1, 2], "share": 3, "hash": "0" * 64, "more": None}, SCHEMA) is None
+
+
+def test_value_of_any_size_makes_a_short_message():
+    content = {"sizes": "x" * 10**6, "share": [[[[[0] * 10**4] * 100] * 3] * 3] * 3}
+    assert len(problem_of_content(content, SCHEMA)) < 300
+    assert len(problem_of_content({"sizes": [{str(i): i for i in range(10**4)}]}, SCHEMA)) < 300
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"\xff\xfe", b"[" * 10**5, b'{"sizes": ' + b"1" * 5000 + b"}", b" " * 2**20 + b"{}"]
+)
+def test_file_that_is_no_json_is_named_with_what_to_do(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=r"a\.json.*do something\.$"):
+        read_json(path, SCHEMA, advice="do something")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"sha256": 5}, "`sha256` is 5; it must be a SHA-256"),
+        ({"network": []}, r"`network` is \[\]; it must be the arguments of an AutoencoderKL"),
+        ({"network": {}}, "`network` has no `spatial_dims`"),
+        (
+            {"network": {"downsample_factors": [["2"]]}},
+            r"`network.downsample_factors\[0\]\[0\]` is '2'; it must be a positive",
+        ),
+    ],
+)
+def test_description_of_weights_is_checked(tmp_path, change, words):
+    network = AutoencoderKL(3, channels=(4, 4), num_res_blocks=1, attention_levels=(False, False), norm_num_groups=2)
+    save_weights(network, tmp_path / "model.pt")
+    description = json.loads((tmp_path / "model.json").read_text())
+    if change.get("network"):
+        change = {"network": {**description["network"], **change["network"]}}
+    (tmp_path / "model.json").write_text(json.dumps({**description, **change}))
+    with pytest.raises(ValueError, match=rf"model\.json: {words}.*restore it"):
+        load_weights(network, tmp_path / "model.pt")
+
+
+def test_weights_that_are_no_dictionary_are_refused(tmp_path):
+    network = AutoencoderKL(3, channels=(4, 4), num_res_blocks=1, attention_levels=(False, False), norm_num_groups=2)
+    torch.save([1, 2, 3], tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt cannot be loaded into this network"):
+        load_weights(network, tmp_path / "model.pt")

@@ -1,0 +1,210 @@
+"""Trainings of configs/train_diffusion.json, on latents that `encoding` wrote of small volumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from monai.engines.utils import IterationEvents
+
+from scripts.generation.generator import load_generator
+from scripts.generation.latent_data import LatentCollate, latent_lists, learn_space
+from scripts.training.checkpoints import find_checkpoints
+from tests.conftest import save_volume
+from tests.generation.runs import KEYS, encode, make_weights, train_generator, workflow
+from tests.training.test_resume import same
+from tests.training_run import final_state, log_of
+
+AGES = {0: "21", 1: "25", 2: "n/a", 3: "33.5", 4: "40", 5: "52"}
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory) -> Path:
+    """Six subjects of a BIDS folder: sizes that nothing divides, an age missing, thick slices."""
+    folder = tmp_path_factory.mktemp("volumes")
+    for i in range(6):
+        save_volume(folder / f"sub-{i}" / f"sub-{i}_T1w.nii.gz", (13 + i, 18, 9), i, np.diag([1.0, 1.0, 2.0, 1.0]))
+    rows = [f"sub-{i}\t{age}\t{'FM'[i % 2]}" for i, age in AGES.items()]
+    (folder / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *rows]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return make_weights(tmp_path_factory.mktemp("autoencoder"))
+
+
+@pytest.fixture(scope="module")
+def latents(volumes, weights, tmp_path_factory) -> Path:
+    return encode(volumes, tmp_path_factory.mktemp("latents"), weights)
+
+
+# --- latents and their space --------------------------------------------------------------------------------------------
+
+
+def description_of(latents: Path, subject: int) -> dict:
+    return json.loads((latents / f"sub-{subject}" / f"sub-{subject}_T1w_latent.json").read_text())
+
+
+def test_encoding_notes_conditions_and_follows_their_changes(volumes, weights, tmp_path):
+    source = shutil.copytree(volumes, tmp_path / "volumes")
+    latents = encode(source, tmp_path / "latents", weights)
+    assert description_of(latents, 3)["conditions"] == {"age": 33.5, "sex": "M"}
+    assert description_of(latents, 2)["conditions"] == {"sex": "F"}
+    before = {path: path.read_bytes() for path in latents.rglob("*.nii.gz")}
+    (source / "participants.tsv").write_text("participant_id\tweight\nsub-3\t70\n")
+    lists = {"training": [{"image": f"sub-{i}/sub-{i}_T1w.nii.gz"} for i in range(4)]}
+    (source / "dataset.json").write_text(json.dumps(lists))
+    encode(source, latents, weights)
+    assert description_of(latents, 3)["conditions"] == {"weight": 70.0}
+    assert description_of(latents, 3)["dataset_list"] == "training"
+    assert {path: path.read_bytes() for path in latents.rglob("*.nii.gz")} == before
+    found = latent_lists(str(latents), 0.25, 0)
+    assert sorted(Path(item["image"]).parent.name for half in found.values() for item in half) == [
+        f"sub-{i}" for i in range(4)
+    ]
+    lists["validation"] = [lists["training"].pop(1)]
+    (source / "dataset.json").write_text(json.dumps(lists))
+    encode(source, latents, weights)
+    assert [Path(item["image"]).parent.name for item in latent_lists(str(latents), 0.25, 0)["validation"]] == ["sub-1"]
+
+
+def test_split_is_that_of_the_autoencoder_on_the_same_volumes(volumes, latents):
+    keys = {"dataset_dir": volumes, "val_fraction": 0.34}
+    lists = workflow("train.json", "training", "train", **keys).parser.get_parsed_content("volume_lists")
+    for half, items in latent_lists(str(latents), 0.34, 0).items():
+        assert [Path(item["image"]).parent.name for item in items] == [
+            Path(item["image"]).parent.name for item in lists[half]
+        ]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_space_normalises_the_training_latents(latents, weights, gamma):
+    flow = workflow(
+        "train_diffusion.json", "training", "train", dataset_dir=latents, latent_gamma=gamma, device="cpu", **KEYS
+    )
+    space = flow.parser.get_parsed_content("space")
+    dataset = flow.parser.get_parsed_content("train#dataset")
+    found = torch.cat([space.normalised(item["image"][None])[0].flatten(1) for item in dataset], 1)
+    assert torch.allclose(found.mean(1), torch.zeros(8), atol=1e-4)
+    assert found.square().mean().item() == pytest.approx(1, abs=1e-4)
+    plain = torch.cat([item["image"].flatten(1) for item in dataset], 1)
+    scale = torch.load(weights, weights_only=True)["shortcut.scale"].flatten()
+    expected = (plain.std(1, correction=0) * scale) ** gamma
+    assert torch.allclose(found.std(1, correction=0), expected / expected.square().mean().sqrt(), rtol=1e-3)
+    z = dataset[0]["image"][None]
+    assert torch.allclose(space.restored(space.normalised(z)), z, atol=1e-4)
+
+
+def test_latents_of_two_autoencoders_are_refused_by_name(volumes, latents, tmp_path):
+    mixed = shutil.copytree(latents, tmp_path / "latents")
+    other = encode(volumes, tmp_path / "other", make_weights(tmp_path / "weights", seed=1))
+    for path in other.glob("sub-4/*"):
+        shutil.copy(path, mixed / "sub-4")
+    with pytest.raises(ValueError, match="sub-4_T1w_latent.nii.gz is of another autoencoder than .*sub-0.*SHA-256"):
+        latent_lists(str(mixed), 0.25, 0)
+    with pytest.raises(FileNotFoundError, match="there is no latent"):
+        latent_lists(str(volumes), 0.25, 0)
+
+
+def test_batch_of_different_sizes_is_padded_and_masked():
+    items = [
+        {"image": torch.randn(2, *size), "volume": "{}", "seed": i, "file": ""}
+        for i, size in enumerate([(5, 8, 3), (4, 4, 4)])
+    ]
+    batch = LatentCollate(multiple=4)([[item] for item in items])
+    assert batch["image"].shape == batch["noise"].shape == (2, 2, 8, 8, 4) and batch["mask"].shape == (2, 1, 8, 8, 4)
+    assert batch["mask"].flatten(1).sum(1).tolist() == [5 * 8 * 3, 4**3]
+    assert torch.equal(batch["image"][0, :, :5, :8, :3], items[0]["image"])
+    assert torch.equal(batch["image"][0, :, 7, 7, 3], items[0]["image"][:, 4, 7, 2])
+    assert batch["extent"].tolist() == [[5 / 8, 1, 3 / 4], [1 / 2, 1 / 2, 1]]
+    alone = LatentCollate(multiple=8)([items[1]])
+    assert torch.equal(alone["noise"], LatentCollate(multiple=8)(items[1:])["noise"])
+    assert not torch.equal(alone["noise"][0, 0, :4, :4, :4], batch["noise"][0, 0, :4, :4, :4])
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(latents, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("uninterrupted") / "diffusion"
+    assert train_generator(latents, output_dir, condition_keys=["age", "sex"]) == 0, log_of(output_dir)
+    return output_dir
+
+
+def test_training_validates_averages_and_leaves_a_generator_that_knows_everything(uninterrupted, latents, weights):
+    log = log_of(uninterrupted)
+    assert "not finite" not in log and "training is complete" in log
+    assert "validation loss before the first step" in log and "unexplained_band_1" in log and "loss_t_75_100" in log
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+    generator = load_generator(str(uninterrupted / "checkpoints" / "model.pt"))
+    space = generator.space
+    assert space.description["autoencoder"]["sha256"] == description_of(latents, 0)["weights_sha256"]
+    assert space.conditions.keys == ["age", "sex"] and space.description["volumes"] == 4
+    assert all(each["spacing"] == [1, 1, 2] and each["size"][1:] == [18, 9] for each in space.description["geometries"])
+    average = final_state(uninterrupted)["average"]
+    assert all(torch.equal(value, average[f"module.{name}"]) for name, value in generator.network.state_dict().items())
+    training = latent_lists(str(latents), 0.25, 0)["training"]
+    learned = learn_space(training, 1.0, ["age", "sex"])
+    assert learned.description == space.description
+
+
+def kill_at(iteration: int, flow: ConfigWorkflow):
+    """In the middle of a step."""
+    trainer = flow.trainer
+    trainer.add_event_handler(
+        IterationEvents.BACKWARD_COMPLETED,
+        lambda: os.kill(os.getpid(), signal.SIGKILL) if trainer.state.iteration == iteration else None,
+    )
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_happened(latents, uninterrupted, tmp_path):
+    output_dir = tmp_path / "diffusion"
+    keys = {"condition_keys": ["age", "sex"]}
+    assert train_generator(latents, output_dir, partial(kill_at, 6), **keys) == -signal.SIGKILL
+    assert train_generator(latents, output_dir, resume=True, num_workers=1, **keys) == 0, log_of(output_dir)
+    resumed, expected = final_state(output_dir), final_state(uninterrupted)
+    assert expected["trainer"]["iteration"] == 8 and {"average", "space", "optimizer"} < expected.keys()
+    for part in expected.keys() - {"random"}:
+        assert same(resumed[part], expected[part]), part
+    start = torch.load(find_checkpoints(uninterrupted / "checkpoints")[-1], weights_only=True)
+    assert not same(start["network"], expected["network"])
+
+
+def test_two_processes_with_batch_1_equal_one_with_batch_2(weights, tmp_path):
+    for i in range(6):
+        save_volume(tmp_path / "volumes" / f"sub-{i}" / "T1w.nii.gz", (16, 14, 12), seed=i)
+    latents = encode(tmp_path / "volumes", tmp_path / "latents", weights)
+    sgd = {"_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": 0.1}
+    keys = {"optimizer": sgd, "epochs": 2, "val_fraction": 0.34}
+    states = []
+    for num_processes, batch_size in ((1, 2), (2, 1)):
+        output_dir = tmp_path / str(num_processes) / "diffusion"
+        output_dir.parent.mkdir()
+        code = train_generator(latents, output_dir, num_processes=num_processes, batch_size=batch_size, **keys)
+        assert code == 0, log_of(output_dir)
+        states.append(final_state(output_dir))
+    one, two = states
+    assert one["trainer"] == two["trainer"] == {"iteration": 4, "epoch": 2, "epoch_length": 2}
+    start = torch.load(find_checkpoints(tmp_path / "1" / "diffusion" / "checkpoints")[-1], weights_only=True)
+    assert max((start["network"][name] - value).abs().max() for name, value in one["network"].items()) > 1e-4
+    for part in ("network", "average"):
+        for name, value in one[part].items():
+            assert torch.allclose(value, two[part][name], rtol=0, atol=1e-5), name
+    assert one["evaluator"]["best_metric"] == pytest.approx(two["evaluator"]["best_metric"], rel=1e-4)
+
+
+def test_bundle_finds_every_property(latents, tmp_path):
+    flow = workflow(
+        "train_diffusion.json", "training", "train", dataset_dir=latents, output_dir=tmp_path, device="cpu", **KEYS
+    )
+    assert flow.check_properties() == []
