@@ -100,9 +100,11 @@ def pairwise_ms_ssim(volumes: Sequence[torch.Tensor], seed: int = 0) -> float | 
     if len(pairs) > MAX_PAIRS:
         chosen = np.random.default_rng(seed).choice(len(pairs), MAX_PAIRS, replace=False)
         pairs = [pairs[i] for i in sorted(chosen)]
-    metric = LargeVolumeMSSSIMMetric(spatial_dims=volumes[0].dim() - 1, **MS_SSIM) if pairs else None
-    found = [float(torch.as_tensor(metric(volumes[a][None], volumes[b][None])).mean()) for a, b in pairs] if metric else []
-    return float(np.mean(found)) if found and np.isfinite(found).all() else None
+    if not pairs:
+        return None
+    metric = LargeVolumeMSSSIMMetric(spatial_dims=volumes[0].dim() - 1, **MS_SSIM)
+    found = [float(torch.as_tensor(metric(volumes[a][None], volumes[b][None])).mean()) for a, b in pairs]
+    return float(np.mean(found)) if np.isfinite(found).all() else None
 
 
 def power_spectrum(volume: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,8 @@ def test_large_volumes_are_shrunk_before_they_are_compared():
 def test_spectrum_has_a_wave_where_it_belongs_and_its_energy():
     wave = torch.cos(2 * torch.pi * 0.25 * torch.arange(32))[None, :, None, None].expand(1, 32, 16, 16)
     spectrum = power_spectrum(0.1 * wave + 7)
-    assert spectrum.argmax() == 8 and spectrum[8] > spectrum[[7, 9]].max() + 60
+    assert spectrum[8] > -10 and torch.cat([spectrum[1:8], spectrum[9:]]).max() < -100
+    assert spectrum[0].isnan()  # too small for such a wave; the mean does not count
     noise = 0.1 * torch.randn(1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(power_spectrum(noise)[2:], torch.full((14,), -20.0, dtype=torch.float64), atol=1.5)
 
