@@ -19,7 +19,13 @@ from scripts.evaluation.metrics import grid_energy
 from scripts.evaluation.pictures import panels_of
 from scripts.generation.latent_space import LatentSpace
 from scripts.generation.nearest_latents import MirroredLatents, Nearest, NearestLatents
-from scripts.generation.sample_features import Standardised, coarse_latent, local_statistics, nearest_class
+from scripts.generation.sample_features import (
+    Standardised,
+    channel_statistics,
+    coarse_latent,
+    local_statistics,
+    nearest_class,
+)
 from scripts.generation.sample_metrics import (
     NUM_BANDS,
     frechet_distance,
@@ -135,9 +141,11 @@ class SampleEvaluation:
         nearest = self._nearest({name: sets[name] for name in (SAMPLES, HELD_OUT, TRAINING)})
         limit = _limit(nearest[HELD_OUT])
         decoded = {name: self._measured(name, each.latents) for name, each in sets.items()}
+        channels = {name: [channel_statistics(z, self.space.amplitude) for z in s.latents] for name, s in sets.items()}
         columns: list[dict[str, dict[str, Any]]] = [
             {name: {"number": len(each.latents)} for name, each in sets.items()},
             self._distances("coarse", {name: map(coarse_latent, s.latents) for name, s in sets.items()}, training_features),
+            self._distances("channels", channels, channels[TRAINING]),
             self._distances("local", {name: each.local for name, each in decoded.items()}, decoded[TRAINING].local),
             {name: {"ms_ssim": pairwise_ms_ssim(each.small, self.seed)} for name, each in decoded.items()},
             {name: _closeness(nearest.get(name, []), limit) for name in sets},

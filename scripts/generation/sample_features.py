@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Standardised", "coarse_latent", "local_statistics", "nearest_class"]
+__all__ = ["Standardised", "channel_statistics", "coarse_latent", "local_statistics", "nearest_class"]
 
 GRID = 4  # cells along each axis
 NUM_CHANNELS = 4
@@ -25,6 +25,22 @@ def coarse_latent(z: torch.Tensor) -> torch.Tensor:
         ``K``, the same for latents of all sizes.
     """
     return _cells(z[:NUM_CHANNELS])
+
+
+def channel_statistics(z: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
+    """
+    Mean and deviation of each channel over a latent, in units of the channel: how much detail of each kind there is. Heads
+    differ in it from a Gaussian with their mean and covariance, which coarse latents hardly tell from heads.
+
+    Args:
+        z: ``CxHxWxD``.
+        amplitude: deviation of each channel over all training latents.
+
+    Returns:
+        ``2C``.
+    """
+    values = z.flatten(1) / amplitude[:, None]
+    return torch.cat([values.mean(1), values.std(1, correction=0)])
 
 
 def local_statistics(volume: torch.Tensor) -> torch.Tensor:

@@ -33,12 +33,16 @@ MMD = (
 P = "share of random divisions that differ as much as these two sets; below 0.05 they are not of one distribution"
 FRECHET = "Fréchet distance to the held-out volumes; depends on the number of volumes, compare rows of equal numbers"
 COARSE = "on coarse latents (size, position, shape)"
+CHANNELS = "on mean and deviation of each latent channel over the volume (how much detail of each kind there is)"
 LOCAL = "on local means, deviations and edges of decoded volumes (what tissue looks like)"
 COLUMNS = {
     "number": Column("number", "d", "volumes of the set"),
     "mmd2_coarse": Column("MMD², coarse", ".4f", f"{MMD}; {COARSE}"),
     "p_coarse": Column("p", ".3f", P),
     "frechet_coarse": Column("Fréchet, coarse", ".4g", f"{FRECHET}; {COARSE}"),
+    "mmd2_channels": Column("MMD², channels", ".4f", f"{MMD}; {CHANNELS}"),
+    "p_channels": Column("p", ".3f", P),
+    "frechet_channels": Column("Fréchet, channels", ".4g", f"{FRECHET}; {CHANNELS}"),
     "mmd2_local": Column("MMD², local", ".4f", f"{MMD}; {LOCAL}"),
     "p_local": Column("p", ".3f", P),
     "frechet_local": Column("Fréchet, local", ".4g", f"{FRECHET}; {LOCAL}"),

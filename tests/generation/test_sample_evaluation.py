@@ -115,7 +115,7 @@ def test_samples_stand_beside_real_volumes_and_gaussians(evaluation):
     sets = evaluation["sets"]
     assert list(sets) == ["samples", "held_out", "training", "covariance_gaussian", "gaussian"]
     assert [row["number"] for row in sets.values()] == [3, 2, 3, 3, 3]
-    metrics = {f"{metric}_{kind}" for metric in ("mmd2", "p", "frechet") for kind in ("coarse", "local")}
+    metrics = {f"{metric}_{kind}" for metric in ("mmd2", "p", "frechet") for kind in ("coarse", "channels", "local")}
     assert all(sets[name][metric] is not None for name in sets if name != "held_out" for metric in metrics)
     assert all(sets["held_out"][metric] is None for metric in metrics)  # the others are compared with it
     assert sets["held_out"]["spectrum"] == 0 and sets["gaussian"]["spectrum"] > sets["training"]["spectrum"] > 0

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from scripts.generation.reference_samples import CovarianceGaussian, plain_gaussian
-from scripts.generation.sample_features import Standardised, coarse_latent, local_statistics, nearest_class
+from scripts.generation.sample_features import (
+    Standardised,
+    channel_statistics,
+    coarse_latent,
+    local_statistics,
+    nearest_class,
+)
 from scripts.generation.sample_metrics import (
     frechet_distance,
     kernel_mmd,
@@ -133,6 +139,11 @@ def test_features_say_where_and_how_rough_and_do_not_depend_on_the_size():
     assert mean[1:].abs().max() == deviation[1:].max() == 0
     assert len(local_statistics(torch.rand(1, 9, 30, 11))) == len(local_statistics(volume)) == 3 * 64
     assert len(coarse_latent(torch.rand(24, 3, 5, 4))) == 4 * 64
+
+
+def test_channel_statistics_are_in_units_of_the_channels():
+    z = torch.stack([torch.tensor([1.0, 5.0]), torch.tensor([-20.0, 20.0])]).reshape(2, 2, 1, 1)
+    assert channel_statistics(z, torch.tensor([1.0, 10.0])).tolist() == [3, 0, 2, 2]
 
 
 def test_features_are_standardised_and_constant_ones_do_not_explode():
