@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import datetime
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from scripts.evaluation.pictures import PLANES
-from scripts.layers.factors import by
+from scripts.evaluation.html_pages import Column, extents, render_page
 
 __all__ = ["render_report"]
 
-TEMPLATE = "report.html.jinja"
-KEY_FIGURES = ("psnr", "foreground_psnr", "ssim")  # in large type at the top, if they were measured
-
-
-@dataclass(frozen=True)
-class Column:
-    """
-    How the report shows a metric.
-
-    Args:
-        label: name in the table.
-        form: of its values, as in ``format``.
-        meaning: a line for the legend.
-        unit: printed after a value outside of the table.
-    """
-
-    label: str
-    form: str = ".4g"
-    meaning: str = ""
-    unit: str = ""
-
-
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+KEY_FIGURES = ("psnr", "foreground_psnr", "ssim")  # in large type at the top, where they were measured
 COLUMNS = {
     "psnr": Column("PSNR", ".2f", "peak signal-to-noise ratio, dB; higher is better", "dB"),
     "foreground_psnr": Column("foreground PSNR", ".2f", "the same over the voxels that are not air", "dB"),
@@ -72,56 +45,24 @@ def render_report(evaluation: Mapping[str, Any], pictures: Mapping[str, Mapping[
     Returns:
         HTML. The volumes with the lowest PSNR come first in the table.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": _number,
-        "by": partial(by, sign=" \N{MULTIPLICATION SIGN} "),
-        "data_uri": _data_uri,
-        "range": _range,
-    }
     known = [metric for metric in COLUMNS if metric in evaluation["mean"]]
     metrics = list(dict.fromkeys([*known, *evaluation["mean"]]))
     factors = evaluation["total_downsample_factor"]
     network = evaluation["network"]
-    return environment.get_template(TEMPLATE).render(
+    return render_page(
+        TEMPLATE,
         evaluation=evaluation,
         volumes=dict(sorted(evaluation["volumes"].items(), key=lambda item: _psnr(item[1]))),
         pictures=pictures,
         columns={metric: COLUMNS.get(metric, Column(metric)) for metric in metrics},
         key_figures=[metric for metric in KEY_FIGURES if metric in metrics],
-        extents={name: _extents(evaluation["volumes"][name]) for name in pictures},
+        extents={
+            name: extents(evaluation["volumes"][name]["shape"], evaluation["volumes"][name]["spacing"]) for name in pictures
+        },
         voxels_per_value=math.prod(factors) * network["in_channels"] / network["latent_channels"],
-        made=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
 def _psnr(volume: Mapping[str, Any]) -> float:
     value = volume["metrics"].get("psnr")
     return math.inf if value is None else value
-
-
-def _extents(volume: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Width and height of each plane in mm, so that voxels that are not cubes are shown with their true shape."""
-    millimetres = [size * spacing for size, spacing in zip(volume["shape"], volume["spacing"])]
-    across = [[size for i, size in enumerate(millimetres) if i != axis] for axis in range(len(PLANES))]
-    return {plane: (round(width, 1), round(height, 1)) for plane, (width, height) in zip(PLANES, across)}
-
-
-def _number(value: float | None, form: str) -> str:
-    return "\N{EN DASH}" if value is None else format(value, form).replace("-", "\N{MINUS SIGN}")
-
-
-def _range(volume: Mapping[str, Any]) -> str:
-    """The intensity window of each channel."""
-    windows = zip(volume["intensity_low"], volume["intensity_high"])
-    return ", ".join(f"{_number(low, '.5g')} to {_number(high, '.5g')}" for low, high in windows)
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

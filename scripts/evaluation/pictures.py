@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from monai.utils.enums import CommonKeys as Keys
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["ERROR_GAIN", "PLANES", "ReconstructionPicture", "draw_panels", "draw_reconstruction"]
+__all__ = ["ERROR_GAIN", "PLANES", "ReconstructionPicture", "draw_panels", "draw_reconstruction", "panels_of"]
 
 PLANES = ("sagittal", "coronal", "axial")
 POSITION = 0.45  # of each plane along its axis: in the middle of a head there is the gap between its halves
@@ -65,7 +66,19 @@ def draw_panels(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, 
         for each plane, and for each column in it, a grayscale PNG file. A pixel is a voxel, unless there are more than 320
         along an edge. Pictures of voxels that are not cubes must be stretched when they are shown.
     """
-    columns = _columns(image, reconstruction)
+    return panels_of(_columns(image, reconstruction))
+
+
+def panels_of(columns: Mapping[str, torch.Tensor]) -> dict[str, dict[str, bytes]]:
+    """
+    Volumes side by side, as single pictures without text.
+
+    Args:
+        columns: ``HxWxD`` in RAS orientation by title, values in [0, 1].
+
+    Returns:
+        as :py:func:`draw_panels`.
+    """
     return {
         plane: {title: _png(_slice(volume, axis)) for title, volume in columns.items()} for axis, plane in enumerate(PLANES)
     }

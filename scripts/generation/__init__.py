@@ -7,6 +7,7 @@ from scripts.generation.latent_data import LatentCollate, ReadLatentd, latent_li
 from scripts.generation.latent_space import LatentSpace
 from scripts.generation.latent_unet import LatentUNet
 from scripts.generation.prepare_batch import FlowPrepareBatch
+from scripts.generation.sample_evaluation import SampleEvaluation
 from scripts.generation.sampler import draw_noise, integrate
 from scripts.generation.samples import DrawStartd, SampleInferer, SaveSampled, plan_samples
 from scripts.generation.validation import FlowEvaluator, FlowInferer, averages
@@ -23,6 +24,7 @@ __all__ = [
     "LatentUNet",
     "ReadLatentd",
     "RectifiedFlow",
+    "SampleEvaluation",
     "SampleInferer",
     "SaveSampled",
     "averages",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,9 +28,9 @@ KEYS = {
 }
 
 
-def workflow(config: str, run_id: str, workflow_type: str, **keys) -> ConfigWorkflow:
+def workflow(config: str | Sequence[str], run_id: str, workflow_type: str, **keys) -> ConfigWorkflow:
     found = ConfigWorkflow(
-        str(ROOT / "configs" / config),
+        [str(ROOT / "configs" / name) for name in ([config] if isinstance(config, str) else config)],
         workflow_type=workflow_type,
         run_id=run_id,
         logging_file=False,

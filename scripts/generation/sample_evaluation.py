@@ -1,0 +1,310 @@
+"""Are the samples of a generator any good? They are measured beside real volumes and beside Gaussians."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scripts.bundle.files import file_hash
+from scripts.bundle.progress import ProgressBar
+from scripts.data.latents import read_description
+from scripts.evaluation.metrics import grid_energy
+from scripts.evaluation.pictures import panels_of
+from scripts.generation.latent_space import LatentSpace
+from scripts.generation.nearest_latents import MirroredLatents, Nearest, NearestLatents
+from scripts.generation.sample_features import (
+    Standardised,
+    channel_statistics,
+    coarse_latent,
+    local_statistics,
+    nearest_class,
+)
+from scripts.generation.sample_metrics import (
+    NUM_BANDS,
+    frechet_distance,
+    kernel_mmd,
+    median_distance,
+    pairwise_ms_ssim,
+    power_spectrum,
+    shrunk,
+)
+from scripts.generation.sample_report import write_report
+from scripts.generation.sample_sets import (
+    COVARIANCE,
+    GAUSSIAN,
+    HELD_OUT,
+    SAMPLES,
+    TRAINING,
+    LatentReader,
+    VolumeSet,
+    draw_samples,
+    gaussians,
+)
+from scripts.generation.samples import SampleInferer
+
+__all__ = ["SampleEvaluation"]
+
+ROWS = (SAMPLES, HELD_OUT, TRAINING, COVARIANCE, GAUSSIAN)
+CLOSE = 0.05  # quantile of held-out distances below which a sample counts as close to a training volume
+FEW = 20  # held-out volumes
+SAME_SPLIT = 1e-6  # difference of the channels' means over one training half, from rounding
+ERROR = "difference"
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Decoded:
+    """
+    What is kept of decoded volumes.
+
+    Args:
+        grid_energy: of each.
+        spectra: of each, ``B``, dB.
+        small: each with at most 64 voxels along an axis.
+        local: ``local_statistics`` of each.
+    """
+
+    grid_energy: list[float] = field(default_factory=list)
+    spectra: list[torch.Tensor] = field(default_factory=list)
+    small: list[torch.Tensor] = field(default_factory=list)
+    local: list[torch.Tensor] = field(default_factory=list)
+
+
+class SampleEvaluation:
+    """
+    Draws samples with the sizes, spacings and conditions of held-out volumes, and measures them beside
+
+    - ``held_out``: volumes that training did not see, up to as many as there are samples;
+    - ``training``: as many training volumes;
+    - ``covariance_gaussian``, ``gaussian``: what needs no network, see :py:mod:`scripts.generation.reference_samples`.
+
+    All of them are latents that go through the autoencoder's decoder, so that what it cannot show is missing everywhere.
+    Latents are compared in units of the image, whatever ``latent_gamma`` the generator was trained with. Results are
+    written below a folder: ``metrics.json``, ``metrics.csv`` (a row for each set) and ``report.html``. A number that is not
+    defined, because there are too few volumes or they are too small, is null, empty or a dash.
+
+    In memory lie the latents of all five sets, and of each decoded volume what :py:class:`Decoded` holds.
+
+    Args:
+        inferer: that makes samples and decodes.
+        weights: path of the generator's weights.
+        datalist: of the training, ``{"training": [{"image": path}, ...], "validation": [...]}``.
+        output_dir: the folder; it is made.
+        num_samples: how many samples.
+        seed: of samples, Gaussians, choices and permutations.
+        settings: config keys that the numbers depend on, for the report.
+        max_pictures: of how many samples to show pictures, those nearest to a training volume.
+
+    Raises:
+        ValueError: for fewer than two samples.
+    """
+
+    def __init__(
+        self,
+        inferer: SampleInferer,
+        weights: str,
+        datalist: Mapping[str, Sequence[Mapping[str, str]]],
+        output_dir: str,
+        num_samples: int,
+        seed: int,
+        settings: Mapping[str, Any],
+        max_pictures: int = 12,
+    ) -> None:
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 2:
+            raise ValueError(f"`num_samples` is {num_samples!r}; it must be an integer from 2 on.")
+        self.inferer, self.weights = inferer, weights
+        self.training = [item["image"] for item in datalist["training"]]
+        self.held_out = [item["image"] for item in datalist["validation"]]
+        self.output_dir, self.num_samples, self.seed = Path(output_dir), num_samples, seed
+        self.settings, self.max_pictures = dict(settings), max_pictures
+        self.notes: list[str] = []
+
+    def run(self) -> None:
+        """Draw, measure and write."""
+        self.descriptions = [read_description(Path(path)) for path in self.training]
+        self.space = LatentSpace.learn(self.descriptions, latent_gamma=1.0)
+        self.reader = LatentReader(self.space)
+        self._note_limits()
+        held_out = self.reader.chosen(self.held_out, self.num_samples, self.seed)
+        samples = draw_samples(self.inferer, self.space, held_out.volumes, self.num_samples, self.seed)
+        sets = {SAMPLES: samples, HELD_OUT: held_out}
+        sets[TRAINING] = self.reader.chosen(self.training, self.num_samples, self.seed)
+        drawn, training_features = gaussians(self.reader, self.training, samples.latents, self.seed)
+        sets = {name: each for name, each in {**sets, **drawn}.items() if name in ROWS}
+        nearest = self._nearest({name: sets[name] for name in (SAMPLES, HELD_OUT, TRAINING)})
+        limit = _limit(nearest[HELD_OUT])
+        decoded = {name: self._measured(name, each.latents) for name, each in sets.items()}
+        channels = {name: [channel_statistics(z, self.space.amplitude) for z in s.latents] for name, s in sets.items()}
+        columns: list[dict[str, dict[str, Any]]] = [
+            {name: {"number": len(each.latents)} for name, each in sets.items()},
+            self._distances("coarse", {name: map(coarse_latent, s.latents) for name, s in sets.items()}, training_features),
+            self._distances("channels", channels, channels[TRAINING]),
+            self._distances("local", {name: each.local for name, each in decoded.items()}, decoded[TRAINING].local),
+            {name: {"ms_ssim": pairwise_ms_ssim(each.small, self.seed)} for name, each in decoded.items()},
+            {name: _closeness(nearest.get(name, []), limit) for name in sets},
+            {name: _spectral(each.spectra, decoded[HELD_OUT].spectra) for name, each in decoded.items()},
+            {name: {"grid_energy": _mean(each.grid_energy)} for name, each in decoded.items()},
+            self._obeyed(sets, training_features),
+        ]
+        rows = {name: {k: _rounded(v) for column in columns for k, v in column[name].items()} for name in sets}
+        described = self._described(samples, nearest[SAMPLES], limit)
+        pictures = {each["index"]: self._pictures(samples, each) for each in described[: self.max_pictures]}
+        spectra = {name: [_rounded(v) for v in _spectrum(each.spectra)] for name, each in decoded.items()}
+        evaluation = {**self._configuration(), "close": _rounded(limit), "sets": rows, "spectra": spectra}
+        write_report({**evaluation, "samples": described}, pictures, self.output_dir)
+
+    def _note_limits(self) -> None:
+        """Say what makes the numbers tell less than they seem to."""
+        trained, here = self.inferer.generator.space.description, self.space.description
+        means = trained["channel_mean"], here["channel_mean"]
+        if trained["volumes"] != here["volumes"] or not np.allclose(*means, rtol=SAME_SPLIT, atol=SAME_SPLIT):
+            self.notes.append(
+                f"The training half here ({here['volumes']} latents) is not the one that the generator was trained on "
+                f"({trained['volumes']} latents): held-out volumes may be among those. Give dataset_dir, val_fraction and "
+                "seed as in training."
+            )
+        if len(self.held_out) < FEW:
+            self.notes.append(
+                f"There are {len(self.held_out)} held-out volumes. With few, distances between distributions are rough and "
+                "the test finds only large differences; with one, they are not defined."
+            )
+        if len({tuple(each["preprocessed_shape"]) for each in self.descriptions}) > 1:
+            self.notes.append("Volumes differ in size. A latent is compared only with training latents of its own size.")
+        for note in self.notes:
+            logger.warning(note)
+
+    def _nearest(self, sets: Mapping[str, VolumeSet]) -> dict[str, list[Nearest | None]]:
+        """The nearest training latent of each latent, other than itself."""
+        latents = [z for each in sets.values() for z in each.latents]
+        paths = [path for each in sets.values() for path in each.paths]
+        search = NearestLatents(self.space, MirroredLatents(self.inferer.autoencoder), latents, paths)
+        for path in ProgressBar(self.training, desc="nearest training latents", unit="latent", leave=False):
+            search.add(path, self.reader.read(path)[0])
+        found = iter(search.found)
+        return {name: [next(found) for _ in each.latents] for name, each in sets.items()}
+
+    def _decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """A normalised latent to a volume ``CxHxWxD`` in [0, 1], as samples are written."""
+        return self.inferer.decoder(self.space.restored(latent[None]), self.inferer.autoencoder)[0].clamp(0, 1)
+
+    def _measured(self, name: str, latents: Sequence[torch.Tensor]) -> Decoded:
+        found = Decoded()
+        for latent in ProgressBar(latents, desc=f"decoding: {name}", unit="volume", leave=False):
+            volume = self._decode(latent)
+            found.grid_energy.append(grid_energy(volume[None], self.space.factors))
+            found.spectra.append(power_spectrum(volume))
+            found.small.append(shrunk(volume))
+            found.local.append(local_statistics(volume))
+        return found
+
+    def _distances(
+        self, kind: str, features: Mapping[str, Iterable[torch.Tensor]], training: Sequence[torch.Tensor]
+    ) -> dict[str, dict[str, float | None]]:
+        """MMD² to the held-out set, its p, and the Fréchet distance, in features that are standardised by the training's."""
+        standardised = Standardised(training)
+        found = {name: standardised(list(each)) for name, each in features.items()}
+        names = [f"{metric}_{kind}" for metric in ("mmd2", "p", "frechet")]
+        rows: dict[str, dict[str, float | None]] = {name: dict.fromkeys(names) for name in found}
+        bandwidth = median_distance(standardised(training)) if len(training) > 1 else 0
+        for name, each in found.items():
+            if name != HELD_OUT and min(len(each), len(found[HELD_OUT])) > 1 and bandwidth > 0:
+                values = (*kernel_mmd(each, found[HELD_OUT], bandwidth, self.seed), frechet_distance(each, found[HELD_OUT]))
+                rows[name] = dict(zip(names, values))
+        return rows
+
+    def _obeyed(
+        self, sets: Mapping[str, VolumeSet], training_features: Sequence[torch.Tensor]
+    ) -> dict[str, dict[str, float | None]]:
+        """For each condition with classes, the share of volumes that are nearest to the mean of their class."""
+        rows: dict[str, dict[str, float | None]] = {name: {} for name in sets}
+        standardised = Standardised(training_features)
+        for key, seen in self.inferer.generator.space.conditions.description["keys"].items():
+            if len(seen.get("classes", ())) < 2:
+                continue
+            labels = [str(each["conditions"].get(key)) for each in self.descriptions]
+            for name, each in sets.items():
+                asked = {i: str(v["conditions"][key]) for i, v in enumerate(each.volumes) if key in v["conditions"]}
+                asked = {i: label for i, label in asked.items() if label in labels}
+                latents = [coarse_latent(each.latents[i]) for i in asked]
+                given = nearest_class(latents, training_features, labels, seen["classes"], standardised) if asked else []
+                hits = [one == other for one, other in zip(given, asked.values())]
+                rows[name][f"obeyed_{key}"] = _mean(hits)
+        return rows
+
+    def _described(self, samples: VolumeSet, nearest: Sequence[Nearest | None], limit: float | None) -> list[dict[str, Any]]:
+        """What is known of each sample, the one nearest to a training volume first."""
+        rows = []
+        for index, (volume, other) in enumerate(zip(samples.volumes, nearest)):
+            row = {"index": index, **volume, "nearest": None, "mirrored": [], "distance": None, "close": None}
+            if other is not None:
+                row |= {"nearest": other.path, "mirrored": list(other.mirrored), "distance": _rounded(other.distance)}
+                row["close"] = None if limit is None else other.distance < limit
+            rows.append(row)
+        return sorted(rows, key=lambda row: math.inf if row["distance"] is None else row["distance"])
+
+    def _pictures(self, samples: VolumeSet, described: Mapping[str, Any]) -> dict[str, dict[str, bytes]]:
+        """The sample beside its nearest training volume, in three planes."""
+        sample = self._decode(samples.latents[described["index"]])[0]
+        columns = {"sample": sample}
+        if described["nearest"] is not None:
+            nearest = self._decode(self.reader.normalised(described["nearest"]))[0].flip(described["mirrored"])
+            columns |= {"nearest training volume": nearest, ERROR: (sample - nearest).abs()}
+        return panels_of(columns)
+
+    def _configuration(self) -> dict[str, Any]:
+        generator = self.inferer.generator
+        return {
+            "weights": self.weights,
+            "weights_sha256": file_hash(self.weights),
+            "autoencoder_sha256": generator.space.description["autoencoder"]["sha256"],
+            "network": generator.network.arguments,
+            "settings": {"num_samples": self.num_samples, "seed": self.seed, **self.settings},
+            "training_volumes": len(self.training),
+            "held_out_volumes": len(self.held_out),
+            "notes": self.notes,
+        }
+
+
+def _limit(held_out: Sequence[Nearest | None]) -> float | None:
+    """Distance below which 5 % of held-out volumes are from a training volume."""
+    distances = [each.distance for each in held_out if each is not None]
+    return float(np.quantile(distances, CLOSE)) if distances else None
+
+
+def _closeness(nearest: Sequence[Nearest | None], limit: float | None) -> dict[str, float | None]:
+    """Median distance to the nearest training volume, and the share of those that are closer than the limit."""
+    distances = [each.distance for each in nearest if each is not None]
+    return {
+        "nearest": float(np.median(distances)) if distances else None,
+        "close": _mean([distance < limit for distance in distances]) if limit is not None else None,
+    }
+
+
+def _spectrum(spectra: Sequence[torch.Tensor]) -> list[float]:
+    return torch.stack(list(spectra)).nanmean(0).tolist()
+
+
+def _spectral(spectra: Sequence[torch.Tensor], real: Sequence[torch.Tensor]) -> dict[str, float | None]:
+    """How far the mean spectrum is from the real ones' in all bands, and whether the upper half has more or less, in dB."""
+    difference = np.array(_spectrum(spectra)) - np.array(_spectrum(real))
+    return {"spectrum": _mean(abs(difference)), "fine_detail": _mean(difference[NUM_BANDS // 2 :])}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """Of those that are defined."""
+    defined = [float(value) for value in values if math.isfinite(value)]
+    return math.fsum(defined) / len(defined) if defined else None
+
+
+def _rounded(value: float | None) -> float | None:
+    """With six digits, as many as a float32 has; counts stay whole."""
+    if value is None or isinstance(value, int):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
