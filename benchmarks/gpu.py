@@ -106,7 +106,9 @@ def run_parts(
         print(outcome(part), flush=True)
     print()
     header = ["part", "outcome", "seconds", "rows"]
-    print_table(header, ([name, outcome(p), f"{p['seconds']:.0f}", str(len(p["rows"]))] for name, p in report["parts"].items()))
+    print_table(
+        header, ([name, outcome(p), f"{p['seconds']:.0f}", str(len(p["rows"]))] for name, p in report["parts"].items())
+    )
     print(f"\nnumbers: {folder / 'gpu.json'}\nfor a bug report: {packed(folder, list(commands))}")
     return report
 
