@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu [--output_dir eval/gpu] [--parts "[planning,streaming]"] [--minutes 10] [--device cpu]
 
-Each part (:py:mod:`benchmarks.gpu_parts`) is a process of its own with a time limit: one that fails or hangs ends no other, and
-what it had measured by then is kept. The folder then holds ``gpu.json`` with all numbers, the log of each part, and ``gpu.zip``
-with all of these, to attach to a bug report. With ``--device cpu`` the same runs small. No network is needed.
+Each part (:py:mod:`benchmarks.gpu_parts`) is a process of its own with a time limit: one that fails or hangs ends no other,
+and what it had measured by then is kept. The folder then holds ``gpu.json`` with all numbers, the log of each part, and
+``gpu.zip`` with all of these, to attach to a bug report. With ``--device cpu`` the same runs small. No network is needed.
 """
 
 from __future__ import annotations

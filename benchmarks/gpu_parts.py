@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_parts planning cuda rows
 
-A part is a function that yields rows as it measures them, and they are written at once. A row with an ``error`` lets the part go
-on, and fail at its end. Sizes follow the card's memory; on the CPU the same lines run small. Bytes are in GiB.
+A part is a function that yields rows as it measures them, and they are written at once. A row with an ``error`` lets the
+part go on, and fail at its end. Sizes follow the card's memory; on the CPU the same lines run small. Bytes are in GiB.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def tried(row: Row, measure: Callable[[], Row], may_fail: bool = False) -> Row:
 
 class Watch:
     """
-    A context that measures ``seconds``, and ``peak``: the most that PyTorch had allocated on a GPU at one time inside, or by how
-    many bytes this process grew (Linux).
+    A context that measures ``seconds``, and ``peak``: the most that PyTorch had allocated on a GPU at one time inside, or by
+    how many bytes this process grew (Linux).
     """
 
     def __init__(self, device: str) -> None:
@@ -210,7 +210,7 @@ def tests(machine: Machine) -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "junit.xml"
-        pytest.main(["-m", "cuda", "-p", "no:cacheprovider", f"--junitxml={path}", "tests/test_cuda.py"])
+        pytest.main(["-m", "cuda", "-p", "no:cacheprovider", f"--junitxml={path}", "tests"])
         for case in ElementTree.parse(path).iter("testcase"):
             problems = [found for kind in ("failure", "error") for found in case.findall(kind)]
             skipped = case.find("skipped")
@@ -219,7 +219,7 @@ def tests(machine: Machine) -> Iterator[Row]:
 
 
 def planning(machine: Machine) -> Iterator[Row]:
-    """The planner's peak of a training step beside the real one, over the rows of docs/planning.md, each in a fresh process."""
+    """The planner's peak of a training step beside the real one, for the rows of docs/planning.md, each in a new process."""
     for name in list(ROWS)[: 2 if machine.small else None]:
         yield tried({"row": name}, partial(in_a_process, planned_step, name, machine))
 
@@ -233,12 +233,12 @@ def planned_step(name: str, machine: Machine) -> Row:
     """
     One row of ``planning``. On a card with room for it, the step is on twice the edge.
 
-    ``allocated`` and ``reserved`` are what PyTorch's allocator says, ``driver`` by how much the used memory of the whole card
-    grew, CUDA's context and libraries included: that is what the planner's margin has to cover.
+    ``allocated`` and ``reserved`` are what PyTorch's allocator says, ``driver`` by how much the used memory of the whole
+    card grew, CUDA's context and libraries included: that is what the planner's margin has to cover.
     """
+    before = None if machine.small else asked_of_driver("memory.used")  # in MiB, before this process has a context
     row = ROWS[name]
     amp_dtype = machine.amp_dtype if row.amp else None
-    before = None if machine.small else asked_of_driver("memory.used")  # in MiB, before this process has a context
     size = tuple(2 * f for f in row.factors) if machine.small else row.size
 
     def cost(size: tuple[int, ...]) -> Any:
@@ -266,7 +266,7 @@ def planned_step(name: str, machine: Machine) -> Row:
 
 
 def cost(machine: Machine) -> Iterator[Row]:
-    """The cost tables of docs/performance.md: a training step of each network, and of one with the switches of the config."""
+    """The cost tables of docs/performance.md: a training step of each network, and of one with the config's switches."""
     size = machine.size(96, 16)
     networks = [MONAI, "initial 2, [2,2]"] if machine.small else [MONAI, *FACTORS]
     switches = {"channels_last": SWITCHES["channels_last"]} if machine.small else SWITCHES
@@ -298,7 +298,7 @@ def reconstruction(machine: Machine) -> Iterator[Row]:
 
 
 def whole_volume(machine: Machine) -> Iterator[Row]:
-    """Three steps of training on one whole volume with the preset 16x_lean, the largest up to 512³ that fits by the planner."""
+    """Training on one whole volume with the preset 16x_lean, the largest up to 512³ that fits by the planner."""
     plan = read_plan(["configs/train.json", "configs/presets/16x_lean.json"], device=machine.device)
 
     def estimated(size: int) -> Any:
@@ -338,7 +338,7 @@ def whole_volume(machine: Machine) -> Iterator[Row]:
 
 
 def streaming(machine: Machine) -> Iterator[Row]:
-    """A volume that lies on the host, in slabs within a budget and in one pass (or in larger slabs), with the shipped weights."""
+    """A volume on the host, in slabs within a budget and in one pass (or in larger slabs), with the shipped weights."""
     parser = ConfigParser(ConfigParser.load_config_file("configs/inference.json"))
     parser.update({"device": machine.device})
     network = parser.get_parsed_content("network").eval()
@@ -380,7 +380,7 @@ def smooth_volume(size: int) -> torch.Tensor:
 
 
 def data_wait(machine: Machine) -> Iterator[Row]:
-    """The share of the time in which the device has nothing to do but wait for data, with volumes in memory and read each time."""
+    """The share of the time in which the device only waits for data, with volumes in memory and read each time."""
     for cached in (True, False):
 
         def measure(cached: bool = cached) -> Row:
