@@ -8,6 +8,7 @@ import pytest
 import torch
 from monai.networks.nets import PatchDiscriminator
 from monai.networks.nets.autoencoderkl import AEKLResBlock
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.networks import MONAI, build_with
 from scripts.layers.lean_blocks import ResidualBlock, _NormSiluConv
@@ -34,11 +35,11 @@ operators = torch._C._dispatch_get_registrations_for_dispatch_key
 
 
 def kept(function, *arguments) -> tuple[list, list]:
-    """Data type and shape of each result, and of each tensor that the backward pass keeps, in their order."""
+    """Data type and shape of each result, and of each map or kernel that the backward pass keeps, in their order."""
     saved = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim != 2:  # a norm's statistics: a few numbers, which each device keeps as it likes
+        if tensor.ndim > 2:  # a norm's statistics and weights are a few numbers, which CUDA's kernel takes in another type
             saved.append((tensor.dtype, tuple(tensor.shape)))
         return tensor
 
@@ -108,18 +109,17 @@ def test_no_map_of_the_network_is_in_float32_on_cuda(name: str, arguments: dict,
 
 @pytest.mark.parametrize("dtype", [*LOWER, torch.float32], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)
-def test_backward_pass_of_the_lean_block_gives_cuda_kernels_the_types_they_take(dtype, memory_format, monkeypatch):
+def test_backward_pass_of_the_lean_block_gives_cuda_kernels_the_types_they_take(dtype, memory_format):
     """CUDA's norms refuse mixed types; the weights' gradients are those of the weights that the convolution used."""
     asked = []
-    for name in ("native_group_norm_backward", "convolution_backward"):
-        operator = getattr(torch.ops.aten, name)
 
-        def record(*arguments, operator=operator, name=name):
-            asked.append((name, {a.dtype for a in arguments if isinstance(a, torch.Tensor) and a.ndim != 2}))
-            return operator(*arguments)
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.__name__.startswith(("native_group_norm", "convolution")):
+                asked.append((operator.__name__, {a.dtype for a in args if isinstance(a, torch.Tensor) and a.ndim != 2}))
+            return operator(*args, **(kwargs or {}))
 
-        monkeypatch.setattr(torch.ops.aten, name, record)
-    with fake_card():
+    with fake_card(), Record():
         x = torch.empty(2, 8, 4, 4, 4, dtype=dtype).to(memory_format=memory_format)
         norm_weight, norm_bias, bias = torch.empty(8), torch.empty(8), torch.empty(16)
         weight = torch.empty(16, 8, 3, 3, 3).to(memory_format=memory_format)
@@ -129,7 +129,9 @@ def test_backward_pass_of_the_lean_block_gives_cuda_kernels_the_types_they_take(
         assert (result.dtype, result.shape) == (dtype, (2, 16, 4, 4, 4))
         grad = torch.empty_like(result)
         gradients = _NormSiluConv.backward(context, grad)
-    assert asked == [("convolution_backward", {dtype}), ("native_group_norm_backward", {dtype})]
+    forward = ["native_group_norm.default", "convolution.default"]
+    backward = ["native_group_norm.default", "convolution_backward.default", "native_group_norm_backward.default"]
+    assert asked == [(name, {dtype}) for name in forward + backward]
     assert [g.shape for g in gradients[:5]] == [t.shape for t in (x, norm_weight, norm_bias, weight, bias)]
     assert {g.dtype for g in gradients[:5]} == {dtype}
 
@@ -138,7 +140,9 @@ def test_backward_pass_of_the_lean_block_gives_cuda_kernels_the_types_they_take(
 def test_residual_block_adds_in_the_memory_format_of_its_input_on_cuda(dtype):
     """Norms give contiguous maps there whatever they get; the convolution after them gives back channels-last."""
     with fake_card():
-        block = ResidualBlock(AEKLResBlock(3, 8, 2, 1e-6, 8)).to(memory_format=torch.channels_last_3d)
+        block = ResidualBlock(AEKLResBlock(3, 8, 2, 1e-6, 8))
+        for layer in (block.conv1.conv, block.conv2.conv):
+            layer.weight = torch.nn.Parameter(layer.weight.to(memory_format=torch.channels_last_3d))
         x = torch.empty(1, 8, 4, 6, 4, dtype=dtype).to(memory_format=torch.channels_last_3d)
         with torch.no_grad(), autocast_of_cuda(dtype):
             without_gradients = block(x)
