@@ -410,11 +410,13 @@ def workers() -> int:
 
 
 def runs(machine: Machine) -> Iterator[Row]:
-    """The commands of the README, with two batches: train, evaluate, encode, decode."""
+    """Commands of the README, with two batches: train, evaluate, encode, decode, and train under ``torchrun``."""
     for precision, channels_last in product(machine.precisions, (False,) if machine.small else (False, True)):
         with tempfile.TemporaryDirectory() as folder:
             for run in (train, evaluate, encode, decode):
                 yield run(Commands(Path(folder), machine, precision, channels_last))
+    with tempfile.TemporaryDirectory() as folder:
+        yield distribute(Commands(Path(folder), machine, machine.precisions[0], False))
 
 
 def generator(machine: Machine) -> Iterator[Row]:
@@ -445,12 +447,17 @@ class Commands:
     channels_last: bool
     compiled: bool = False
 
-    def __call__(self, run_id: str, config: str, **keys: Any) -> Row:
-        """Run one; its row has the seconds, and the last line that it printed if it fails."""
+    def __call__(self, run_id: str, config: str, processes: int = 0, **keys: Any) -> Row:
+        """
+        Run one, under ``torchrun`` with so many processes if there are any; its row has the seconds, and the last line that it
+        printed if it fails.
+        """
         amp = self.precision != "float32"
-        keys = {"device": self.machine.device, "amp": amp, "channels_last": self.channels_last, **keys}
+        keys = {"amp": amp, "channels_last": self.channels_last, **keys}
         keys |= {"amp_dtype": self.precision} if amp else {}
-        command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", config, *META]
+        keys |= {} if processes else {"device": self.machine.device}
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+        command = [sys.executable, *torchrun, "-m", "monai.bundle", "run", run_id, "--config_file", config, *META]
         command += [word for key, value in keys.items() for word in (f"--{key}", str(value))]
         start = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
@@ -478,6 +485,14 @@ class Commands:
 def train(run: Commands) -> Row:
     keys = {**(SMALL if run.machine.small else {}), "fast_dev_run": True, "compile": run.compiled}
     return run("training", "configs/train.json", dataset_dir=run.volumes, output_dir=run.folder / "eval", **keys)
+
+
+def distribute(run: Commands) -> Row:
+    """Train with a process for each GPU (nccl), one on the CPU (gloo)."""
+    keys = {**(SMALL if run.machine.small else {}), "fast_dev_run": True}
+    keys |= {"dataset_dir": run.volumes, "output_dir": run.folder / "eval"}
+    config = "['configs/train.json','configs/multi_gpu_train.json']"
+    return run("training", config, processes=1 if run.machine.small else torch.cuda.device_count(), **keys)
 
 
 def evaluate(run: Commands) -> Row:
