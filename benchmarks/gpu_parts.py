@@ -449,8 +449,8 @@ class Commands:
 
     def __call__(self, run_id: str, config: str, processes: int = 0, **keys: Any) -> Row:
         """
-        Run one, under ``torchrun`` with so many processes if there are any; its row has the seconds, and the last line that it
-        printed if it fails.
+        Run one, under ``torchrun`` with so many processes if there are any; its row has the seconds, and the last line that
+        it printed if it fails.
         """
         amp = self.precision != "float32"
         keys = {"amp": amp, "channels_last": self.channels_last, **keys}
@@ -478,7 +478,7 @@ class Commands:
     def volumes(self) -> Path:
         folder = self.folder / "volumes"
         if not folder.exists():
-            save_volumes(folder, 3, self.machine.size(128, 16))
+            save_volumes(folder, 3 + 2 * torch.cuda.device_count(), self.machine.size(128, 16))
         return folder
 
 
@@ -489,10 +489,10 @@ def train(run: Commands) -> Row:
 
 def distribute(run: Commands) -> Row:
     """Train with a process for each GPU (nccl), one on the CPU (gloo)."""
-    keys = {**(SMALL if run.machine.small else {}), "fast_dev_run": True}
+    processes = 1 if run.machine.small else torch.cuda.device_count()
+    keys = {**(SMALL if run.machine.small else {}), "fast_dev_run": True, "fast_dev_run_batches": 2 * processes}
     keys |= {"dataset_dir": run.volumes, "output_dir": run.folder / "eval"}
-    config = "['configs/train.json','configs/multi_gpu_train.json']"
-    return run("training", config, processes=1 if run.machine.small else torch.cuda.device_count(), **keys)
+    return run("training", "['configs/train.json','configs/multi_gpu_train.json']", processes, **keys)
 
 
 def evaluate(run: Commands) -> Row:
