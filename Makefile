@@ -1,4 +1,5 @@
 # make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
+# make gpu: everything that this bundle claims of GPUs, run and measured on the one that is there; ARGS="--device cpu" runs it small.
 # make quality: train every row of the quality tables.
 # make release: the bundle as one file to share, in dist/.   make lint: the checks of style and types.
 # Further config keys are given in ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
@@ -9,7 +10,7 @@ CONFIGS := --meta_file configs/metadata.json --logging_file configs/logging.conf
 ARGS ?=
 DEVICE ?= cpu
 
-.PHONY: train test bench quality lint clinical-data release
+.PHONY: train test bench gpu quality lint clinical-data release
 
 train: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
@@ -23,6 +24,9 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.planning_requests
 	$(BIN)/python -m benchmarks.loop --device $(DEVICE)
+
+gpu: .venv/installed
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 quality: .venv/installed
 	$(BIN)/python -m benchmarks.quality rows $(ARGS)

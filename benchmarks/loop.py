@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import fire
 import nibabel as nib
@@ -55,12 +56,19 @@ def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu") -> floa
     return share
 
 
-def training(folder: Path, epochs: int, patch_size: int, device: str) -> ConfigWorkflow:
-    """The training workflow of the bundle on random volumes."""
-    (folder / "volumes").mkdir()
-    for i in range(NUM_VOLUMES):
-        values = np.random.default_rng(i).integers(0, 1000, (patch_size,) * 3, dtype=np.int16)
-        nib.save(nib.Nifti1Image(values, np.eye(4)), folder / "volumes" / f"sub-{i}.nii")
+def save_volumes(folder: Path, number: int, size: int) -> None:
+    """Random volumes, cubes of ``size`` voxels, in a new folder."""
+    folder.mkdir()
+    for i in range(number):
+        values = np.random.default_rng(i).integers(0, 1000, (size,) * 3, dtype=np.int16)
+        nib.save(nib.Nifti1Image(values, np.eye(4)), folder / f"sub-{i}.nii")
+
+
+def training(
+    folder: Path, epochs: int, patch_size: int, device: str, volume_size: int | None = None, **keys: Any
+) -> ConfigWorkflow:
+    """The training workflow of the bundle on random volumes, of the patch's size unless told otherwise."""
+    save_volumes(folder / "volumes", NUM_VOLUMES, volume_size or patch_size)
     flow = ConfigWorkflow(
         config_file=str(ROOT / "configs/train.json"),
         meta_file=str(ROOT / "configs/metadata.json"),
@@ -73,8 +81,8 @@ def training(folder: Path, epochs: int, patch_size: int, device: str) -> ConfigW
         epochs=epochs,
         val_interval=epochs,
         patch_size=[patch_size] * 3,
-        num_workers=0,
         device=device,
+        **{"num_workers": 0, **keys},
     )
     flow.initialize()
     return flow

@@ -37,8 +37,8 @@ class Row:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def amp_here(self) -> bool:
-        return self.amp and choose_precision("cpu").amp
+    def amp_dtype_here(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.amp and choose_precision("cpu").amp else None
 
     def build(self) -> torch.nn.Module:
         return build_with(self.name, **self.arguments)
@@ -88,9 +88,7 @@ def main() -> None:
 def compare(name: str) -> list[str]:
     """The cells of a row: estimate, measurement, and the relative error of the estimate."""
     row = ROWS[name]
-    estimate = training_cost(
-        row.build(), row.size, batch_size=row.batch_size, amp_dtype=torch.bfloat16 if row.amp_here else None, device="cpu"
-    )
+    estimate = training_cost(row.build(), row.size, batch_size=row.batch_size, amp_dtype=row.amp_dtype_here, device="cpu")
     saved, peak = measure(name)
     cells = ["x".join(str(n) for n in row.size), str(row.batch_size)]
     for guess, found in ((estimate.saved_activations, saved), (estimate.peak, peak)):

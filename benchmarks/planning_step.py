@@ -16,13 +16,21 @@ from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
 
-def saved_in_a_step(network: torch.nn.Module, size: tuple[int, ...], batch_size: int, amp: bool, **further: Any) -> int:
-    """Bytes that the second of two iterations on the CPU saves; ``further`` are arguments of the trainer."""
+def saved_in_a_step(
+    network: torch.nn.Module,
+    size: tuple[int, ...],
+    batch_size: int,
+    amp_dtype: torch.dtype | None,
+    device: str = "cpu",
+    **further: Any,
+) -> int:
+    """Bytes that the second of two iterations saves; ``further`` are arguments of the trainer."""
+    network = network.to(device)
     trainer = AutoencoderTrainer.of_images(
-        [torch.rand(batch_size, 1, *size)] * 2,
+        [torch.rand(batch_size, 1, *size, device=device)] * 2,
         network,
         torch.optim.AdamW(network.parameters()),
-        amp_dtype=torch.bfloat16 if amp else None,
+        amp_dtype=amp_dtype,
         **further,
     )
     modules = [network, *([trainer.adversary.discriminator] if trainer.adversary else [])]
@@ -44,10 +52,10 @@ def step(name: str) -> None:
     from benchmarks.planning import ROWS
 
     row = ROWS[name]
-    saved_in_a_step(row.build(), tuple(2 * f for f in row.factors), 1, row.amp_here)  # loads the libraries
+    saved_in_a_step(row.build(), tuple(2 * f for f in row.factors), 1, row.amp_dtype_here)  # loads the libraries
     gc.collect()  # a trainer and its handlers refer to each other, and so keep the network in memory
     before = resident()
-    saved = saved_in_a_step(row.build(), row.size, row.batch_size, row.amp_here)
+    saved = saved_in_a_step(row.build(), row.size, row.batch_size, row.amp_dtype_here)
     print(saved, peak_bytes("cpu") - before)
 
 

@@ -53,7 +53,7 @@ def test_saved_activations_are_those_of_a_real_step(name, batch_size, amp, argum
     network = build_with(name, **arguments)
     amp_dtype = torch.bfloat16 if amp else None
     estimate = training_cost(network, (32,) * 3, batch_size=batch_size, amp_dtype=amp_dtype, device="cpu")
-    assert estimate.saved_activations == pytest.approx(saved_in_a_step(network, (32,) * 3, batch_size, amp), rel=0.02)
+    assert estimate.saved_activations == pytest.approx(saved_in_a_step(network, (32,) * 3, batch_size, amp_dtype), rel=0.02)
     assert sum(level.saved for level in estimate.levels) == estimate.saved_activations
 
 
@@ -129,7 +129,7 @@ def test_saved_activations_of_adversary_and_further_losses_are_those_of_a_real_s
     shared = {"amp_dtype": None, "device": "cpu"}
     estimate = training_cost(network, (32,) * 3, loss_terms=terms, discriminator=discriminator, **shared)
     adversary = Adversary(discriminator, torch.optim.AdamW, num_steps=2, weight=1.0, warmup_epochs=0)
-    counted = saved_in_a_step(network, (32,) * 3, 1, False, loss_terms=terms, adversary=adversary)
+    counted = saved_in_a_step(network, (32,) * 3, 1, None, loss_terms=terms, adversary=adversary)
     assert estimate.saved_activations == pytest.approx(counted, rel=0.02)
     assert estimate.saved_activations > 1.2 * training_cost(network, (32,) * 3, **shared).saved_activations
 
