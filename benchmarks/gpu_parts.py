@@ -45,9 +45,9 @@ from scripts.bundle.errors import reason
 from scripts.bundle.machine import GIB, total_memory
 from scripts.bundle.precision import autocast_dtype, choose_precision
 from scripts.inference.streaming import StreamingInferer
+from scripts.planning.config_keys import read_plan
 from scripts.planning.estimates import with_margin
 from scripts.planning.inference_costs import inference_cost
-from scripts.planning.plans import read_plan
 from scripts.planning.training_costs import training_cost
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 

@@ -13,8 +13,8 @@ import torch
 from benchmarks.networks import FACTORS, MONAI, build_with, total_factors
 from benchmarks.tables import print_table
 from scripts.bundle.machine import GIB
+from scripts.planning.config_keys import read_plan
 from scripts.planning.inference_costs import inference_cost
-from scripts.planning.plans import read_plan
 from scripts.planning.training_costs import training_cost
 
 SIZES = ((256, 256, 64), (256, 256, 256), (512, 512, 512))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import fire
 
+from scripts.planning.config_keys import TRAIN
 from scripts.planning.estimates import estimate_memory
-from scripts.planning.plans import TRAIN
 from scripts.planning.recommendations import Recommendation, recommend_downsample_factors, write_overlay
 from scripts.planning.self_test import Configuration, check_configuration
 

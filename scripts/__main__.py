@@ -18,8 +18,8 @@ from typing import Any
 import fire
 
 from scripts.planning import tables
+from scripts.planning.config_keys import TRAIN, read_plan
 from scripts.planning.estimates import Estimate, estimate_plan
-from scripts.planning.plans import TRAIN, read_plan
 from scripts.planning.recommendations import FACTOR_KEYS, leanest, recommend_downsample_factors, write_overlay
 from scripts.planning.request_checks import positive
 from scripts.planning.savings import what_would_fit

@@ -1,4 +1,9 @@
-"""The quality of reconstructions: metrics that MONAI lacks, pictures, and the report of an evaluation."""
+"""The quality of reconstructions.
+
+- ``metrics`` are the numbers that MONAI lacks: a new column of the report begins there.
+- ``evaluation_saver`` writes CSV, JSON and the report; ``html_report`` has labels and meanings of its columns.
+- ``pictures`` draws planes and errors, ``html_pages`` renders any report as one file.
+"""
 
 from scripts.evaluation.evaluation_saver import EvaluationSaver
 from scripts.evaluation.metrics import (

@@ -8,8 +8,8 @@ from scripts.generation.latent_space import LatentSpace
 from scripts.generation.latent_unet import LatentUNet
 from scripts.generation.prepare_batch import FlowPrepareBatch
 from scripts.generation.sample_evaluation import SampleEvaluation
-from scripts.generation.sampler import draw_noise, integrate
 from scripts.generation.samples import DrawStartd, SampleInferer, SaveSampled, plan_samples
+from scripts.generation.solvers import draw_noise, integrate
 from scripts.generation.validation import FlowEvaluator, FlowInferer, averages
 
 __all__ = [

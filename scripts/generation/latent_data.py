@@ -18,7 +18,7 @@ from scripts.bundle.weights import what_differs
 from scripts.data.latents import all_latents, read_description, read_latent
 from scripts.data.volume_lists import split_by_subject
 from scripts.generation.latent_space import LatentSpace, spacing_of
-from scripts.generation.sampler import draw_noise
+from scripts.generation.solvers import draw_noise
 from scripts.layers.factors import padded_size
 
 __all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_space"]

@@ -23,7 +23,7 @@ from scripts.data.restored_volumes import nifti_bytes, restore
 from scripts.generation.generator import Generator
 from scripts.generation.latent_space import LatentSpace
 from scripts.generation.latent_unet import NUM_TIMESTEPS
-from scripts.generation.sampler import SOLVERS, draw_noise, integrate
+from scripts.generation.solvers import SOLVERS, draw_noise, integrate
 from scripts.generation.validation import FlowInferer
 from scripts.layers.factors import padded_size
 from scripts.training.repeatable_batches import derive_seed

@@ -1,6 +1,6 @@
 """The planner: what a configuration needs in memory before it runs, and which factors suit a volume and a GPU.
 
-- ``plans`` reads a config: a new key that affects memory is read there.
+- ``config_keys`` reads a config into a plan: a new key that affects memory is read there.
 - ``training_costs`` runs one step of the trainer on fake tensors, ``inference_costs`` one reconstruction; ``allocations``,
   ``saved_tensors``, ``operation_workspace`` and ``cuda_casting`` count what they allocate and keep.
 - ``estimates`` adds the margin, ``savings`` lists changes that would save memory, ``training_start`` logs an estimate.

@@ -9,8 +9,8 @@ from typing import Any
 
 from scripts.bundle.machine import GIB
 from scripts.layers.factors import padded_size
+from scripts.planning.config_keys import TRAIN, Plan, read_plan
 from scripts.planning.inference_costs import InferenceCost, inference_cost
-from scripts.planning.plans import TRAIN, Plan, read_plan
 from scripts.planning.request_checks import voxels
 from scripts.planning.training_costs import TrainingCost, training_cost
 

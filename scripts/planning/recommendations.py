@@ -13,9 +13,9 @@ from scripts.bundle.config import ROOT
 from scripts.bundle.files import write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import per_axis
+from scripts.planning.config_keys import TRAIN, Plan, read_plan
 from scripts.planning.estimates import Estimate, estimate_plan
 from scripts.planning.factor_candidates import Candidate, candidates
-from scripts.planning.plans import TRAIN, Plan, read_plan
 from scripts.planning.request_checks import positive, voxels, whole
 from scripts.planning.savings import Change, what_would_fit
 

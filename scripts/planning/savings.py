@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from scripts.bundle.machine import GIB
 from scripts.layers.factors import padded_size
+from scripts.planning.config_keys import Plan
 from scripts.planning.estimates import estimate_plan
-from scripts.planning.plans import Plan
 
 __all__ = ["Change", "what_would_fit"]
 

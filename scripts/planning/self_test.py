@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
 from scripts.bundle.progress import ProgressBar
+from scripts.planning.config_keys import Plan, read_plan
 from scripts.planning.estimates import estimate_plan
-from scripts.planning.plans import Plan, read_plan
 from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 

@@ -17,9 +17,9 @@ from benchmarks.networks import MONAI, build_with
 from benchmarks.planning_step import saved_in_a_step
 from scripts.__main__ import main
 from scripts.bundle.machine import GIB
+from scripts.planning.config_keys import TRAIN, read_plan
 from scripts.planning.estimates import estimate_memory
 from scripts.planning.inference_costs import inference_cost
-from scripts.planning.plans import TRAIN, read_plan
 from scripts.planning.recommendations import leanest, recommend_downsample_factors, write_overlay
 from scripts.planning.self_test import Configuration, check_all, check_configuration, configurations
 from scripts.planning.tables import verdict

@@ -1,4 +1,4 @@
-"""What a config says about a training step: its network, its patches, its loss and its optimizer."""
+"""The config keys that the planner takes into account: network, patches, loss, optimizer and precision, read into a plan."""
 
 from __future__ import annotations
 

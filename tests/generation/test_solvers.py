@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scripts.generation.flow import BASE_VALUES, RectifiedFlow
-from scripts.generation.sampler import draw_noise, integrate
+from scripts.generation.solvers import draw_noise, integrate
 
 MEAN, DEVIATION = 0.4, 0.6
 
