@@ -20,6 +20,7 @@ from benchmarks.networks import MONAI, build_with, total_factors
 from benchmarks.tables import print_table
 from scripts.bundle.machine import MIB
 from scripts.bundle.precision import choose_precision
+from scripts.layers.factors import by
 from scripts.planning.training_costs import training_cost
 
 # glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use
@@ -90,7 +91,7 @@ def compare(name: str) -> list[str]:
     row = ROWS[name]
     estimate = training_cost(row.build(), row.size, batch_size=row.batch_size, amp_dtype=row.amp_dtype_here, device="cpu")
     saved, peak = measure(name)
-    cells = ["x".join(str(n) for n in row.size), str(row.batch_size)]
+    cells = [by(row.size), str(row.batch_size)]
     for guess, found in ((estimate.saved_activations, saved), (estimate.peak, peak)):
         cells += [f"{guess / MIB:.0f} MiB", f"{found / MIB:.0f} MiB", f"{guess / found - 1:+.1%}"]
     return cells

@@ -23,7 +23,9 @@ from monai.bundle import ConfigParser
 from benchmarks.machine import described, instruction_set, now
 from benchmarks.tables import print_table
 from scripts.bundle.precision import LOWER_PRECISIONS, autocast_dtype
+from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
+Run = Callable[[torch.dtype | None], None]  # an operation, in a data type of mixed precision or in float32
 STEP_SIZE = 96  # the default `patch_size`
 VOLUME_SIZE = 128
 REPEATS = 3
@@ -115,40 +117,35 @@ def measure(operation: str, precision: str, limit: float) -> None:
     print(json.dumps([size, seconds, in_float32]))
 
 
-def seconds_of(run: Callable[[], None], precision: str, limit: float) -> float:
+def seconds_of(run: Run, precision: str, limit: float) -> float:
     """The median of three runs after one of warm-up, or of those that were done after half the limit."""
-    amp = precision != "float32"
+    dtype = None if precision == "float32" else autocast_dtype(precision)
     times: list[float] = []
     while len(times) <= REPEATS and sum(times) < limit / 2:
         start = now("cpu")
-        with torch.autocast("cpu", autocast_dtype(precision) if amp else None, enabled=amp):
-            run()
+        run(dtype)
         times.append(now("cpu") - start)
     return median(times[1:] or times)
 
 
-def training(network: torch.nn.Module, image: torch.Tensor) -> Callable[[], None]:
-    """A training step with AdamW."""
-    optimizer = torch.optim.AdamW(network.train().parameters(), lr=1e-4)
+def training(network: torch.nn.Module, image: torch.Tensor) -> Run:
+    """A training step with AdamW, in a data type of mixed precision or in float32."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 
-    def step() -> None:
-        reconstruction, z_mu, _ = network(image)
-        with torch.autocast("cpu", enabled=False):
-            loss = torch.nn.functional.l1_loss(reconstruction.float(), image) + 1e-8 * z_mu.float().square().sum()
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(dtype: torch.dtype | None) -> None:
+        AutoencoderTrainer.of_images([image], network, optimizer, amp_dtype=dtype).run()
 
     return step
 
 
-def reconstruction(network: torch.nn.Module, image: torch.Tensor) -> Callable[[], None]:
-    """A reconstruction in one pass."""
+def reconstruction(network: torch.nn.Module, image: torch.Tensor) -> Run:
+    """A reconstruction in one pass, ditto."""
     network.eval()
 
     @torch.no_grad()
-    def reconstruct() -> None:
-        network.reconstruct(image)  # type: ignore[operator]
+    def reconstruct(dtype: torch.dtype | None) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            network.reconstruct(image)  # type: ignore[operator]
 
     return reconstruct
 

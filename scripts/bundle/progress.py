@@ -18,6 +18,8 @@ from monai.utils.enums import CommonKeys as Keys
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from scripts.layers.factors import by
+
 __all__ = ["ProgressBar", "VolumeProgress"]
 
 SECONDS = 1.0  # after which a bar is drawn again, so that its elapsed time is right while a step takes long
@@ -116,7 +118,7 @@ class VolumeProgress:
         image = batch.get(Keys.IMAGE)
         if image is None:  # a file that cannot be read
             return
-        size = "x".join(str(n) for n in image.shape[2:])
+        size = by(image.shape[2:])
         names = getattr(image, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ) or batch.get("path", [])
         name = Path(names[0] if isinstance(names, (list, tuple)) and names else str(names or "")).name
         self.bar.set_postfix_str(f"{name} {size}".strip(), refresh=False)

@@ -19,6 +19,7 @@ import safetensors.torch
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
 from scripts.bundle.files import write_atomically
+from scripts.bundle.machine import MIB
 from scripts.bundle.weights import load_weights
 
 __all__ = ["build_release"]
@@ -64,7 +65,7 @@ def build_release(output_dir: str = "dist") -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     archive = _zip(files)
     write_atomically(archive, target)
-    return f"{target}: {len(files)} files, {len(archive) / 2**20:.0f} MiB, SHA-256 {hashlib.sha256(archive).hexdigest()}"
+    return f"{target}: {len(files)} files, {len(archive) / MIB:.0f} MiB, SHA-256 {hashlib.sha256(archive).hexdigest()}"
 
 
 def _safetensors(weights: Path) -> bytes:

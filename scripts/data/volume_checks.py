@@ -20,7 +20,7 @@ from monai.transforms import LoadImage
 
 from scripts.bundle.files import write_atomically
 from scripts.bundle.json_files import read_json
-from scripts.bundle.machine import total_memory
+from scripts.bundle.machine import GIB, total_memory
 from scripts.bundle.processes import merged, share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.volume_lists import describe, is_nifti
@@ -41,7 +41,6 @@ CHECKS = 2  # version; raise it when volumes that passed may now be refused, so 
 FLAT = 1e-6  # a determinant of three unit vectors up to this: they lie in a plane, up to rounding
 FARTHEST, SHORTEST = 1e9, 1e-9  # mm, from the origin and of a voxel's edge
 GZIP_RATIO = 1032  # deflate shrinks no file by more
-GIB = 2**30
 FLOAT_SIZE = 4
 CHECKED = {  # schema of the cache
     "type": "object",

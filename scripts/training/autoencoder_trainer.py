@@ -10,6 +10,7 @@ from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
 from monai.utils.enums import CommonKeys as Keys
 
+from scripts.bundle.precision import dtype_name
 from scripts.training.adversary import Adversary
 from scripts.training.losses import LossTerm, kl_divergence
 from scripts.training.resumable_trainer import Losses, ResumableTrainer
@@ -83,7 +84,7 @@ class AutoencoderTrainer(ResumableTrainer):
             loss_function=loss_function,
             inferer=SimpleInferer(),
             amp=amp_dtype is not None,
-            amp_dtype=str(amp_dtype or torch.bfloat16).removeprefix("torch."),
+            amp_dtype=dtype_name(amp_dtype or torch.bfloat16),
             **{"kl_weight": 1e-8, **kwargs},
         )
 
