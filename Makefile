@@ -1,4 +1,5 @@
 # make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
+# make generate: train a small generator on the latents of synthetic heads, and make new ones.
 # make gpu: everything that this bundle claims of GPUs, run and measured on the one that is there; ARGS="--device cpu" runs it small.
 # make quality: train every row of the quality tables.
 # make release: the bundle as one file to share, in dist/.   make lint: the checks of style and types.
@@ -10,11 +11,26 @@ CONFIGS := --meta_file configs/metadata.json --logging_file configs/logging.conf
 ARGS ?=
 DEVICE ?= cpu
 
-.PHONY: train test bench gpu quality lint clinical-data release
+GENERATOR := eval/generator
+HEADS := '$$scripts.data.prepare_demonstration_heads(@bundle_root + "/data/heads")'
+DIFFUSION := configs/train_diffusion.json
+
+.PHONY: train generate test bench gpu quality lint clinical-data release
 
 train: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
-		--epochs 80 --val_interval 40 --patch_size "[64,64,64]" --channels_last true --resume true $(ARGS)
+		--epochs 60 --val_interval 30 --patch_size "[64,64,64]" --channels_last true --resume true $(ARGS)
+
+generate: .venv/installed
+	$(BIN)/python -m monai.bundle run encoding --config_file configs/inference.json $(CONFIGS) \
+		--dataset_dir $(HEADS) --output_dir $(GENERATOR)/latents
+	$(BIN)/python -m monai.bundle run training --config_file $(DIFFUSION) $(CONFIGS) \
+		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --condition_keys "['skull']" --latent_gamma 0.5 \
+		--batch_size 4 --lr 0.001 --ema_decay 0.995 --epochs 45 --val_interval 15 --resume true $(ARGS)
+	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
+		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --solver euler
+	$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \
+		--ckpt_dir $(GENERATOR)/checkpoints --output_dir $(GENERATOR)/samples --solver euler
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
