@@ -26,7 +26,7 @@ generate: .venv/installed
 		--dataset_dir $(HEADS) --output_dir $(GENERATOR)/latents
 	$(BIN)/python -m monai.bundle run training --config_file $(DIFFUSION) $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --condition_keys "['skull']" --latent_gamma 0.5 \
-		--batch_size 4 --lr 0.001 --ema_decay 0.995 --epochs 45 --val_interval 15 --resume true $(ARGS)
+		--batch_size 4 --lr 0.001 --ema_decay 0.995 --epochs 45 --val_interval 45 --resume true $(ARGS)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --solver euler
 	$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \

@@ -170,7 +170,7 @@ def tried(row: Row, measure: Callable[[], Row], may_fail: bool = False) -> Row:
     except Exception as error:
         traceback.print_exc()
         lacks_memory = isinstance(error, torch.OutOfMemoryError)
-        return {**row, "result" if may_fail else "error": "out of memory" if lacks_memory else reason(error)}
+        return {**row, "result" if may_fail else "error": "out of memory" if lacks_memory else str(reason(error))}
     finally:
         gc.collect()  # a trainer and its handlers hold each other, and with them the network
         if torch.cuda.is_available():

@@ -123,7 +123,8 @@ def documented_configurations() -> list[Configuration]:
     for param in typed(["-m", "monai.bundle", "run"]):
         given = options(param.values[0])
         files = [given["config_file"]] if isinstance(given["config_file"], str) else given["config_file"]
-        if all(file.startswith("configs/") for file in files):  # others are the reader's own
+        ours = all(file.startswith("configs/") for file in files)  # others are the reader's own
+        if ours and files[0] in ("configs/train.json", "configs/inference.json"):  # not those of the generator
             one = Configuration(tuple(files), {key: value for key, value in given.items() if key in shaping})
             found[one.name] = one
     return list(found.values())
