@@ -114,7 +114,7 @@ def test_planner_is_compared_with_a_step(monkeypatch):
     assert [row["row"] for row in rows] == ["MONAI's network", "4x"]
     for row in rows:
         assert row["saved"] == pytest.approx(row["saved_estimated"], rel=0.05, abs=1e-3)
-        assert row["allocated"] > 0
+        assert row["allocated"] >= 0  # 0 where the memory of an earlier test is used again
 
 
 def test_part_goes_on_after_a_row_that_fails_and_fails_at_its_end(monkeypatch, tmp_path, capsys):
