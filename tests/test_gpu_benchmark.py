@@ -108,13 +108,12 @@ def test_part_runs_small_on_the_cpu(name):
         assert row["seconds"] > 0
 
 
-def test_planner_is_compared_with_a_step(monkeypatch):
-    monkeypatch.setattr(gpu_parts, "in_a_process", lambda function, *arguments: function(*arguments))  # for speed
+def test_planner_is_compared_with_a_step():
     rows = list(gpu_parts.planning(gpu_parts.Machine("cpu")))
     assert [row["row"] for row in rows] == ["MONAI's network", "4x"]
     for row in rows:
         assert row["saved"] == pytest.approx(row["saved_estimated"], rel=0.05, abs=1e-3)
-        assert row["allocated"] >= 0  # 0 where the memory of an earlier test is used again
+        assert row["allocated"] > 0
 
 
 def test_part_goes_on_after_a_row_that_fails_and_fails_at_its_end(monkeypatch, tmp_path, capsys):
