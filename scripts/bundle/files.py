@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["UNFINISHED", "file_hash", "serialise", "write_atomically"]
+__all__ = ["UNFINISHED", "content_hash", "file_hash", "serialise", "write_atomically"]
 
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
@@ -51,10 +51,15 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def content_hash(content: bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 @functools.lru_cache
 def file_hash(path: str) -> str:
     """SHA-256 of a file that does not change during the run, such as the weights."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return content_hash(Path(path).read_bytes())
 
 
 def serialise(content: Any) -> bytes:

@@ -7,7 +7,6 @@ The same content gives the same bytes, on every machine.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
@@ -18,7 +17,7 @@ import safetensors.torch
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
-from scripts.bundle.files import write_atomically
+from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.machine import MIB
 from scripts.bundle.weights import load_weights
 
@@ -65,7 +64,7 @@ def build_release(output_dir: str = "dist") -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     archive = _zip(files)
     write_atomically(archive, target)
-    return f"{target}: {len(files)} files, {len(archive) / MIB:.0f} MiB, SHA-256 {hashlib.sha256(archive).hexdigest()}"
+    return f"{target}: {len(files)} files, {len(archive) / MIB:.0f} MiB, SHA-256 {content_hash(archive)}"
 
 
 def _safetensors(weights: Path) -> bytes:
@@ -82,7 +81,7 @@ def _safetensors(weights: Path) -> bytes:
 
 def _sums(files: dict[str, bytes]) -> bytes:
     """What ``sha256sum --check`` reads."""
-    return "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()).encode()
+    return "".join(f"{content_hash(content)}  {name}\n" for name, content in files.items()).encode()
 
 
 def _zip(files: dict[str, bytes]) -> bytes:

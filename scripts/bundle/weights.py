@@ -7,7 +7,6 @@ SHA-256, and loading checks both.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -21,7 +20,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.bundle.files import serialise, write_atomically
+from scripts.bundle.files import content_hash, serialise, write_atomically
 from scripts.bundle.json_files import SHA256, read_json, shortened
 
 __all__ = [
@@ -78,9 +77,9 @@ def save_weights(network: Any, path: str | Path, description: Mapping[str, Any] 
     path.parent.mkdir(parents=True, exist_ok=True)
     content = serialise(network.state_dict())
     # The description is written first and holds the hash of the old weights too, so that the pair is valid at any moment.
-    hashes = [hashlib.sha256(content).hexdigest()]
+    hashes = [content_hash(content)]
     if path.is_file():
-        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        hashes.append(content_hash(path.read_bytes()))
     known = {"network": network.arguments, **(description or {}), "sha256": hashes[0], "sha256_before": hashes[-1]}
     write_atomically(json.dumps(known, indent=2).encode(), path.with_suffix(".json"))
     write_atomically(content, path)
@@ -132,7 +131,7 @@ def read_weights(path: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> t
         raise FileNotFoundError(f"there are no weights at {path}. {advice}")
     content = path.read_bytes()
     description = read_description(path, schema)
-    if description and hashlib.sha256(content).hexdigest() not in (description["sha256"], description.get("sha256_before")):
+    if description and content_hash(content) not in (description["sha256"], description.get("sha256_before")):
         raise ValueError(
             f"{path} is not the file that {path.with_suffix('.json')} describes: it was changed or damaged. "
             "Restore the pair, or remove the description if you trust the weights."

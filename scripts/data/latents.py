@@ -5,7 +5,6 @@ The JSON file is written last and holds the latent's hash: where the two agree, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ import torch
 from monai.transforms import Transform
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.bundle.files import file_hash, write_atomically
+from scripts.bundle.files import content_hash, file_hash, write_atomically
 from scripts.bundle.json_files import SHA256, read_json
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
@@ -123,7 +122,7 @@ class SaveLatentd(Transform):
             "image_scale": _image_scale(self.network),
             "network": self.network.arguments,
             "weights_sha256": file_hash(self.weights),
-            "latent_sha256": _digest(content),
+            "latent_sha256": content_hash(content),
         }
         write_atomically(content, path)
         write_atomically(json.dumps(description, indent=2).encode(), _description_path(path))
@@ -182,7 +181,7 @@ def read_latent(
     Raises:
         ValueError: for a file that is not what its description names, or a description that contradicts itself.
     """
-    if description["latent_sha256"] != _digest(path.read_bytes()):
+    if description["latent_sha256"] != content_hash(path.read_bytes()):
         raise ValueError(f"{path} is not the file that its description names: it was changed or damaged; encode again.")
     problem = problem_of_record(description, image_channels) or _problem_of_padding(description, factors)
     if problem is not None:
@@ -268,7 +267,7 @@ def without_whole_latents(
             or found["settings"] != dict(settings)
             or found["weights_sha256"] != file_hash(weights)
             or _description_path(path).stat().st_mtime < source.stat().st_mtime
-            or found["latent_sha256"] != _digest(path.read_bytes())
+            or found["latent_sha256"] != content_hash(path.read_bytes())
             or "image_scale" not in found  # of an older version, which did not store what a generator needs
         ):
             missing.append(item)
@@ -338,10 +337,6 @@ def _image_scale(network: AutoencoderKL) -> list[float]:
     if network.shortcut is None:
         return [1.0] * network.arguments["latent_channels"]
     return network.shortcut.scale.flatten().tolist()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _description_path(path: Path) -> Path:

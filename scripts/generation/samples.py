@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,7 +15,7 @@ from monai.transforms import Transform
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.bundle.files import write_atomically
+from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.restored_volumes import nifti_bytes, restore
@@ -257,7 +256,7 @@ class SaveSampled(Transform):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(content, path)
         window = {name: record[name] for name in ("intensity_low", "intensity_high")}
-        known = {**plan, **window, "volume_sha256": hashlib.sha256(content).hexdigest()}
+        known = {**plan, **window, "volume_sha256": content_hash(content)}
         write_atomically(json.dumps(known, indent=2).encode(), _description_path(path))
         logger.info(f"{path}")
         return dict(data)
@@ -290,6 +289,6 @@ def _is_whole(path: Path, plan: Mapping[str, Any]) -> bool:
     try:
         found = json.loads(_description_path(path).read_text())
         made_so = isinstance(found, dict) and all(found.get(name) == value for name, value in plan.items())
-        return made_so and found.get("volume_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+        return made_so and found.get("volume_sha256") == content_hash(path.read_bytes())
     except (OSError, ValueError):
         return False

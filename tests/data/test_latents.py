@@ -179,21 +179,21 @@ def test_fields_that_disagree_are_named(encoded, latents, tmp_path, changes, wor
 
 
 def test_false_claim_and_infinite_values_in_the_latent_itself_are_refused(encoded, latents, tmp_path):
-    from scripts.data.latents import _digest
+    from scripts.bundle.files import content_hash
 
     path = latents / f"{NAME}.nii.gz"
     image = nib.load(path)
     values = image.get_fdata()
     values[0, 0, 0, 0] = np.inf
     nib.save(nib.Nifti1Image(values.astype(np.float32), image.affine), path)
-    described(latents, latent_sha256=_digest(path.read_bytes()))
+    described(latents, latent_sha256=content_hash(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"{NAME}\.nii\.gz has values that are NaN or infinite"):
         encoded.decode(latents, tmp_path / "out")
     header = image.header.copy()
     header["dim"][1:5] = 30000, 30000, 30000, 3
     with nib.openers.Opener(str(path), "wb") as file:
         file.write(header.binaryblock)
-    described(latents, latent_sha256=_digest(path.read_bytes()))
+    described(latents, latent_sha256=content_hash(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"{NAME}\.nii\.gz cannot be read to its end: its header claims 30000 x 30000"):
         encoded.decode(latents, tmp_path / "out")
 
