@@ -10,7 +10,7 @@ import torch
 
 __all__ = ["FlowTarget", "RectifiedFlow"]
 
-PREDICTIONS = ("x", "v")
+PREDICTIONS = ("gain", "x", "v")
 BASE_VALUES = 4096  # latents of so many values need no shift (Zheng et al., https://arxiv.org/abs/2510.11690)
 LEAST_TIME = 0.05  # below it the weight of the loss grows no further (Li and He, https://arxiv.org/abs/2511.13720)
 
@@ -41,16 +41,17 @@ class RectifiedFlow:
     the velocity ``clean - noise``, along which samples go from noise at t = 1 to a latent at t = 0. Sign and direction are
     those of MONAI's ``RFlowScheduler``.
 
-    The network predicts the velocity, or the clean latent (``prediction`` v or x). The loss is the mean square error of the
-    velocity in both cases, so that their values can be compared. An error of the clean latent, divided by t, is one of the
-    velocity (below t = 0.05, by 0.05).
+    The network predicts the velocity (``prediction`` v) or the clean latent: by itself (x), or as what is likely together with
+    the gain of the noisy latent (gain, see :py:func:`scripts.generation.latent_unet.posterior_mean`). The loss is the mean
+    square error of the velocity in all cases, so that their values can be compared. An error of the clean latent, divided by
+    t, is one of the velocity (below t = 0.05, by 0.05).
 
     Times of training are drawn from a logit-normal distribution (Esser et al., https://arxiv.org/abs/2403.03206) and shifted
     towards noise, as the steps of sampling are: neighbours in a large latent tell the same, and so it needs more noise to
     become unrecognisable.
 
     Args:
-        prediction: ``"x"`` or ``"v"``.
+        prediction: ``"gain"``, ``"x"`` or ``"v"``.
         timestep_shift: the factor by which the odds t / (1 - t) grow; None for the square root of the number of values of a
             latent divided by 4096, as in RAE (https://arxiv.org/abs/2510.11690), at least 1.
 
@@ -60,7 +61,10 @@ class RectifiedFlow:
 
     def __init__(self, prediction: str, timestep_shift: float | None = None) -> None:
         if prediction not in PREDICTIONS:
-            raise ValueError(f"`prediction` is {prediction!r}; it must be 'x' (the clean latent) or 'v' (the velocity).")
+            raise ValueError(
+                f"`prediction` is {prediction!r}; it must be 'gain' or 'x' (the clean latent, with or without a gain of the "
+                "noisy one) or 'v' (the velocity)."
+            )
         if timestep_shift is not None and (isinstance(timestep_shift, (bool, str)) or not timestep_shift > 0):
             raise ValueError(f"`timestep_shift` is {timestep_shift!r}; it must be a positive number, or null.")
         self.prediction, self.timestep_shift = prediction, timestep_shift
@@ -97,9 +101,9 @@ class RectifiedFlow:
 
     def clean_error(self, prediction: torch.Tensor, target: FlowTarget) -> torch.Tensor:
         """What the clean latent misses, ``BxCxHxWxD`` in float32."""
-        if self.prediction == "x":
-            return prediction.float() - target.clean
-        return _per_item(target.times, target.clean) * self.velocity_error(prediction, target)
+        if self.prediction == "v":
+            return _per_item(target.times, target.clean) * self.velocity_error(prediction, target)
+        return prediction.float() - target.clean
 
     def loss(self, prediction: torch.Tensor, target: FlowTarget) -> torch.Tensor:
         """Mean square error of the velocity, of each latent without its padding, averaged over the batch."""

@@ -74,6 +74,7 @@ DESCRIPTION = {  # schema of the JSON file beside the weights
                 "num_res_blocks": _COUNTS,
                 "norm_num_groups": _COUNT,
                 "num_head_channels": _COUNT,
+                "gain": {"type": "boolean", "description": "a flag"},
             },
             "additionalProperties": False,
             "description": "the arguments of a LatentUNet",

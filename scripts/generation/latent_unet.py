@@ -1,4 +1,6 @@
-"""The network of the generator: MONAI's diffusion U-Net, told where a voxel is and what volume it is to make."""
+"""The network of the generator: MONAI's diffusion U-Net, told where a voxel is and what volume it is to make, and by how much
+to trust a noisy value.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ from torch import nn
 __all__ = ["LatentUNet"]
 
 NUM_TIMESTEPS = 1000  # what MONAI's embedding of the time is made for
+LEAST_TIME = 1e-4  # where the time is divided by, or what is left of it
+LOGIT = 4.0  # logits of the gain per unit of the network's output: they span more than means do
 
 
 class LatentUNet(nn.Module):
@@ -23,7 +27,8 @@ class LatentUNet(nn.Module):
       cosine (Liu et al., CoordConv, https://arxiv.org/abs/1807.03247). A convolution knows nothing of where it is, and what
       it makes depends on that: heads have one nose;
     - a vector of conditions, of which a small network makes something that is added to the embedding of the time, as
-      MONAI's class embedding is.
+      MONAI's class embedding is;
+    - on request two outputs for each value, of which :py:func:`posterior_mean` makes the clean latent.
 
     Args:
         spatial_dims: 2 or 3.
@@ -34,6 +39,8 @@ class LatentUNet(nn.Module):
         num_res_blocks: residual blocks of each level.
         norm_num_groups: groups of the normalisation; must divide all ``channels``.
         num_head_channels: channels of a head of attention; must divide the channels where there is attention.
+        gain: whether the network predicts the mean and the gain of each value.
+        amplitude: deviation of each channel of the latents, for ``gain``; None where weights that are loaded have it.
 
     Attributes:
         arguments: all of them, plain JSON.
@@ -53,6 +60,8 @@ class LatentUNet(nn.Module):
         num_res_blocks: int | Sequence[int] = 1,
         norm_num_groups: int = 16,
         num_head_channels: int = 32,
+        gain: bool = False,
+        amplitude: Sequence[float] | torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         if len(attention_levels) != len(channels):
@@ -75,12 +84,17 @@ class LatentUNet(nn.Module):
             "num_res_blocks": [num_res_blocks] * len(channels) if isinstance(num_res_blocks, int) else list(num_res_blocks),
             "norm_num_groups": norm_num_groups,
             "num_head_channels": num_head_channels,
+            "gain": gain,
         }
+        self.gain = gain
+        if gain:
+            strength = torch.ones(latent_channels) if amplitude is None else torch.as_tensor(amplitude, dtype=torch.float32)
+            self.register_buffer("amplitude", strength.reshape(-1, *[1] * spatial_dims).clone())
         self.multiple = 2 ** (len(channels) - 1)
         self.unet = DiffusionModelUNet(
             spatial_dims=spatial_dims,
             in_channels=latent_channels + 3 * spatial_dims,
-            out_channels=latent_channels,
+            out_channels=latent_channels * (2 if gain else 1),
             num_res_blocks=self.arguments["num_res_blocks"],
             channels=channels,
             attention_levels=attention_levels,
@@ -107,7 +121,38 @@ class LatentUNet(nn.Module):
         Returns:
             what the network was trained to predict, of the shape of ``x``.
         """
-        return self.unet(torch.cat([x, coordinates(x, extent)], 1), timesteps, class_labels=context)
+        if not self.gain:
+            return self.unet(torch.cat([x, coordinates(x, extent)], 1), timesteps, class_labels=context)
+        time = (timesteps.float() / NUM_TIMESTEPS).clamp(LEAST_TIME, 1 - LEAST_TIME).reshape(-1, *[1] * (x.dim() - 1))
+        strength = (((1 - time) * self.amplitude).square() + time.square()).sqrt()
+        inputs = torch.cat([x / strength, coordinates(x, extent)], 1)
+        mean, logit = self.unet(inputs, timesteps, class_labels=context).float().chunk(2, 1)
+        return posterior_mean(x, time, self.amplitude, self.amplitude * mean, LOGIT * logit)
+
+
+def posterior_mean(
+    noisy: torch.Tensor, time: torch.Tensor, amplitude: torch.Tensor, mean: torch.Tensor, log_ratio: torch.Tensor
+) -> torch.Tensor:
+    """
+    The clean latent, if before the noisy one was seen each value had a Gaussian distribution: the mean of what it has
+    afterwards, by Bayes' rule. The noisy value counts by the gain, a number from 0 to 1 (Kalman, 1960), and the mean by the
+    rest. Where the distribution is narrow, as in air, or the noise is strong, the mean counts; elsewhere the noisy value does.
+
+    With a mean of 0 and a ratio of 1 this is the best that can be said of each value by itself (Wiener's filter), which a
+    network begins with when its last layer is zero.
+
+    Args:
+        noisy: ``(1 - time) * clean + time * noise``, ``BxCxHxWxD``.
+        time: between 0 and 1, ``Bx1x1x1x1``.
+        amplitude: deviation of each channel, ``Cx1x1x1``.
+        mean: of each value before, like ``noisy``.
+        log_ratio: logarithm of its variance before, in units of the channel's, like ``noisy``.
+
+    Returns:
+        like ``noisy``.
+    """
+    gain = torch.sigmoid(2 * torch.log((1 - time) * amplitude / time) + log_ratio)
+    return (1 - gain) * mean + gain * noisy / (1 - time)
 
 
 def coordinates(x: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:
