@@ -27,9 +27,9 @@ from scripts.data.synthetic_heads import synthesise_head, synthesise_similar_hea
 __all__ = ["prepare_demonstration_heads", "prepare_sample_volumes"]
 
 NUM_TRAINING_VOLUMES = 8
-NUM_DEMONSTRATION_HEADS = {"training": 64, "validation": 32}
-DEMONSTRATION_SPACING = 2  # mm, a multiple of the template's 1
-DEMONSTRATION_SIZE = (96, 112, 96)
+NUM_DEMONSTRATION_HEADS = {"training": 160, "validation": 32}
+DEMONSTRATION_SPACING = 3  # mm, a multiple of the template's 1
+DEMONSTRATION_SIZE = (64, 80, 64)
 logger = logging.getLogger(__name__)
 
 
@@ -74,7 +74,7 @@ def prepare_demonstration_heads(folder: str) -> str:
         folder: where to put them. It appears only when it is complete.
 
     Returns:
-        ``folder``, which then holds 64 training and 32 validation heads of 96x112x96 voxels at 2 mm, and ``dataset.json``,
+        ``folder``, which then holds 160 training and 32 validation heads of 64x80x64 voxels at 3 mm, and ``dataset.json``,
         in which ``skull`` says of each whether it is ``"whole"`` or ``"stripped"``; half of each list are stripped.
     """
     target = Path(folder)

@@ -61,7 +61,7 @@ def synthesise_similar_head(tissues: torch.Tensor, seed: int, stripped: bool, sp
     A T1-weighted head: moderate variation, which a small generator can learn in minutes.
 
     Each tissue gets its intensity before the head is deformed, so that one volume is interpolated and not six, and the
-    deformation is drawn at few points: 0.2 s for a head of 2 mm, where :py:func:`synthesise_head` takes 3.
+    deformation is drawn at few points, so that a head of 3 mm takes a small part of a second.
 
     Args:
         tissues: shares of the six tissues, ``6xHxWxD``.

@@ -41,10 +41,10 @@ class RectifiedFlow:
     the velocity ``clean - noise``, along which samples go from noise at t = 1 to a latent at t = 0. Sign and direction are
     those of MONAI's ``RFlowScheduler``.
 
-    The network predicts the velocity (``prediction`` v) or the clean latent: by itself (x), or as what is likely together with
-    the gain of the noisy latent (gain, see :py:func:`scripts.generation.latent_unet.posterior_mean`). The loss is the mean
-    square error of the velocity in all cases, so that their values can be compared. An error of the clean latent, divided by
-    t, is one of the velocity (below t = 0.05, by 0.05).
+    The network predicts the velocity (``prediction`` v) or the clean latent: directly (x), or by a mean and a gain of the
+    noisy latent (gain, see :py:func:`scripts.generation.latent_unet.posterior_mean`). The loss is the mean square error of
+    the velocity in all cases, so that their values can be compared. An error of the clean latent, divided by t, is one of
+    the velocity (below t = 0.05, by 0.05).
 
     Times of training are drawn from a logit-normal distribution (Esser et al., https://arxiv.org/abs/2403.03206) and shifted
     towards noise, as the steps of sampling are: neighbours in a large latent tell the same, and so it needs more noise to

@@ -1,6 +1,4 @@
-"""The network of the generator: MONAI's diffusion U-Net, told where a voxel is and what volume it is to make, and by how much
-to trust a noisy value.
-"""
+"""The network of the generator: MONAI's diffusion U-Net, told where a voxel is and what volume it is to make."""
 
 from __future__ import annotations
 
@@ -49,6 +47,8 @@ class LatentUNet(nn.Module):
     Raises:
         ValueError: for arguments that do not fit each other.
     """
+
+    amplitude: torch.Tensor
 
     def __init__(
         self,
@@ -134,12 +134,13 @@ def posterior_mean(
     noisy: torch.Tensor, time: torch.Tensor, amplitude: torch.Tensor, mean: torch.Tensor, log_ratio: torch.Tensor
 ) -> torch.Tensor:
     """
-    The clean latent, if before the noisy one was seen each value had a Gaussian distribution: the mean of what it has
-    afterwards, by Bayes' rule. The noisy value counts by the gain, a number from 0 to 1 (Kalman, 1960), and the mean by the
-    rest. Where the distribution is narrow, as in air, or the noise is strong, the mean counts; elsewhere the noisy value does.
+    An estimate of the clean latent by Bayes' rule. Before the noisy latent is seen, each value has a Gaussian distribution,
+    of which ``mean`` and ``log_ratio`` are predicted; the result is the mean of the distribution afterwards. The noisy value
+    counts by the gain (as in Kalman's filter), a number from 0 to 1, and the predicted mean counts by the rest: where the
+    noise is strong or the value is certain, as in air, the predicted mean; elsewhere the noisy value.
 
-    With a mean of 0 and a ratio of 1 this is the best that can be said of each value by itself (Wiener's filter), which a
-    network begins with when its last layer is zero.
+    With a mean and a logarithm of 0 this is Wiener's filter, the best linear estimate of each value by itself. A network
+    whose last layer is zero begins there.
 
     Args:
         noisy: ``(1 - time) * clean + time * noise``, ``BxCxHxWxD``.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.networks.nets import DiffusionModelUNet
 
-from scripts.generation.latent_unet import LatentUNet, coordinates
+from scripts.generation.latent_unet import LatentUNet, coordinates, posterior_mean
 from tests.generation.runs import leave_start
 
 ARGUMENTS = {"spatial_dims": 3, "latent_channels": 4, "condition_size": 5, "channels": [8, 16]}
@@ -59,3 +59,45 @@ def test_arguments_that_do_not_fit_are_named():
         LatentUNet(**{**ARGUMENTS, "attention_levels": [True]})
     with pytest.raises(ValueError, match="`channels` has 10; it must be a multiple of `norm_num_groups` 4"):
         LatentUNet(**{**ARGUMENTS, "channels": [8, 10]})
+
+
+AMPLITUDE = torch.tensor([2.0, 1.0, 0.5, 0.1])
+
+
+def test_a_gain_that_has_learned_nothing_is_the_best_linear_estimate_of_each_value():
+    """With the last layer at zero; of Gaussian values, no factor of the noisy latent comes closer to the clean one."""
+    torch.manual_seed(0)
+    network = LatentUNet(**ARGUMENTS, gain=True, amplitude=AMPLITUDE).eval()
+    clean = torch.randn(1, 4, 16, 16, 16) * AMPLITUDE.reshape(-1, 1, 1, 1)
+    for time in (0.1, 0.5, 0.9):
+        noisy = (1 - time) * clean + time * torch.randn_like(clean)
+        with torch.no_grad():
+            estimate = network(noisy, torch.tensor([1000 * time]), torch.zeros(1, 5))
+        best = [(x @ y / (y @ y)).item() for x, y in zip(clean[0].flatten(1), noisy[0].flatten(1))]
+        found = (estimate / noisy)[0].flatten(1).median(1).values.tolist()
+        assert found == pytest.approx(best, abs=0.05)
+
+
+def test_posterior_mean_is_that_of_bayes_rule():
+    noisy, mean, log_ratio = torch.randn(3, 1, 4, 3, 3, 3, dtype=torch.float64)
+    time, amplitude = torch.full((1, 1, 1, 1, 1), 0.3, dtype=torch.float64), AMPLITUDE.double().reshape(-1, 1, 1, 1)
+    precision, seen = 1 / (amplitude.square() * log_ratio.exp()), (0.7 / 0.3) ** 2
+    expected = (precision * mean + seen * noisy / 0.7) / (precision + seen)
+    assert torch.allclose(posterior_mean(noisy, time, amplitude, mean, log_ratio), expected)
+
+
+def test_gain_is_finite_at_both_ends_and_in_half_precision():
+    network = LatentUNet(**ARGUMENTS, gain=True, amplitude=AMPLITUDE).eval()
+    leave_start(network)
+    x = torch.randn(2, 4, 8, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        estimate = network(x, torch.tensor([0.0, 1000.0]), torch.randn(2, 5))
+    assert estimate.dtype == torch.float32 and estimate.isfinite().all()
+    assert torch.allclose(estimate[0], x[0], atol=1e-2)  # without noise there is nothing to estimate
+
+
+def test_weights_bring_their_amplitude():
+    trained = LatentUNet(**ARGUMENTS, gain=True, amplitude=AMPLITUDE)
+    loaded = LatentUNet(**trained.arguments)
+    loaded.load_state_dict(trained.state_dict())
+    assert loaded.amplitude.flatten().tolist() == AMPLITUDE.tolist()
