@@ -14,6 +14,7 @@ DEVICE ?= cpu
 GENERATOR := eval/generator
 HEADS := '$$scripts.data.prepare_demonstration_heads(@bundle_root + "/data/heads")'
 DIFFUSION := configs/train_diffusion.json
+SAMPLING := --num_inference_steps 15 --guidance_scale 1.5
 
 .PHONY: train generate test bench gpu quality lint clinical-data release
 
@@ -25,12 +26,13 @@ generate: .venv/installed
 	$(BIN)/python -m monai.bundle run encoding --config_file configs/inference.json $(CONFIGS) \
 		--dataset_dir $(HEADS) --output_dir $(GENERATOR)/latents
 	$(BIN)/python -m monai.bundle run training --config_file $(DIFFUSION) $(CONFIGS) \
-		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --condition_keys "['skull']" --latent_gamma 0.5 \
-		--batch_size 4 --lr 0.001 --ema_decay 0.995 --epochs 45 --val_interval 45 --resume true $(ARGS)
+		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --condition_keys "['skull']" \
+		--latent_gamma 0.75 --timestep_shift 4 --batch_size 4 --lr 0.001 --ema_decay 0.99 \
+		--epochs 50 --val_interval 25 --resume true $(ARGS)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
-		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --solver euler
+		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --num_samples 64 $(SAMPLING)
 	$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \
-		--ckpt_dir $(GENERATOR)/checkpoints --output_dir $(GENERATOR)/samples --solver euler
+		--ckpt_dir $(GENERATOR)/checkpoints --output_dir $(GENERATOR)/samples $(SAMPLING)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

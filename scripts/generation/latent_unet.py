@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.networks.nets import DiffusionModelUNet
 from torch import nn
+
+from scripts.generation.conditioned_unet import ConditionedUNet
 
 __all__ = ["LatentUNet"]
 
@@ -48,7 +49,7 @@ class LatentUNet(nn.Module):
         ValueError: for arguments that do not fit each other.
     """
 
-    amplitude: torch.Tensor
+    __constants__ = ("gain",)  # for TorchScript, which otherwise compiles what it leaves out
 
     def __init__(
         self,
@@ -86,12 +87,13 @@ class LatentUNet(nn.Module):
             "num_head_channels": num_head_channels,
             "gain": gain,
         }
-        self.gain = gain
+        self.gain, self.logit = gain, LOGIT
         if gain:
             strength = torch.ones(latent_channels) if amplitude is None else torch.as_tensor(amplitude, dtype=torch.float32)
             self.register_buffer("amplitude", strength.reshape(-1, *[1] * spatial_dims).clone())
         self.multiple = 2 ** (len(channels) - 1)
-        self.unet = DiffusionModelUNet(
+        self.unet = ConditionedUNet(
+            condition_size,
             spatial_dims=spatial_dims,
             in_channels=latent_channels + 3 * spatial_dims,
             out_channels=latent_channels * (2 if gain else 1),
@@ -100,13 +102,8 @@ class LatentUNet(nn.Module):
             attention_levels=attention_levels,
             norm_num_groups=norm_num_groups,
             num_head_channels=num_head_channels,
-            num_class_embeds=1,
             use_flash_attention=True,
         )
-        # MONAI's forward adds what this makes of `class_labels` to the embedding of the time
-        width = channels[0] * 4
-        told = nn.Sequential(nn.Linear(condition_size, width), nn.SiLU(), nn.Linear(width, width))
-        self.unet.class_embedding = told  # type: ignore[assignment]
 
     def forward(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, extent: torch.Tensor | None = None
@@ -121,13 +118,21 @@ class LatentUNet(nn.Module):
         Returns:
             what the network was trained to predict, of the shape of ``x``.
         """
+        place = coordinates(x, extent)
         if not self.gain:
-            return self.unet(torch.cat([x, coordinates(x, extent)], 1), timesteps, class_labels=context)
-        time = (timesteps.float() / NUM_TIMESTEPS).clamp(LEAST_TIME, 1 - LEAST_TIME).reshape(-1, *[1] * (x.dim() - 1))
-        strength = (((1 - time) * self.amplitude).square() + time.square()).sqrt()
-        inputs = torch.cat([x / strength, coordinates(x, extent)], 1)
-        mean, logit = self.unet(inputs, timesteps, class_labels=context).float().chunk(2, 1)
-        return posterior_mean(x, time, self.amplitude, self.amplitude * mean, LOGIT * logit)
+            return self.unet(torch.cat([x, place], 1), timesteps, context)
+        amplitude: torch.Tensor = self.amplitude  # type: ignore[assignment]
+        time = time_of(timesteps, x.dim())
+        strength = (((1 - time) * amplitude).square() + time.square()).sqrt()
+        mean, logit = self.unet(torch.cat([x / strength, place], 1), timesteps, context).float().chunk(2, 1)
+        return posterior_mean(x, time, amplitude, amplitude * mean, self.logit * logit)
+
+
+def time_of(
+    timesteps: torch.Tensor, dim: int, num_timesteps: int = NUM_TIMESTEPS, least: float = LEAST_TIME
+) -> torch.Tensor:
+    """Times, away from 0 and 1, ``Bx1x1x1x1`` of ``dim`` dimensions, from timesteps ``B``."""
+    return (timesteps.float() / num_timesteps).clamp(least, 1 - least).reshape([-1] + [1] * (dim - 1))
 
 
 def posterior_mean(
