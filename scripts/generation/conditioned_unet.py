@@ -9,6 +9,7 @@ from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, WrappedUpsample, get_timestep_embedding
 from torch import nn
 
+from scripts.layers.float32_convolutions import keep_in_float32
 from scripts.layers.lean_blocks import SpatialAttention
 
 __all__ = ["ConditionedUNet"]
@@ -35,6 +36,7 @@ class ConditionedUNet(DiffusionModelUNet):
                     setattr(module, name, SpatialAttention(child))
                 elif isinstance(child, WrappedUpsample):
                     setattr(module, name, _Upsample(child))
+        keep_in_float32(self)  # some of its convolutions, under the CPU's autocast
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """

@@ -1,15 +1,20 @@
 """
 Convolutions that stay in float32 where bfloat16 fails.
 
-PyTorch 2.14.1 gives NaN for a bfloat16 convolution on processors with AMX when its result has one voxel along the last axis.
-Under the CPU's autocast in bfloat16, and only there, a convolution whose input or result is such a map runs in float32 here
-(the backward pass computes the gradient of the input, which has the input's size). Such maps are small. All other
-convolutions are unchanged.
+PyTorch 2.14.1 goes wrong in two cases of a bfloat16 convolution on the CPU:
+
+- on processors with AMX the result is NaN when it has one voxel along the last axis;
+- on processors with AVX-512, parts of the gradient of a 3D convolution's weights are whatever the memory held before when
+  the map is smaller than the kernel along the first axis (seen for 2 voxels and a kernel of 3; 2, 3 or 4 and a kernel of 5).
+
+Under the CPU's autocast in bfloat16, and only there, such a convolution runs in float32 here. In the first case so does one
+whose input has one voxel (the backward pass computes the gradient of the input, which has the input's size). Such maps are
+small. All other convolutions are unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,20 +24,24 @@ import torch.nn.functional as F
 __all__ = ["bfloat16_fails", "keep_in_float32", "run_in_float32"]
 
 
-def bfloat16_fails(x: torch.Tensor, kernel_size: int = 1, stride: int = 1, padding: int = 0) -> bool:
+def bfloat16_fails(
+    x: torch.Tensor, kernel_size: Sequence[int] = (1,), stride: Sequence[int] = (1,), padding: Sequence[int] = (0,)
+) -> bool:
     """
-    Whether autocast would run a convolution of ``x`` in bfloat16 where that can give NaN.
+    Whether autocast would run a convolution of ``x`` in bfloat16 where that can go wrong.
 
     Args:
         x: ``BxCxHxWxD`` (or 1D, 2D).
-        kernel_size: of the convolution along the last axis.
+        kernel_size: of the convolution along each axis.
         stride: ditto.
         padding: ditto, on each side.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False  # before the size is read, which would make it a constant in exported networks
-    size = x.shape[-1]
-    return size == 1 or size + 2 * padding - kernel_size < stride
+    first, last = x.shape[2], x.shape[-1]
+    if last == 1 or last + 2 * padding[-1] - kernel_size[-1] < stride[-1]:
+        return True
+    return x.dim() == 5 and torch.is_grad_enabled() and first < kernel_size[0]
 
 
 def run_in_float32(convolution: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -65,8 +74,8 @@ class _Spared(nn.Module):
     def _fails(self, x: torch.Tensor) -> bool:
         layer: Any = self
         if layer.transposed:  # the backward pass computes a map of its input's size
-            return bfloat16_fails(x)
-        return bfloat16_fails(x, layer.kernel_size[-1], layer.stride[-1], layer.padding[-1])
+            return bfloat16_fails(x, (layer.kernel_size[0] - layer.stride[0] + 1, 1))
+        return bfloat16_fails(x, layer.kernel_size, layer.stride, layer.padding)
 
 
 # One for each type of layer: TorchScript reads no type from a variable.

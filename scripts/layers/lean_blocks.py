@@ -193,7 +193,9 @@ class ResidualBlock(AEKLResBlock):
 
     @torch.jit.unused
     def _training(self, x: torch.Tensor) -> torch.Tensor:
-        if bfloat16_fails(x):  # the convolutions of `_plain` then run in float32; a map that small needs no saving
+        conv: Any = self.conv1.conv
+        if bfloat16_fails(x, conv.kernel_size, padding=conv.padding):
+            # the convolutions of `_plain` then run in float32; a map that small needs no saving
             return self._plain(x)
         h = norm_silu_conv(x, self.norm1, self.conv1.conv)
         h = norm_silu_conv(h, self.norm2, self.conv2.conv)

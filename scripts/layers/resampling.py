@@ -121,7 +121,7 @@ class Upsample(nn.Module):
         if self.deconv is not None:
             return self.deconv(x)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what follows, in this form alone
-            if bfloat16_fails(x):
+            if bfloat16_fails(x, (self.postconv.conv.kernel_size[0], 1)):
                 return run_in_float32(self._enlarge_and_convolve, x)
         return self._enlarge_and_convolve(x)
 

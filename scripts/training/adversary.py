@@ -10,6 +10,8 @@ from monai.losses import PatchAdversarialLoss
 from monai.optimizers import WarmupCosineSchedule
 from torch.nn.parallel import DistributedDataParallel
 
+from scripts.layers.float32_convolutions import keep_in_float32
+
 __all__ = ["Adversary"]
 
 
@@ -36,6 +38,7 @@ class Adversary:
         warmup_epochs: int,
     ) -> None:
         self.discriminator = discriminator
+        keep_in_float32(discriminator)  # some of its convolutions, under the CPU's autocast
         self.optimizer = optimizer(discriminator.parameters())
         self.lr_scheduler = WarmupCosineSchedule(self.optimizer, warmup_steps=1, t_total=num_steps)
         self.weight = weight

@@ -1,4 +1,4 @@
-"""Convolutions whose map has one voxel along the last axis stay out of bfloat16 on the CPU, and only those."""
+"""Convolutions of maps that are too small along the first or last axis stay out of bfloat16 on the CPU, and only those."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ aten = torch.ops.aten
 
 @dataclass
 class Seen:
-    """A convolution that the dispatcher was given: its maps along the last axis, and its data types."""
+    """A convolution that the dispatcher was given: its maps along the last axis and its data types."""
 
     backward: bool
     sizes: tuple[int, int]
     dtypes: set[torch.dtype]
+    smaller_than_kernel: bool  # along the first axis of a 3D map that is read, whose weights get a gradient
+
+    @property
+    def spared(self) -> bool:
+        return min(self.sizes) == 1 or self.smaller_than_kernel
 
 
 class Convolutions(TorchDispatchMode):
@@ -44,13 +49,16 @@ class Convolutions(TorchDispatchMode):
             backward = function is aten.convolution_backward.default
             read, made = (args[1], args[0]) if backward else (args[0], result)
             tensors = [a for a in args[:3] if isinstance(a, torch.Tensor)]
-            self.seen.append(Seen(backward, (read.shape[-1], made.shape[-1]), {t.dtype for t in tensors}))
+            weight, stride, transposed = args[1 + backward], args[3 + backward], args[6 + backward]
+            kernel = weight.shape[2] - (stride[0] - 1 if transposed else 0)  # an enlargement's is spread by its factor
+            small = read.dim() == 5 and read.shape[2] < kernel and (backward or torch.is_grad_enabled())
+            self.seen.append(Seen(backward, (read.shape[-1], made.shape[-1]), {t.dtype for t in tensors}, small))
         return result
 
 
 def assert_bfloat16_where_it_works(seen: list[Seen]) -> None:
     for convolution in seen:
-        expected = torch.float32 if min(convolution.sizes) == 1 else torch.bfloat16
+        expected = torch.float32 if convolution.spared else torch.bfloat16
         assert convolution.dtypes == {expected}, convolution
 
 
@@ -128,6 +136,25 @@ def test_without_bfloat16_autocast_nothing_is_cast(autocast):
     with FakeTensorMode(), Convolutions() as convolutions, context:
         build().reconstruct(torch.rand(1, 1, 4, 4, 4))
     assert set.union(*(convolution.dtypes for convolution in convolutions.seen)) == {autocast or torch.float32}
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_gradients_of_weights_are_right_on_maps_smaller_than_the_kernel(kernel, first):
+    """On processors with AVX-512, PyTorch's are what the memory held before."""
+    torch.manual_seed(0)
+    conv = torch.nn.Sequential(torch.nn.Conv3d(16, 16, kernel, padding=kernel // 2))
+    keep_in_float32(conv)
+    x, direction = torch.randn(2, 2, 16, first, 4, 4)
+    conv(x).backward(direction)
+    expected, conv[0].weight.grad = conv[0].weight.grad, None
+    for _ in range(5):
+        junk = [torch.full(conv[0].weight.shape, float("nan")) for _ in range(4)]
+        del junk  # so that memory that is not written to would be seen
+        with torch.autocast("cpu", torch.bfloat16):
+            conv(x).backward(direction.bfloat16())
+        assert torch.allclose(conv[0].weight.grad, expected, atol=0.05 * expected.abs().max().item())
+        conv[0].weight.grad = None
 
 
 def test_results_are_those_of_float32_in_the_type_of_autocast():
