@@ -31,8 +31,11 @@ generate: .venv/installed
 		--epochs 50 --val_interval 25 --resume true $(ARGS)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --num_samples 64 $(SAMPLING)
-	$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \
-		--ckpt_dir $(GENERATOR)/checkpoints --output_dir $(GENERATOR)/samples $(SAMPLING)
+	for skull in whole stripped; do \
+		$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \
+			--ckpt_dir $(GENERATOR)/checkpoints --output_dir $(GENERATOR)/samples/$$skull \
+			--num_samples 2 --conditions "{'skull': '$$skull'}" $(SAMPLING) || exit 1; \
+	done
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

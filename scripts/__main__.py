@@ -1,6 +1,7 @@
 """The planner's command line.
 
     python -m scripts estimate [--config_file configs/train.json] [--memory_gb 12] [--any_config_key value]
+    python -m scripts estimate --config_file configs/train_diffusion.json [--spatial_size 512] [--autoencoder PRESET]
     python -m scripts recommend --spatial_size "[256,256,64]" --spacing "[0.8,0.8,3]" --memory_gb 8 [--output my.json]
     python -m scripts check
 
@@ -17,10 +18,19 @@ from typing import Any
 
 import fire
 
+from scripts.bundle.config import ROOT
+from scripts.generation.estimate_tables import generator_table, generator_verdict
+from scripts.generation.estimates import GeneratorEstimate, estimate_generator, is_generator, plan_generator
 from scripts.planning import tables
 from scripts.planning.config_keys import TRAIN, read_plan
 from scripts.planning.estimates import Estimate, estimate_plan
-from scripts.planning.recommendations import FACTOR_KEYS, leanest, recommend_downsample_factors, write_overlay
+from scripts.planning.recommendations import (
+    FACTOR_KEYS,
+    Recommendation,
+    leanest,
+    recommend_downsample_factors,
+    write_overlay,
+)
 from scripts.planning.request_checks import positive
 from scripts.planning.savings import what_would_fit
 from scripts.planning.self_test import check_all
@@ -32,25 +42,37 @@ def estimate(
     spatial_size: int | Sequence[int] | None = None,
     volume_size: int | Sequence[int] | None = None,
     memory_gb: float | None = None,
+    autoencoder: str | Sequence[str] | None = None,
     device: str = "cuda",
     json: bool = False,
     **overrides: Any,
 ) -> None:
     """
-    Memory and operations that a configuration needs, for a training step and for reconstructing a volume.
+    Memory and operations that a configuration needs, for a training step and for reconstructing a volume; with the config of
+    a generator, for a training step, for sampling and for decoding.
 
     Args:
         config_file: a config, or a list of a config and its overlays, as monai.bundle run takes them.
-        spatial_size: of the training patch, voxels; one number for a cube. Without it, the config's patch_size.
+        spatial_size: of the training patch, voxels; one number for a cube. Without it, the config's patch_size. For a
+            generator, of the volumes; without it, that of the largest latent in dataset_dir.
         volume_size: of the volume that is reconstructed, voxels. Without it, spatial_size.
+        autoencoder: for a generator, the config or preset of the autoencoder that makes the latents. Without it, that of the
+            latents in dataset_dir, or train.json where spatial_size is set.
         memory_gb: also print whether it fits into this many GiB, and if not, which changes would make it fit.
         device: cuda or cpu, whose memory rules apply. No such device is needed.
         json: print JSON.
         overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
     """
     _refuse(unexpected)
-    plan = read_plan(config_file, device=device, **overrides)
     budget = None if memory_gb is None else positive("memory_gb", memory_gb)
+    if is_generator(config_file):
+        if volume_size is not None:
+            raise ValueError("`volume_size` is for an autoencoder; the size of a generator's volumes is `spatial_size`.")
+        _estimate_generator(config_file, spatial_size, autoencoder, budget, device, json, overrides)
+        return
+    if autoencoder is not None:
+        raise ValueError("`autoencoder` is for the config of a generator, such as configs/train_diffusion.json.")
+    plan = read_plan(config_file, device=device, **overrides)
     found = estimate_plan(plan, spatial_size, volume_size, device)
     fits = None if budget is None else found.fits(budget)
     changes = []
@@ -62,6 +84,25 @@ def estimate(
     print(tables.estimate_table(found))
     if budget is not None:
         print("\n" + tables.verdict(found, budget, changes))
+
+
+def _estimate_generator(
+    config_file: str | Sequence[str],
+    spatial_size: int | Sequence[int] | None,
+    autoencoder: str | Sequence[str] | None,
+    budget: float | None,
+    device: str,
+    json: bool,
+    overrides: dict[str, Any],
+) -> None:
+    plan = plan_generator(config_file, spatial_size, autoencoder, device=device, **overrides)
+    found = estimate_generator(plan, device)
+    if json:
+        _print_json({**_as_dict(found), "fits": None if budget is None else found.fits(budget)})
+        return
+    print(generator_table(found))
+    if budget is not None:
+        print("\n" + generator_verdict(found, budget))
 
 
 def recommend(
@@ -79,7 +120,8 @@ def recommend(
     **overrides: Any,
 ) -> None:
     """
-    The configurations that suit a volume and a GPU best.
+    The configurations that suit a volume and a GPU best. Those come first with which the generator of train_diffusion.json
+    fits too.
 
     Args:
         spatial_size: of the volumes, voxels, in the order of the axes after orientation to RAS.
@@ -107,10 +149,19 @@ def recommend(
         device=device,
         **overrides,
     )
+    generators = [_generator_of(item, device) for item in found]
+    if memory_gb is not None:
+        order = sorted(range(len(found)), key=lambda i: not generators[i].fits(memory_gb))
+        found, generators = [found[i] for i in order], [generators[i] for i in order]
     if json:
-        _print_json([{**asdict(item), "estimate": _as_dict(item.estimate)} for item in found])
+        _print_json(
+            [
+                {**asdict(item), "estimate": _as_dict(item.estimate), "generator": _as_dict(generator)}
+                for item, generator in zip(found, generators)
+            ]
+        )
     elif found:
-        print(tables.recommendations_table(found))
+        print(tables.recommendations_table(found, [generator.training_bytes for generator in generators]))
     if not found:
         sys.exit(_what_would_fit(spatial_size, positive("memory_gb", memory_gb), device, overrides))
     if output is not None:
@@ -149,18 +200,25 @@ def _what_would_fit(spatial_size: Any, memory_gb: float, device: str, overrides:
     return f"nothing fits, not even with {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"
 
 
-def _as_dict(estimate: Estimate) -> dict[str, Any]:
-    return {
-        **asdict(estimate),
-        "training_bytes": estimate.training_bytes,
-        "inference_bytes": estimate.inference_bytes,
-    }
+def _generator_of(recommendation: Recommendation, device: str) -> GeneratorEstimate:
+    """What the generator of ``train_diffusion.json`` needs on the latents of a recommended autoencoder."""
+    size, overlay = recommendation.padded_size, recommendation.overlay
+    autoencoder = read_plan(device=device, **{key: value for key, value in overlay.items() if key != "patch_size"}).network
+    return estimate_generator(plan_generator(DIFFUSION, size, autoencoder, device=device), device)
+
+
+def _as_dict(estimate: Estimate | GeneratorEstimate) -> dict[str, Any]:
+    totals = [
+        name for name, value in vars(type(estimate)).items() if isinstance(value, property) and name.endswith("_bytes")
+    ]
+    return {**asdict(estimate), **{name: getattr(estimate, name) for name in totals if name != "needed_bytes"}}
 
 
 def _print_json(content: Any) -> None:
     print(jsonlib.dumps(content, indent=2))
 
 
+DIFFUSION = str(ROOT / "configs" / "train_diffusion.json")
 COMMANDS = {"estimate": estimate, "recommend": recommend, "check": check}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from scripts.planning.inference_costs import inference_cost
 __all__ = ["StreamingInferer", "available_memory_gb"]
 
 OPERATIONS = ("reconstruct", "encode", "decode")
+LEAST_BUDGET = 1e-6  # GiB: the smallest slabs
 SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; other programs use it too
 
 
@@ -52,6 +54,7 @@ class StreamingInferer(ReconstructionInferer):
             memory of the given volume is not counted. None for :py:func:`available_memory_gb`.
         operation: ``"reconstruct"``, ``"encode"`` (to ``z_mu``) or ``"decode"``.
         progress: whether to show a progress bar over the layers of a volume that is streamed.
+        others: further networks. On a GPU, what those that are there hold of its memory counts for ``memory_gb``.
 
     Raises:
         ValueError: for a budget that is not positive, or an unknown operation or data type.
@@ -64,6 +67,7 @@ class StreamingInferer(ReconstructionInferer):
         memory_gb: float | None = None,
         operation: str = "reconstruct",
         progress: bool = False,
+        others: Sequence[torch.nn.Module] = (),
     ) -> None:
         super().__init__(amp, amp_dtype)
         if memory_gb is not None and (isinstance(memory_gb, (bool, str)) or not memory_gb > 0):
@@ -72,7 +76,7 @@ class StreamingInferer(ReconstructionInferer):
             raise ValueError(f"`operation` is {operation!r}; it must be one of {', '.join(OPERATIONS)}.")
         self.memory_gb = memory_gb
         self.operation = operation
-        self.progress = progress
+        self.progress, self.others = progress, others
         self._peaks: dict[tuple[int, ...], int] = {}
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -87,11 +91,16 @@ class StreamingInferer(ReconstructionInferer):
             are multiples of the total factor.
         """
         device = next(network.parameters()).device
-        budget = self.memory_gb or available_memory_gb(device)
+        budget = max((self.memory_gb or available_memory_gb(device)) - self._held_by_others(device), LEAST_BUDGET)
         with torch.no_grad(), torch.autocast(device.type, self.dtype, enabled=self.amp):
             if self._whole_volume_peak(inputs, network, device) <= budget * GIB:
                 return self._in_one_pass(inputs.to(device), network).float().to(inputs.device)
             return stream(network, inputs, self.operation, budget, self.progress).to(inputs.device)
+
+    def _held_by_others(self, device: torch.device) -> float:
+        """GiB of a GPU's memory."""
+        tensors = [tensor for other in self.others for tensor in (*other.parameters(), *other.buffers())]
+        return sum(t.nbytes for t in tensors if t.device == device) / GIB if device.type == "cuda" else 0.0
 
     def _in_one_pass(self, x: torch.Tensor, network: Any) -> torch.Tensor:
         if self.operation == "reconstruct":

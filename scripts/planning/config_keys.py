@@ -18,7 +18,7 @@ from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
 from scripts.planning.request_checks import voxels, whole
 from scripts.training.losses import LossTerm
 
-__all__ = ["TRAIN", "Plan", "read_plan"]
+__all__ = ["TRAIN", "Plan", "planned_precision", "read_configs", "read_plan"]
 
 TRAIN = str(ROOT / "configs" / "train.json")
 
@@ -75,9 +75,9 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda",
         ValueError: for a config of another network, an unknown key, or a value that the network refuses.
         FileNotFoundError: for a config that does not exist.
     """
-    parser = ConfigParser(_read_configs(config_file))
+    parser = ConfigParser(read_configs(config_file))
     parser.update(pairs=overrides)
-    parser["precision"] = _precision(device)
+    parser["precision"] = planned_precision(device)
     for key in ("network_def", "optimizer"):  # as callables: networks are made several times, optimizers on fake parameters
         if isinstance(parser.get(key), dict):
             parser[key] = {**{k: v for k, v in parser[key].items() if k != "params"}, "_mode_": "callable"}
@@ -96,13 +96,15 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda",
         raise ValueError(f"{_names(config_file)} cannot be used: {reason(error)}") from error
 
 
-def _precision(device: str) -> Precision:
+def planned_precision(device: str) -> Precision:
+    """The precision of a config that does not set it: bfloat16 on a GPU, this machine's default on the CPU."""
     if device == "cpu":
         return choose_precision(device)
     return Precision(device, True, "bfloat16", "the GPU that is planned for is assumed to have units for it")
 
 
-def _read_configs(config_file: str | Sequence[str]) -> dict[str, Any]:
+def read_configs(config_file: str | Sequence[str]) -> dict[str, Any]:
+    """The content of a config and its overlays, merged."""
     files = [config_file] if isinstance(config_file, str) else list(config_file)
     for file in files:
         if not Path(file).is_file():

@@ -1,4 +1,4 @@
-"""The memory and operations that the reconstruction of a volume needs, found by running it on fake tensors."""
+"""The memory and operations that reconstructing or decoding a volume needs, found by running it on fake tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["InferenceCost", "inference_cost"]
 @dataclass(frozen=True)
 class InferenceCost:
     """
-    Cost of reconstructing volumes without gradients. All but ``flops`` are bytes.
+    Cost of running a network without gradients. All but ``flops`` are bytes.
 
     Args:
         parameters: of the network, and its buffers.
@@ -40,9 +40,11 @@ def inference_cost(
     batch_size: int = 1,
     amp_dtype: torch.dtype | None = torch.bfloat16,
     device: str = "cuda",
+    operation: str = "reconstruct",
+    others: Sequence[nn.Module] = (),
 ) -> InferenceCost:
     """
-    Cost of ``network.reconstruct`` of whole volumes without gradients, as ``ReconstructionInferer`` runs it.
+    Cost of reconstructing or decoding whole volumes without gradients, as ``ReconstructionInferer`` runs it.
 
     Args:
         network: with ``encoder.in_channels``, as MONAI's ``AutoencoderKL``. It is not changed, and may be on the ``meta``
@@ -51,6 +53,8 @@ def inference_cost(
         batch_size: volumes at once.
         amp_dtype: data type of mixed precision, None for none.
         device: ``"cuda"`` or ``"cpu"``, whose casting rules and allocator are imitated. No such device is needed.
+        operation: ``"reconstruct"``, or ``"decode"`` from the latent of such a volume.
+        others: networks that are in memory meanwhile.
 
     Raises:
         ValueError: for another device.
@@ -58,10 +62,13 @@ def inference_cost(
     tracker = AllocationTracker(device)
     with fake_tensors(), torch.no_grad():
         network = fake_copy(network).eval()
-        image = fake_image(network, batch_size, spatial_size)
+        others = [fake_copy(other) for other in others]
+        given = fake_image(network, batch_size, spatial_size)
+        if operation == "decode":
+            given = given.new_empty(batch_size, *network.latent_shape(spatial_size))  # type: ignore[operator]
         with tracker, casting_rules(device):
-            tracker.track(network.state_dict(), image)
+            tracker.track(network.state_dict(), [other.state_dict() for other in others], given)
             with autocast(amp_dtype):
-                reconstruction = network.reconstruct(image).to(image.dtype)  # type: ignore[operator]
-            del reconstruction
+                result = getattr(network, operation)(given).to(given.dtype)
+            del result
     return InferenceCost(nbytes_of(network.state_dict()), tracker.peak, tracker.convolution, tracker.flops)

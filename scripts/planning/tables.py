@@ -11,7 +11,7 @@ from scripts.planning.recommendations import Recommendation
 from scripts.planning.savings import Change
 from scripts.planning.self_test import CheckResult
 
-__all__ = ["checks_table", "estimate_table", "recommendations_table", "table", "verdict"]
+__all__ = ["checks_table", "estimate_table", "memory", "recommendations_table", "table", "verdict"]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -23,6 +23,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def memory(nbytes: int | None) -> str:
+    """In GiB or MiB."""
     if nbytes is None:
         return "-"
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= 0.1 * GIB else f"{nbytes / MIB:.1f} MiB"
@@ -78,11 +79,12 @@ def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change]) -> 
     return "\n".join(lines)
 
 
-def recommendations_table(recommendations: Sequence[Recommendation]) -> str:
-    """Recommendations in their order."""
-    header = ["rank", "initial", "per level", "latent", "voxels/value", "training", "inference", "TFLOP/step", "why"]
+def recommendations_table(recommendations: Sequence[Recommendation], generators: Sequence[int]) -> str:
+    """Recommendations in their order, each with the bytes that training a generator on its latents needs."""
+    header = ["rank", "initial", "per level", "latent", "voxels/value", "training", "inference", "TFLOP/step"]
+    header += ["generator", "why"]
     rows = []
-    for rank, item in enumerate(recommendations, start=1):
+    for rank, (item, generator) in enumerate(zip(recommendations, generators), start=1):
         estimate = item.estimate
         assert estimate.training is not None  # recommendations are for training
         rows.append(
@@ -95,6 +97,7 @@ def recommendations_table(recommendations: Sequence[Recommendation]) -> str:
                 memory(estimate.training_bytes),
                 memory(estimate.inference_bytes),
                 f"{estimate.training.flops / 1e12:.3g}",
+                memory(generator),
                 item.reason,
             ]
         )

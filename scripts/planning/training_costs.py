@@ -7,8 +7,9 @@ no memory, and the result follows the training code when that changes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,9 @@ from scripts.planning.saved_tensors import LevelCost, LevelListener, SavedTensor
 from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.losses import LossTerm
+from scripts.training.resumable_trainer import ResumableTrainer
 
-__all__ = ["TrainingCost", "training_cost"]
+__all__ = ["FakeStep", "TrainingCost", "step_cost", "training_cost"]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
@@ -95,12 +97,11 @@ def training_cost(
     Raises:
         ValueError: for another device.
     """
-    tracker = AllocationTracker(device)
     with fake_tensors():
         network = fake_copy(network)
         batches = 2 if accumulates else 1
         image = fake_image(network, batch_size, spatial_size)
-        trainer = _FakeTrainer.of_images(
+        trainer = _FakeAutoencoderTrainer.of_images(
             [image] * batches,
             network,
             optimizer(network.parameters()),
@@ -110,38 +111,60 @@ def training_cost(
             adversary=None if discriminator is None else _fake_adversary(discriminator, optimizer),
             accumulation_steps=batches,
         )
-        trainer.make_optimizer_states(device)
-        modules = [*trainer.modules, *([fake_copy(network)] if averaged else [])]
-        saved = SavedTensors(trainer.parameters)
-        levels = LevelListener(network, saved)
-        saved.attach(trainer)
-        _PhaseListener(tracker).attach(trainer)
-        with tracker, casting_rules(device), saved, levels.listening():
-            tracker.track([module.state_dict() for module in modules], trainer.gradients, trainer.optimizer_states, image)
-            trainer.make_last_step(image)
-        return TrainingCost(
-            parameters=sum(nbytes_of(module.state_dict()) for module in modules),
-            gradients=nbytes_of(trainer.gradients),
-            optimizer_state=nbytes_of(trainer.optimizer_states),
-            saved_activations=saved.nbytes,
-            levels=levels.costs(),
-            peak=tracker.peak,
-            peak_phase=tracker.peak_phase,
-            convolution=tracker.convolution,
-            flops=tracker.flops,
-        )
+        return step_cost(trainer, {Keys.IMAGE: image}, device, averaged, LevelListener)
+
+
+def step_cost(
+    trainer: FakeStep,
+    batch: Mapping[str, Any],
+    device: str,
+    averaged: bool,
+    listen: Callable[[nn.Module, SavedTensors], LevelListener] | None = None,
+) -> TrainingCost:
+    """
+    Cost of a step of any trainer on fake tensors. To be called inside :py:func:`scripts.planning.fake_tensors.fake_tensors`.
+
+    Args:
+        trainer: whose networks are fake.
+        batch: that the step is made with, fake.
+        device: see :py:func:`training_cost`.
+        averaged: ditto.
+        listen: makes of the network what tells its levels apart; None for no levels.
+    """
+    tracker = AllocationTracker(device)
+    trainer.make_optimizer_states(device)
+    modules = [*trainer.modules, *([fake_copy(trainer.network)] if averaged else [])]
+    saved = SavedTensors(trainer.parameters)
+    levels = listen(trainer.network, saved) if listen else None
+    saved.attach(trainer)
+    _PhaseListener(tracker).attach(trainer)
+    with tracker, casting_rules(device), saved, levels.listening() if levels else contextlib.nullcontext():
+        tracker.track([module.state_dict() for module in modules], trainer.gradients, trainer.optimizer_states, batch)
+        trainer.make_last_step(batch)
+    return TrainingCost(
+        parameters=sum(nbytes_of(module.state_dict()) for module in modules),
+        gradients=nbytes_of(trainer.gradients),
+        optimizer_state=nbytes_of(trainer.optimizer_states),
+        saved_activations=saved.nbytes,
+        levels=levels.costs() if levels else (),
+        peak=tracker.peak,
+        peak_phase=tracker.peak_phase,
+        convolution=tracker.convolution,
+        flops=tracker.flops,
+    )
 
 
 def _fake_adversary(discriminator: nn.Module, optimizer: MakeOptimizer) -> Adversary:
     return Adversary(fake_copy(discriminator), optimizer, num_steps=1, weight=1.0, warmup_epochs=0)
 
 
-class _FakeTrainer(AutoencoderTrainer):
-    """The trainer for a single step on fake tensors: it reads no values."""
+class FakeStep(ResumableTrainer):
+    """A trainer for a single step on fake tensors: it reads no values."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.scaler = torch.amp.GradScaler(enabled=False)  # an enabled one reads whether gradients are finite
+        self.state.epoch = 1
 
     @staticmethod
     def are_finite(values: list[torch.Tensor]) -> bool:
@@ -149,11 +172,11 @@ class _FakeTrainer(AutoencoderTrainer):
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [self.network, *([self.adversary.discriminator] if self.adversary else [])]
+        return [module for _, module in self.pairs()]
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.optimizer, *([self.adversary.optimizer] if self.adversary else [])]
+        return [optimizer for optimizer, _ in self.pairs()]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -179,11 +202,15 @@ class _FakeTrainer(AutoencoderTrainer):
             if self.accumulation_steps == 1:
                 optimizer.zero_grad(set_to_none=True)
 
-    def make_last_step(self, image: torch.Tensor) -> None:
+    def make_last_step(self, batch: Mapping[str, Any]) -> None:
         """The last iteration of the epoch, which ends with a step of the optimizers."""
-        self.state.epoch, self.state.iteration = 1, self.state.epoch_length
+        self.state.iteration = self.state.epoch_length
         self.fire_event(Events.ITERATION_STARTED)
-        self._iteration(self, {Keys.IMAGE: image})
+        self._iteration(self, dict(batch))
+
+
+class _FakeAutoencoderTrainer(FakeStep, AutoencoderTrainer):
+    """The autoencoder's trainer for a single step on fake tensors."""
 
 
 class _PhaseListener:
@@ -192,12 +219,12 @@ class _PhaseListener:
     def __init__(self, tracker: AllocationTracker) -> None:
         self.tracker = tracker
 
-    def attach(self, engine: AutoencoderTrainer) -> None:
+    def attach(self, engine: FakeStep) -> None:
         ends = (IterationEvents.FORWARD_COMPLETED, IterationEvents.LOSS_COMPLETED, IterationEvents.BACKWARD_COMPLETED)
         for end, phase in zip(ends, ("loss", "backward", "optimizer")):
             engine.add_event_handler(end, self._start, phase)
-        if engine.adversary:
-            engine.adversary.discriminator.register_forward_pre_hook(self._judge)
+        for judge in engine.modules[1:]:
+            judge.register_forward_pre_hook(self._judge)
 
     def _start(self, phase: str) -> None:
         self.tracker.phase = phase
