@@ -26,7 +26,7 @@ from scripts.planning.tables import table
 from scripts.planning.training_costs import FakeStep, TrainingCost, step_cost
 
 PRESETS = ("8x", "16x", "32x")
-CHANNELS = [192, 384, 512]
+CHANNELS = [192, 384, 544]
 SIZES = (256, 512)
 CARD = 24  # GiB
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,15 @@ from monai.utils.enums import CommonKeys as Keys
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["ERROR_GAIN", "PLANES", "ReconstructionPicture", "draw_panels", "draw_reconstruction", "panels_of"]
+__all__ = [
+    "ERROR_GAIN",
+    "PLANES",
+    "ReconstructionPicture",
+    "draw_columns",
+    "draw_panels",
+    "draw_reconstruction",
+    "panels_of",
+]
 
 PLANES = ("sagittal", "coronal", "axial")
 POSITION = 0.45  # of each plane along its axis: in the middle of a head there is the gap between its halves
@@ -36,8 +44,21 @@ def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spaci
     Returns:
         a figure with a row per plane; the columns are image, reconstruction, and the error times 5.
     """
-    columns = _columns(image, reconstruction)
-    figure = Figure(figsize=(9, 9), layout="constrained")
+    return draw_columns(_columns(image, reconstruction), spacing)
+
+
+def draw_columns(columns: Mapping[str, torch.Tensor], spacing: Sequence[float]) -> Figure:
+    """
+    Draw volumes side by side, all at the window [0, 1].
+
+    Args:
+        columns: ``HxWxD`` in RAS orientation by title, at least two.
+        spacing: voxel size in mm, of all of them.
+
+    Returns:
+        a figure with a row per plane and a column per volume.
+    """
+    figure = Figure(figsize=(3 * len(columns), 9), layout="constrained")
     axes = figure.subplots(len(PLANES), len(columns))
     for row, plane in enumerate(PLANES):
         across = [axis for axis in range(3) if axis != row]

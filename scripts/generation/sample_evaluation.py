@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from scripts.bundle.files import file_hash
+from scripts.bundle.files import file_hash, write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import read_description
 from scripts.evaluation.metrics import grid_energy
-from scripts.evaluation.pictures import panels_of
+from scripts.evaluation.pictures import draw_columns, panels_of
 from scripts.generation.latent_space import LatentSpace
 from scripts.generation.nearest_latents import MirroredLatents, Nearest, NearestLatents
 from scripts.generation.sample_features import (
@@ -54,6 +55,7 @@ __all__ = ["SampleEvaluation"]
 ROWS = (SAMPLES, HELD_OUT, TRAINING, COVARIANCE, GAUSSIAN)
 CLOSE = 0.05  # quantile of held-out distances below which a sample counts as close to a training volume
 FEW = 20  # held-out volumes
+SAMPLES_DRAWN, HELD_OUT_DRAWN = 4, 2
 SAME_SPLIT = 1e-6  # difference of the channels' means over one training half, from rounding
 ERROR = "difference"
 logger = logging.getLogger(__name__)
@@ -87,8 +89,8 @@ class SampleEvaluation:
 
     All of them are latents that go through the autoencoder's decoder, so that what it cannot show is missing everywhere.
     Latents are compared in units of the image, whatever ``latent_gamma`` the generator was trained with. Results are
-    written below a folder: ``metrics.json``, ``metrics.csv`` (a row for each set) and ``report.html``. A number that is not
-    defined, because there are too few volumes or they are too small, is null, empty or a dash.
+    written below a folder: ``metrics.json``, ``metrics.csv`` (a row for each set), ``report.html`` and ``samples.png``. A
+    number that is not defined, because there are too few volumes or they are too small, is null, empty or a dash.
 
     In memory lie the latents of all five sets, and of each decoded volume what :py:class:`Decoded` holds.
 
@@ -159,6 +161,22 @@ class SampleEvaluation:
         spectra = {name: [_rounded(v) for v in _spectrum(each.spectra)] for name, each in decoded.items()}
         evaluation = {**self._configuration(), "close": _rounded(limit), "sets": rows, "spectra": spectra}
         write_report({**evaluation, "samples": described}, pictures, self.output_dir)
+        self._draw(samples, held_out)
+
+    def _draw(self, samples: VolumeSet, held_out: VolumeSet) -> None:
+        """Some samples, and some held-out volumes of the same size and spacing, in ``samples.png``."""
+        first = samples.volumes[0]
+        columns = {}
+        for title, found, count in (("sample", samples, SAMPLES_DRAWN), ("held out", held_out, HELD_OUT_DRAWN)):
+            alike = [i for i, each in enumerate(found.volumes) if all(each[k] == first[k] for k in ("size", "spacing"))]
+            for i in alike[:count]:
+                told = ", ".join(str(value) for value in found.volumes[i]["conditions"].values())
+                columns[f"{title} {i}" + f" ({told})" * bool(told)] = self._decode(found.latents[i])[0]
+        file = io.BytesIO()
+        draw_columns(columns, first["spacing"]).savefig(file, format="png", dpi=60)
+        path = self.output_dir / "samples.png"
+        write_atomically(file.getvalue(), path)
+        logger.info(f"picture: {path}")
 
     def _note_limits(self) -> None:
         """Say what makes the numbers tell less than they seem to."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from scripts.bundle.files import write_atomically
 from scripts.evaluation.html_pages import Column, extents, render_page
+from scripts.planning.tables import table
 
 __all__ = ["write_report"]
 
@@ -95,10 +96,16 @@ def write_report(
     }
     for name, content in files.items():
         write_atomically(content.encode(), output_dir / name)
-    for name, row in evaluation["sets"].items():
-        values = (f"{metric} {'-' if value is None else f'{value:.4g}'}" for metric, value in row.items())
-        logger.info(f"{name}: {', '.join(values)}")
+    logger.info(f"samples beside real volumes and Gaussians:\n{_summary(evaluation['sets'])}")
     logger.info(f"report: {output_dir / 'report.html'}")
+
+
+def _summary(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table with a row for each number."""
+    rows = [
+        [metric, *("-" if (v := row[metric]) is None else f"{v:.3g}" for row in sets.values())] for metric in sets["samples"]
+    ]
+    return table(["", *sets], rows)
 
 
 def _table(sets: Mapping[str, Mapping[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.errors import reason
@@ -143,7 +144,15 @@ def test_table_has_the_numbers_of_the_json(folder, evaluation):
     assert [row.pop("set") for row in rows] == list(evaluation["sets"])
     found = [{name: float(value) if value else None for name, value in row.items()} for row in rows]
     assert found == list(evaluation["sets"].values())
-    assert sorted(path.name for path in (folder / "evaluation").iterdir()) == ["metrics.csv", "metrics.json", "report.html"]
+    names = ["metrics.csv", "metrics.json", "report.html", "samples.png"]
+    assert sorted(path.name for path in (folder / "evaluation").iterdir()) == names
+
+
+def test_picture_shows_samples_and_held_out_volumes(folder, evaluation):
+    picture = np.asarray(Image.open(folder / "evaluation" / "samples.png").convert("L"))
+    planes = np.array_split(picture, 3)
+    assert all(np.unique(plane).size > 20 for plane in planes)
+    assert picture.shape[1] > picture.shape[0]  # more columns than the three rows
 
 
 def test_report_shows_samples_beside_their_nearest_training_volumes(folder, evaluation):

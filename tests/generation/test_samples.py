@@ -16,10 +16,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ckpt_export
 
 from scripts.bundle.weights import save_weights
 from scripts.generation.flow import RectifiedFlow
-from scripts.generation.generator import describe
+from scripts.generation.generator import describe, load_generator
 from tests.conftest import ROOT, save_volume
 from tests.generation.runs import encode, generate, leave_start, make_weights, workflow
 from tests.training_run import free_port
@@ -193,3 +194,13 @@ def test_what_cannot_be_is_refused_by_name(generator, weights, tmp_path):
 def test_bundle_finds_every_property(generator, weights, tmp_path):
     keys = {"ckpt_dir": generator, "autoencoder": weights, "output_dir": tmp_path, "device": "cpu"}
     assert workflow("generate.json", "generating", "infer", **keys).check_properties() == []
+
+
+def test_network_is_exported_by_monais_command(generator, tmp_path):
+    files = {"ckpt_file": str(generator / "model.pt"), "filepath": str(tmp_path / "generator.ts")}
+    configs = {"meta_file": str(ROOT / "configs/metadata.json"), "config_file": str(ROOT / "configs/generate.json")}
+    ckpt_export("network_def", **files, **configs, ckpt_dir=str(generator))
+    network = load_generator(str(generator / "model.pt")).network
+    inputs = (torch.randn(1, 8, 4, 6, 8), torch.tensor([400.0]), torch.randn(1, network.arguments["condition_size"]))
+    with torch.no_grad():
+        assert torch.allclose(torch.jit.load(tmp_path / "generator.ts")(*inputs), network(*inputs), atol=1e-5)
