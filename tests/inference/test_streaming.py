@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from scripts.autoencoderkl import Reconstructor
-from scripts.bundle.precision import has_convolutions
 from scripts.bundle.progress import ProgressBar
 from scripts.inference import slabs
 from scripts.inference.slabs import stream
@@ -65,8 +64,9 @@ def test_streaming_equals_the_whole_volume_pass_in_bfloat16(arguments: dict):
             streamed = stream(network, image, "reconstruct", TINY)
     assert difference(rounded, whole) > 0  # it was bfloat16
     # Norms and attention round in other places in slabs, and a unit in the last place is up to 0.8 % of a value. With AMX
-    # the two stay within a hundredth; with AVX2 alone attention comes to 0.0122, where one pass is 0.0156 off float32.
-    assert difference(streamed, rounded) < (1e-2 if has_convolutions("bfloat16") else difference(rounded, whole))
+    # the two stay within a hundredth; with AVX2 alone attention comes to 0.0122, where one pass is 0.0156 off float32, and
+    # with AVX-512 a configuration without attention to 0.0112.
+    assert difference(streamed, rounded) < max(1e-2, difference(rounded, whole))
     assert mean_square(streamed - whole) < 1.1**2 * mean_square(rounded - whole)  # slabs add no error to that
 
 
