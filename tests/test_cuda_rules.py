@@ -51,7 +51,7 @@ def kept(function, *arguments) -> tuple[list, list]:
 
 @pytest.mark.parametrize("name, arguments, dtype", CASES, ids=str)
 def test_planner_casts_as_the_dispatcher_does_for_cuda(name: str, arguments: dict, dtype: torch.dtype):
-    """Without flash attention, whose kernel PyTorch chooses by the card. No map is so small that the CPU's bfloat16 is avoided."""
+    """Without flash attention, whose kernel the card decides, and without maps that the CPU keeps out of bfloat16."""
     with fake_card():
         network, image = build_with(name, **arguments), torch.rand(1, 1, 48, 48, 48)
         with autocast_of_cuda(dtype):
