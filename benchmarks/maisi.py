@@ -52,10 +52,10 @@ def compare(size: int = 96, share: float = 0.25) -> None:
     Print memory, time and largest difference from one pass, as a share of its range, for each way to decode a cube.
 
     Args:
-        size: edge of the cube, voxels, divisible by 128 / 16 and by 4 for each of MAISI's splits.
+        size: edge of the cube, voxels, a multiple of 96, so that splits and windows are whole.
         share: budget of the slabs, as a share of the planner's peak of one pass.
     """
-    print(described("cpu", torch.float32))
+    print(described("cpu", "float32"))
     torch.manual_seed(0)
     theirs = of_maisi()
     state = theirs.state_dict()
@@ -74,7 +74,7 @@ def compare(size: int = 96, share: float = 0.25) -> None:
 
     ways: dict[str, Callable[[], torch.Tensor]] = {"MAISI, one pass": lambda: theirs.decode(z)}
     for splits in NUM_SPLITS:
-        ways[f"MAISI, `num_splits` {splits}"] = lambda split=of_maisi(state, splits): split.decode(z)
+        ways[f"MAISI, `num_splits` {splits}"] = lambda splits=splits: of_maisi(state, splits).decode(z)
     for name, window in WINDOWS.items():
         ways[f"MAISI, sliding window for {name}"] = lambda window=window: windows(*window)
     ways["ours, one pass"] = lambda: network.decode(z)

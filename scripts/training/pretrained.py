@@ -53,8 +53,9 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
         arguments = content.get("arguments")  # of a checkpoint of this bundle
     if arguments is None:
         maisi = is_maisi(state)
+        whose = "MAISI's" if maisi else "MONAI's"
         logger.info(
-            f"{path} does not record the network's arguments: it is taken as {'MAISI' if maisi else 'MONAI'}'s network, with a factor of 2 at every "
+            f"{path} does not record the network's arguments: it is taken as {whose} network, with a factor of 2 at every "
             f"step, and `norm_num_groups` {network.arguments['norm_num_groups']} as here"
         )
         arguments = _as_monai(network.arguments, "trilinear" if maisi else "nearest")
