@@ -78,10 +78,10 @@ class Upsample(nn.Module):
     """
     Enlargement followed by a convolution, or a transposed convolution, as MONAI's decoder has them.
 
-    With nearest neighbours the enlarged feature map is never computed: convolving a map that repeats each voxel f times equals
-    a transposed convolution of the small map, with stride f and a kernel in which each weight is spread over f neighbours. The
-    result is the same up to rounding, for a fraction of the operations and of the memory. The trilinear enlargement is that of
-    MONAI's ``MaisiUpsample``, and its map is computed.
+    With nearest neighbours the enlarged feature map is never computed: convolving a map that repeats each voxel f times
+    equals a transposed convolution of the small map, with stride f and a kernel in which each weight is spread over f
+    neighbours. The result is the same up to rounding, for a fraction of the operations and of the memory. The trilinear
+    enlargement is that of MONAI's ``MaisiUpsample``, and its map is computed.
 
     Args:
         spatial_dims: number of spatial dimensions, 1 to 3.
