@@ -23,7 +23,7 @@ from scripts.layers.factors import per_axis, per_transition
 from scripts.layers.float32_convolutions import keep_in_float32
 from scripts.layers.lean_blocks import use_lean_blocks
 from scripts.layers.linear_shortcut import LinearShortcut, start_as_correction
-from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
+from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample, check_upsample_mode
 
 __all__ = ["AutoencoderKL", "Decoder", "Downsample", "Encoder", "Reconstructor", "Upsample"]
 
@@ -169,12 +169,13 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         initial_upsample_factor: enlargement after the last level, an integer or one per axis.
         initial_mode: ``"conv"`` for nearest-neighbour enlargement and a convolution, ``"pixelshuffle"`` for a
             convolution on the small grid and depth-to-space.
+        upsample_mode: ``"nearest"`` or ``"trilinear"``: of every enlargement that is followed by a convolution.
         refines_image: take a first image beside the latent. By space-to-depth and a convolution it is added to the features
             at the start of the last level, so that the decoder's correction of it can depend on it.
         kwargs: the remaining arguments of MONAI's ``Decoder``, by name.
 
     Raises:
-        ValueError: for a factor that is not a positive integer, or a wrong number of factors.
+        ValueError: for a factor that is not a positive integer, a wrong number of factors, or another ``upsample_mode``.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         upsample_factors: Sequence[int | Sequence[int]] | None = None,
         initial_upsample_factor: int | Sequence[int] = 1,
         initial_mode: str = "conv",
+        upsample_mode: str = "nearest",
         refines_image: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -194,6 +196,7 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
             "upsample", upsample_factors, initial_upsample_factor, initial_mode, channels, spatial_dims
         )
         super().__init__(spatial_dims, channels, in_channels, out_channels, *args, **kwargs)
+        check_upsample_mode(upsample_mode, any(hasattr(block, "deconv") for block in self.blocks))
         use_lean_blocks(self.blocks)
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, MonaiUpsample)]
         self.last_level = places[-1] + 1 if places else 1
@@ -203,11 +206,14 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         if refines_image:
             width = channels[1] if len(channels) > 1 else channels[0]
             self.refine = SubpixelDownsample(spatial_dims, out_channels, width, initial)
-        if all(f == 2 for factor in factors for f in factor) and all(f == 1 for f in initial):
+        twice = all(f == 2 for factor in factors for f in factor)
+        if twice and all(f == 1 for f in initial) and upsample_mode == "nearest":
             return  # MONAI's decoder, bit for bit
         for place, factor, width in zip(places, reversed(factors), reversed(channels)):
             use_convtranspose = hasattr(self.blocks[place], "deconv")
-            self.blocks[place] = Upsample(spatial_dims, width, scale_factor=factor, use_convtranspose=use_convtranspose)
+            self.blocks[place] = Upsample(
+                spatial_dims, width, scale_factor=factor, use_convtranspose=use_convtranspose, mode=upsample_mode
+            )
         if all(f == 1 for f in initial):
             return
         if initial_mode == "pixelshuffle":
@@ -215,7 +221,9 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         else:
             # a kernel that gives each of the f copies of a voxel its own neighbourhood: at f = 2 it is 3
             kernel_size = [max(3, f // 2 * 2 + 1) for f in initial]
-            self.blocks[-1] = Upsample(spatial_dims, channels[0], out_channels, initial, kernel_size=kernel_size)
+            self.blocks[-1] = Upsample(
+                spatial_dims, channels[0], out_channels, initial, kernel_size=kernel_size, mode=upsample_mode
+            )
 
     def forward(self, x: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -286,6 +294,8 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             feature map has full resolution.
         linear_shortcut: add a linear code beside the network, see :py:class:`scripts.layers.LinearShortcut`. The decoder
             receives its image and adds what that lacks.
+        upsample_mode: how the decoder enlarges, before the convolution: ``"nearest"``, as MONAI's network does, or
+            ``"trilinear"``, as :py:class:`monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi` does.
 
     Raises:
         ValueError: for an argument that does not fit, with its name, its value and what it needs.
@@ -313,6 +323,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         initial_downsample_factor: int | Sequence[int] = 1,
         initial_mode: str = "conv",
         linear_shortcut: bool = False,
+        upsample_mode: str = "nearest",
     ) -> None:
         arguments = dict(locals())  # before there are other local names
         del arguments["self"]
@@ -356,6 +367,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             upsample_factors=self.downsample_factors,
             initial_upsample_factor=self.initial_downsample_factor,
             initial_mode=initial_mode,
+            upsample_mode=upsample_mode,
             refines_image=linear_shortcut,
         )
         self.encoder: nn.Module = encoder
@@ -363,6 +375,8 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         arguments["downsample_factors"] = [list(f) for f in self.downsample_factors]
         arguments["initial_downsample_factor"] = list(self.initial_downsample_factor)
         del arguments["use_checkpoint"], arguments["use_flash_attention"]  # they do not change what weights compute
+        if upsample_mode == "nearest":
+            del arguments["upsample_mode"]  # so that files written before there was a choice still describe this network
         self.arguments = arguments
         self.latent_channels = latent_channels
         self.use_checkpoint = any(use_checkpoint)

@@ -21,6 +21,7 @@ from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, serialise, write_atomically
+from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, named_as_here
 from scripts.bundle.json_files import SHA256, read_json, shortened
 
 __all__ = [
@@ -91,7 +92,8 @@ def load_weights(network: Any, path: str | Path) -> None:
 
     Args:
         network: the network.
-        path: a state dict that :py:func:`save_weights` wrote, or another one (which is loaded with a warning).
+        path: a state dict that :py:func:`save_weights` wrote, or one of MONAI, GenerativeModels or MAISI, also as one value
+            of a dictionary (which is loaded with a warning).
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -101,6 +103,7 @@ def load_weights(network: Any, path: str | Path) -> None:
     if arguments is None:
         description = Path(path).with_suffix(".json").name
         logger.warning(f"{path} has no {description} beside it, so it cannot be checked whether it fits this network.")
+        content = _of_another_program(content, network, path)
     else:
         check_arguments(arguments, network.arguments, path)
     try:
@@ -108,6 +111,19 @@ def load_weights(network: Any, path: str | Path) -> None:
     except Exception as error:  # whatever is in the file
         raise ValueError(f"{path} cannot be loaded into this network: {error}") from error
     logger.info(f"loaded the weights {path}")
+
+
+def _of_another_program(content: Any, network: Any, path: str | Path) -> dict[str, Any]:
+    """Weights with the names of this network; an error for those of a network that computes something else with them."""
+    if isinstance(content, dict) and content.keys() == network.state_dict().keys():
+        return content
+    state = autoencoder_in(content, path)
+    if is_maisi(state) and network.arguments.get("upsample_mode") != "trilinear":
+        raise ValueError(
+            f"{path} holds weights of MAISI's network, which enlarges trilinearly: use configs/presets/maisi.json, or set "
+            '`upsample_mode` to "trilinear".'
+        )
+    return named_as_here(state)
 
 
 def read_weights(path: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> tuple[Any, dict[str, Any] | None]:

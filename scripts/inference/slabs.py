@@ -140,8 +140,14 @@ class _Run:
             x, norm = self._block(block, x, norm)
         _, rows_out = _rates(last, self.axis)
         if linear is None:
-            return self._stream(lambda x: last(norm(x)), [(x, 1)], rows_out, into=image)
-        return self._stream(lambda x, linear: last(norm(x)) + linear, [(x, 1), (linear, rows_out)], rows_out, into=image)
+            return self._stream(lambda x: last(norm(x)), [(x, 1)], rows_out, into=image, enlarged=_enlargement(last))
+        return self._stream(
+            lambda x, linear: last(norm(x)) + linear,
+            [(x, 1), (linear, rows_out)],
+            rows_out,
+            into=image,
+            enlarged=_enlargement(last),
+        )
 
     def _block(self, block: nn.Module, x: FeatureMap, norm: Slabwise) -> tuple[FeatureMap, Slabwise]:
         """A map after ``block``, and a norm that is not applied yet: whatever reads the map applies it."""
@@ -152,7 +158,8 @@ class _Run:
         if isinstance(block, SpatialAttention):
             return self._stream(block, [(x, 1)], halo=x.rows), _identity  # every voxel depends on the whole map
         rows_in, rows_out = _rates(block, self.axis)
-        return self._stream(lambda slab: block(norm(slab)), [(x, rows_in)], rows_out), _identity
+        enlarged = _enlargement(block)
+        return self._stream(lambda slab: block(norm(slab)), [(x, rows_in)], rows_out, enlarged=enlarged), _identity
 
     def _residual(self, block: Any, x: FeatureMap) -> FeatureMap:
         first = _norm_of(block.norm1, x)
@@ -176,6 +183,7 @@ class _Run:
         *,
         halo: int = 1,
         into: FeatureMap | None = None,
+        enlarged: int = 0,
     ) -> FeatureMap:
         """
         Run ``operation`` over maps in slabs.
@@ -186,9 +194,11 @@ class _Run:
             rows_out: rows of the result per unit.
             halo: number of units on each side of a slab that its result depends on.
             into: where to write. It may be a source that ``operation`` reads voxel by voxel, without the halo.
+            enlarged: values of an enlarged map that ``operation`` computes, for each value of the first source's slab.
         """
         units = sources[0][0].rows // sources[0][1]
         unit_bytes = INPUT_BYTES * sum(source.row_values * rows for source, rows in sources)
+        unit_bytes += enlarged * INPUT_BYTES * sources[0][0].row_values * sources[0][1]
         least = 1
         if halo > 0 and self.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             values = sources[0][0].shape.numel() // units
@@ -293,6 +303,11 @@ def _norm_of(norm: nn.GroupNorm, x: FeatureMap) -> Slabwise:
         return F.batch_norm(merged, mean, variance, weight, bias, eps=norm.eps).view(slab.shape)
 
     return normalise
+
+
+def _enlargement(block: Any) -> int:
+    """Values of the enlarged map that a layer computes for each value of its input; 0 for a layer that computes none."""
+    return math.prod(block.factors) if isinstance(block, Upsample) and block.interpolation else 0
 
 
 def _rates(block: Any, axis: int) -> tuple[int, int]:

@@ -20,10 +20,14 @@ __all__ = [
     "SubpixelDownsample",
     "SubpixelUpsample",
     "Upsample",
+    "check_upsample_mode",
     "depth_to_space",
     "pad_to_multiple",
     "space_to_depth",
 ]
+
+UPSAMPLE_MODES = ("nearest", "trilinear")
+LINEAR = ("linear", "bilinear", "trilinear")  # PyTorch's names, by the number of axes
 
 
 class Downsample(nn.Module):
@@ -72,11 +76,12 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """
-    Nearest-neighbour enlargement followed by a convolution, or a transposed convolution, as MONAI's decoder has them.
+    Enlargement followed by a convolution, or a transposed convolution, as MONAI's decoder has them.
 
-    The enlarged feature map is never computed: convolving a map that repeats each voxel f times equals a transposed
-    convolution of the small map, with stride f and a kernel in which each weight is spread over f neighbours. The result is
-    the same up to rounding, for a fraction of the operations and of the memory.
+    With nearest neighbours the enlarged feature map is never computed: convolving a map that repeats each voxel f times
+    equals a transposed convolution of the small map, with stride f and a kernel in which each weight is spread over f
+    neighbours. The result is the same up to rounding, for a fraction of the operations and of the memory. The trilinear
+    enlargement is that of MONAI's ``MaisiUpsample``, and its map is computed.
 
     Args:
         spatial_dims: number of spatial dimensions, 1 to 3.
@@ -85,9 +90,11 @@ class Upsample(nn.Module):
         scale_factor: enlargement, one for all axes or one per axis.
         use_convtranspose: instead, a transposed convolution whose kernel (= stride = ``scale_factor``) is learned.
         kernel_size: of the convolution after the enlargement, odd; one for all axes or one per axis.
+        mode: of the enlargement, ``"nearest"`` or ``"trilinear"`` (linear along each axis, for any number of axes).
 
     Raises:
-        ValueError: when ``scale_factor`` is not a positive integer, or not one per axis.
+        ValueError: when ``scale_factor`` is not a positive integer, or not one per axis; for an unknown ``mode``, or one
+            beside ``use_convtranspose``.
     """
 
     def __init__(
@@ -98,8 +105,11 @@ class Upsample(nn.Module):
         scale_factor: int | Sequence[int] = 2,
         use_convtranspose: bool = False,
         kernel_size: int | Sequence[int] = 3,
+        mode: str = "nearest",
     ) -> None:
         super().__init__()
+        check_upsample_mode(mode, use_convtranspose)
+        self.interpolation = LINEAR[spatial_dims - 1] if mode == "trilinear" else ""  # empty: nearest neighbours
         self.factors = list(per_axis("scale_factor", scale_factor, spatial_dims))
         out_channels = in_channels if out_channels is None else out_channels
         self.deconv: Any = None  # both are named as in MONAI's Upsample, so that its weights load
@@ -120,6 +130,9 @@ class Upsample(nn.Module):
         """
         if self.deconv is not None:
             return self.deconv(x)
+        if self.interpolation != "":
+            scale = [float(factor) for factor in self.factors]
+            return self.postconv(F.interpolate(x, scale_factor=scale, mode=self.interpolation).to(x.dtype))
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what follows, in this form alone
             if bfloat16_fails(x, (self.postconv.conv.kernel_size[0], 1)):
                 return run_in_float32(self._enlarge_and_convolve, x)
@@ -134,6 +147,19 @@ class Upsample(nn.Module):
         if bias is not None:
             bias = bias.to(x.dtype)
         return torch.convolution(x, kernel, bias, self.factors, padding, ones, True, [0] * len(padding), 1)
+
+
+def check_upsample_mode(mode: str, use_convtranspose: bool) -> None:
+    """
+    Check the mode of an enlargement.
+
+    Raises:
+        ValueError: for an unknown mode, or one that transposed convolutions leave without effect.
+    """
+    if mode not in UPSAMPLE_MODES:
+        raise ValueError(f"`upsample_mode` is {mode!r}; it must be one of {', '.join(UPSAMPLE_MODES)}.")
+    if mode != "nearest" and use_convtranspose:
+        raise ValueError(f"`upsample_mode` is {mode!r}, but `use_convtranspose` enlarges by transposed convolutions.")
 
 
 def spread_kernel(weight: torch.Tensor, factors: list[int]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, named_as_here
 from scripts.bundle.weights import read_weights, what_differs
 from scripts.layers.factors import by
 
@@ -21,11 +22,6 @@ LAYER = re.compile(r"((?:encoder|decoder)\.blocks\.\d+|decoder\.refine|\w+)\.(.+
 BLOCK = re.compile(r"(encoder|decoder)\.blocks\.(\d+)")
 # What a block is can be told from the names of its tensors
 KINDS = {"conv1.": "residual", "attn.": "attention", "conv.conv.": "step", "postconv.": "step", "deconv.": "step"}
-GENERATIVE_MODELS = (  # its names, and those of MONAI
-    (re.compile(r"(\.blocks\.\d+)\.to_([qkv])\."), r"\1.attn.to_\2."),
-    (re.compile(r"\.proj_attn\."), ".attn.out_proj."),
-    (re.compile(r"^(decoder\.blocks\.\d+)\.conv\.conv\."), r"\1.postconv.conv."),
-)
 # Layers that compute latent and image from the features; beside a linear shortcut they only compute a correction of both
 ENDS = ("encoder norm", "decoder norm", "decoder last", "quant_conv_mu", "quant_conv_log_sigma")
 logger = logging.getLogger(__name__)
@@ -40,7 +36,8 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
     reason.
 
     Without a description beside them, weights are taken as those of MONAI's network, with a factor of 2 at every step, with
-    MONAI's names or those of GenerativeModels. They may be one value of a checkpoint's dictionary, under any key.
+    the names of MONAI, GenerativeModels or MAISI, which enlarges trilinearly. They may be one value of a checkpoint's
+    dictionary, under any key, and in float16.
 
     Args:
         network: the network.
@@ -51,16 +48,18 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
         ValueError: when it is damaged, holds code, holds no AutoencoderKL, or holds one of which no layer fits.
     """
     content, arguments = read_weights(path)
-    state = _autoencoder_in(content, path)
+    state = autoencoder_in(content, path)
     if arguments is None:
         arguments = content.get("arguments")  # of a checkpoint of this bundle
     if arguments is None:
+        maisi = is_maisi(state)
+        whose = "MAISI's" if maisi else "MONAI's"
         logger.info(
-            f"{path} does not record the network's arguments: it is taken as MONAI's network, with a factor of 2 at every "
+            f"{path} does not record the network's arguments: it is taken as {whose} network, with a factor of 2 at every "
             f"step, and `norm_num_groups` {network.arguments['norm_num_groups']} as here"
         )
-        arguments = _as_monai(network.arguments)
-        state = {_name_of_today(key): value for key, value in state.items()}
+        arguments = _as_monai(network.arguments, "trilinear" if maisi else "nearest")
+        state = named_as_here(state)
     elif what_differs(arguments, network.arguments):
         logger.info(f"{path} was made for another network: {what_differs(arguments, network.arguments)}")
     target = _layers(network.state_dict())
@@ -79,32 +78,11 @@ def _listed(reasons: list[str]) -> str:
     return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
 
 
-def _autoencoder_in(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file: the whole of it, or the first value that is one; names may have a prefix (``module.``)."""
-    dictionaries = [content, *content.values()] if isinstance(content, dict) else []
-    for found in dictionaries:
-        keys = [key for key in found if isinstance(key, str)] if isinstance(found, dict) else []
-        prefixes = [key.partition("encoder.blocks.")[0] for key in keys if "encoder.blocks." in key]
-        if prefixes:
-            named = {key.removeprefix(prefixes[0]): found[key] for key in keys if key.startswith(prefixes[0])}
-            return {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
-    held = (
-        f"a dictionary of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else type(content).__name__
-    )
-    raise ValueError(f"{path} holds no weights of an AutoencoderKL (none is called encoder.blocks...); it is {held}.")
-
-
-def _name_of_today(key: str) -> str:
-    for old, new in GENERATIVE_MODELS:
-        key = old.sub(new, key)
-    return key
-
-
-def _as_monai(arguments: dict[str, Any]) -> dict[str, Any]:
+def _as_monai(arguments: dict[str, Any], upsample_mode: str) -> dict[str, Any]:
     axes = arguments["spatial_dims"]
     factors = [[2] * axes for _ in arguments["downsample_factors"]]
     monai = {"initial_downsample_factor": [1] * axes, "initial_mode": "conv", "linear_shortcut": False}
-    return {**arguments, "downsample_factors": factors, **monai}
+    return {**arguments, "downsample_factors": factors, **monai, "upsample_mode": upsample_mode}
 
 
 # --- layers by their place ---------------------------------------------------------------------------------------------
@@ -192,12 +170,15 @@ def _match(
 
 
 def _factor(place: str, arguments: dict[str, Any]) -> Any:
-    """The factor of a layer that changes the resolution. It does not always show in a shape."""
+    """The factor of a layer that changes the resolution, and how it does so. Neither always shows in a shape."""
+    mode = arguments.get("upsample_mode", "nearest")
+    enlarges = [mode] if place.startswith("decoder ") and mode != "nearest" else []
     if place in ("encoder first", "decoder last", "decoder.refine"):
         initial = arguments["initial_downsample_factor"]
-        return initial if max(initial) == 1 else (initial, arguments["initial_mode"])
+        return initial if max(initial) == 1 else (initial, arguments["initial_mode"], *enlarges)
     _, _, step = place.partition(" step ")
-    return dict(enumerate(arguments["downsample_factors"])).get(int(step)) if step else None
+    factor = dict(enumerate(arguments["downsample_factors"])).get(int(step)) if step else None
+    return (factor, *enlarges) if factor and enlarges else factor
 
 
 def _difference(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> str:

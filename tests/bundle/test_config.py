@@ -61,6 +61,7 @@ def test_presets_build(preset, base):
         "32x.json": (32, 32, 32),
         "64x.json": (64, 64, 64),
         "thick_slices.json": (8, 8, 2),
+        "maisi.json": (4, 4, 4),
     }[preset] == network.total_downsample_factor
     if network.shortcut is not None:
         assert sum(p.numel() for p in network.shortcut.parameters()) <= 10_000_000

@@ -21,7 +21,13 @@ from tests.training.test_checkpoints import RunsCode
 from tests.training.test_training import small_network
 
 TRAINING = ["$@train#trainer.run()"]  # without the estimate of its memory
-OWN = ("downsample_factors", "initial_downsample_factor", "initial_mode", "linear_shortcut")  # arguments that MONAI lacks
+OWN = (
+    "downsample_factors",
+    "initial_downsample_factor",
+    "initial_mode",
+    "linear_shortcut",
+    "upsample_mode",
+)  # arguments that MONAI lacks
 
 
 def weights_of(network: torch.nn.Module) -> torch.Tensor:
