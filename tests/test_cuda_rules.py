@@ -11,6 +11,8 @@ from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.networks import MONAI, build_with
+from scripts.bundle.machine import GIB
+from scripts.inference.streaming import StreamingInferer
 from scripts.layers.lean_blocks import ResidualBlock, _NormSiluConv
 from scripts.planning import cuda_casting
 from scripts.planning.cuda_casting import autocast, casting_rules
@@ -153,3 +155,11 @@ def test_residual_block_adds_in_the_memory_format_of_its_input_on_cuda(dtype):
             result = block(x)
     for found in (without_gradients, result):
         assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_other_networks_on_the_card_leave_less_of_the_budget():
+    with fake_card():
+        other = torch.nn.Linear(1024, 1024)
+    inferer = StreamingInferer(True, "bfloat16", 1.0, others=[other, torch.nn.Linear(4, 4)])  # the second is on the host
+    assert inferer.held_by_others(other.weight.device) == 4 * 1025 * 1024 / GIB
+    assert inferer.held_by_others(torch.device("cpu")) == 0  # whose budget is for the growth of the process

@@ -91,14 +91,14 @@ class StreamingInferer(ReconstructionInferer):
             are multiples of the total factor.
         """
         device = next(network.parameters()).device
-        budget = max((self.memory_gb or available_memory_gb(device)) - self._held_by_others(device), LEAST_BUDGET)
+        budget = max((self.memory_gb or available_memory_gb(device)) - self.held_by_others(device), LEAST_BUDGET)
         with torch.no_grad(), torch.autocast(device.type, self.dtype, enabled=self.amp):
             if self._whole_volume_peak(inputs, network, device) <= budget * GIB:
                 return self._in_one_pass(inputs.to(device), network).float().to(inputs.device)
             return stream(network, inputs, self.operation, budget, self.progress).to(inputs.device)
 
-    def _held_by_others(self, device: torch.device) -> float:
-        """GiB of a GPU's memory."""
+    def held_by_others(self, device: torch.device) -> float:
+        """GiB of a GPU's memory that the other networks hold."""
         tensors = [tensor for other in self.others for tensor in (*other.parameters(), *other.buffers())]
         return sum(t.nbytes for t in tensors if t.device == device) / GIB if device.type == "cuda" else 0.0
 
