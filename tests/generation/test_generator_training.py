@@ -19,7 +19,7 @@ from monai.engines.utils import IterationEvents
 from scripts.generation.generator import load_generator
 from scripts.generation.latent_data import LatentCollate, latent_lists, learn_space
 from scripts.training.checkpoints import find_checkpoints
-from tests.conftest import save_volume
+from tests.conftest import ROOT, save_volume
 from tests.generation.runs import AUTOENCODER, KEYS, encode, generate, make_weights, train_generator, workflow
 from tests.training.test_resume import same
 from tests.training_run import final_state, log_of
@@ -229,3 +229,17 @@ def test_bundle_finds_every_property(latents, tmp_path):
         "train_diffusion.json", "training", "train", dataset_dir=latents, output_dir=tmp_path, device="cpu", **KEYS
     )
     assert flow.check_properties() == []
+
+
+def test_mlflow_shows_losses_and_what_the_generator_was_trained_with(latents, tmp_path):
+    import mlflow
+
+    keys = {"tracking": str(ROOT / "configs/mlflow_diffusion.json"), "condition_keys": ["sex"], "latent_gamma": 0.5}
+    assert train_generator(latents, tmp_path, **keys) == 0
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'latent-generator'")
+    (run,) = client.search_runs(experiment.experiment_id)
+    assert run.info.status == "FINISHED"
+    assert {"loss", "volumes_per_second", "unexplained_band_1"} <= run.data.metrics.keys()
+    assert (run.data.params["prediction"], run.data.params["latent_gamma"]) == ("gain", "0.5")
+    assert run.data.params["condition_keys"] == "['sex']"
