@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from PIL import Image
 
 from scripts.autoencoderkl import AutoencoderKL
@@ -101,10 +102,18 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluate(folder: Path, evaluation_dir: Path, **keys) -> None:
+def evaluating(folder: Path, evaluation_dir: Path, **keys) -> ConfigWorkflow:
     paths = {"dataset_dir": folder / "latents", "output_dir": folder / "run", "evaluation_dir": evaluation_dir}
     paths["autoencoder"] = folder / "autoencoder" / "model.pt"
-    workflow(OVERLAY, "evaluating", "train", **paths, **{**KEYS, **keys}).run()
+    return workflow(OVERLAY, "evaluating", "train", **paths, **{**KEYS, **keys})
+
+
+def evaluate(folder: Path, evaluation_dir: Path, **keys) -> None:
+    evaluating(folder, evaluation_dir, **keys).run()
+
+
+def test_bundle_finds_every_property(folder, tmp_path):
+    assert evaluating(folder, tmp_path).check_properties() == []
 
 
 @pytest.fixture(scope="module")

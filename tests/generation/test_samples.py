@@ -16,13 +16,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ckpt_export
+from monai.bundle import verify_net_in_out
 
 from scripts.bundle.weights import save_weights
 from scripts.generation.flow import RectifiedFlow
 from scripts.generation.generator import describe, load_generator
+from scripts.generation.latent_unet import LatentUNet
 from tests.conftest import ROOT, save_volume
 from tests.generation.runs import encode, generate, leave_start, make_weights, workflow
+from tests.inference.test_exported_networks import run_documented
 from tests.training_run import free_port
 
 SIZE, SPACING = (14, 18, 10), (1.0, 1.5, 2.0)
@@ -196,11 +198,29 @@ def test_bundle_finds_every_property(generator, weights, tmp_path):
     assert workflow("generate.json", "generating", "infer", **keys).check_properties() == []
 
 
-def test_network_is_exported_by_monais_command(generator, tmp_path):
-    files = {"ckpt_file": str(generator / "model.pt"), "filepath": str(tmp_path / "generator.ts")}
-    configs = {"meta_file": str(ROOT / "configs/metadata.json"), "config_file": str(ROOT / "configs/generate.json")}
-    ckpt_export("network_def", **files, **configs, ckpt_dir=str(generator))
+@pytest.mark.parametrize("gain", [True, False])
+def test_network_is_exported_by_the_documented_command(generator, tmp_path, monkeypatch, gain):
+    known = load_generator(str(generator / "model.pt"))
+    network = LatentUNet(**{**known.network.arguments, "gain": gain}, amplitude=known.space.amplitude).eval()
+    leave_start(network)
+    save_weights(network, tmp_path / "model.pt", describe(known.space, known.flow, known.condition_dropout))
+    monkeypatch.chdir(ROOT)
+    files = {"eval/diffusion/checkpoints/model.pt": "model.pt", "eval/diffusion/generator.ts": "generator.ts"}
+    run_documented("ckpt_export", {name: str(tmp_path / file) for name, file in files.items()}, "--ckpt_dir", str(tmp_path))
+    exported = torch.jit.load(tmp_path / "generator.ts")
+    for size in ((4, 6, 8), (10, 2, 6)):
+        x, context = torch.randn(2, 8, *size), torch.randn(2, network.arguments["condition_size"])
+        inputs = (x, torch.tensor([30.0, 900.0]), context, torch.rand(2, 3) / 2 + 0.5)
+        with torch.no_grad():
+            assert torch.allclose(exported(*inputs), network(*inputs), atol=1e-6, rtol=1e-6)
+            assert torch.allclose(exported(*inputs[:3]), network(*inputs[:3]), atol=1e-6, rtol=1e-6)
+
+
+def test_network_takes_and_gives_latents(generator):
     network = load_generator(str(generator / "model.pt")).network
-    inputs = (torch.randn(1, 8, 4, 6, 8), torch.tensor([400.0]), torch.randn(1, network.arguments["condition_size"]))
-    with torch.no_grad():
-        assert torch.allclose(torch.jit.load(tmp_path / "generator.ts")(*inputs), network(*inputs), atol=1e-5)
+    told = {"timesteps": torch.tensor([500.0]), "context": torch.zeros(1, network.arguments["condition_size"])}
+    files = {"meta_file": str(ROOT / "configs/metadata.json"), "config_file": str(ROOT / "configs/generate.json")}
+    channels = {f"_meta_#network_data_format#{end}#num_channels": 8 for end in ("inputs#image", "outputs#pred")}
+    for size in (network.multiple, 3 * network.multiple):
+        keys = {"device": "cpu", "any": size, "extra_forward_args": told, "ckpt_dir": str(generator), **channels}
+        verify_net_in_out("network_def", **files, **keys)

@@ -22,12 +22,12 @@ TOLERANCE = {".ts": 1e-6, ".pt2": 1e-6, ".onnx": 1e-4}
 TWO_LATENTS = 9  # the smallest size that is padded to two latents of 8 voxels
 
 
-def run_documented(command: str, folder: Path) -> None:
-    """A command of the document as a shell would pass it to MONAI, with its file in another folder."""
-    pattern = rf"^python -m monai\.bundle ({command} (?:.|\n)*?)\n```"
-    words = shlex.split(re.search(pattern, DOCUMENT, re.MULTILINE)[1].replace("\\\n", " "))
-    words = [re.sub(r"^models/model\.(ts|onnx)$", rf"{folder}/model.\1", word) for word in words]
-    fire.Fire({"ckpt_export": ckpt_export, "onnx_export": onnx_export}, command=words)
+def run_documented(command: str, files: dict[str, str], *further: str) -> None:
+    """The command of the document that names these files, as a shell would pass it to MONAI, with others in their place."""
+    found = re.findall(rf"^python -m monai\.bundle ({command} (?:.|\n)*?)\n```", DOCUMENT, re.MULTILINE)
+    (words,) = (words for text in found if files.keys() <= set(words := shlex.split(text.replace("\\\n", " "))))
+    words = [files.get(word, word) for word in words]
+    fire.Fire({"ckpt_export": ckpt_export, "onnx_export": onnx_export}, command=[*words, *further])
 
 
 def documented_python(words: str) -> str:
@@ -41,8 +41,8 @@ def exported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        run_documented("ckpt_export", folder)
-        run_documented("onnx_export", folder)
+        run_documented("ckpt_export", {"models/model.ts": f"{folder}/model.ts"})
+        run_documented("onnx_export", {"models/model.onnx": f"{folder}/model.onnx"})
         exec(documented_python("torch.export.save").replace("models/model.pt2", f"{folder}/model.pt2"), {})
     return folder
 
