@@ -7,6 +7,7 @@ from scripts.generation.latent_data import LatentCollate, ReadLatentd, latent_li
 from scripts.generation.latent_space import LatentSpace
 from scripts.generation.latent_unet import LatentUNet
 from scripts.generation.prepare_batch import FlowPrepareBatch
+from scripts.generation.pretrained_generator import load_pretrained_generator
 from scripts.generation.sample_evaluation import SampleEvaluation
 from scripts.generation.samples import DrawStartd, SampleInferer, SaveSampled, plan_samples
 from scripts.generation.solvers import draw_noise, integrate
@@ -35,5 +36,6 @@ __all__ = [
     "learn_space",
     "load_autoencoder",
     "load_generator",
+    "load_pretrained_generator",
     "plan_samples",
 ]

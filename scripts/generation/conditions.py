@@ -81,6 +81,31 @@ class Conditions:
         """Names of the conditions."""
         return list(self.description["keys"])
 
+    @property
+    def entries(self) -> list[tuple[Any, ...]]:
+        """What each number of the vector says: a name, and its class or how it is standardised."""
+        geometry, keys = self.description["geometry"], self.description["keys"]
+        found: list[tuple[Any, ...]] = [("",)]  # which no condition is called
+        for i, number in enumerate(geometry):
+            axis = i % (len(geometry) // 2)
+            found.append((f"{'spacing' if i >= len(geometry) // 2 else 'size'} along axis {axis}", *_standard(number)))
+        for key, seen in keys.items():
+            if "classes" in seen:
+                found += [(key, name) for name in seen["classes"]]
+            else:
+                found += [(key, *_standard(seen)), (key,)]
+        return found
+
+    def standardised_as(self, before: Conditions) -> Conditions:
+        """
+        The same conditions, with the numbers standardised as earlier ones were where these say anything of the numbers:
+        where they varied, and the mean is at most a standard deviation outside of what they were.
+        """
+        geometry = list(map(_as_before, self.description["geometry"], before.description["geometry"]))
+        earlier = before.description["keys"]
+        keys = {key: _as_before(seen, earlier.get(key, {})) for key, seen in self.description["keys"].items()}
+        return Conditions({"geometry": geometry, "keys": keys})
+
     def vector(self, values: Mapping[str, Any], size: Sequence[int], spacing: Sequence[float]) -> torch.Tensor:
         """
         The vector of a volume.
@@ -165,6 +190,18 @@ def _classes(key: str, values: Sequence[Any]) -> dict[str, Any]:
             "that names volumes instead of describing them. Leave it out."
         )
     return {"classes": {name: counts[name] for name in sorted(counts)}}
+
+
+def _standard(number: Mapping[str, float]) -> tuple[float, float]:
+    return number["mean"], number["deviation"]
+
+
+def _as_before(seen: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    if "mean" not in seen or not before.get("deviation", 0) > LEAST_DEVIATION:
+        return dict(seen)
+    if max(before["lowest"] - seen["mean"], seen["mean"] - before["highest"]) > before["deviation"]:
+        return dict(seen)
+    return {**seen, "mean": before["mean"], "deviation": before["deviation"]}
 
 
 def _standardised(seen: Mapping[str, float], value: Any) -> float:

@@ -95,6 +95,7 @@ DESCRIPTION = {  # schema of the JSON file beside the weights
                 "channel_mean": _NUMBERS,
                 "channel_deviation": _POSITIVE,
                 "channel_amplitude": _POSITIVE,
+                "training_mean": _NUMBERS,
                 "conditions": {
                     "type": "object",
                     "required": ["geometry", "keys"],
@@ -185,10 +186,11 @@ def load_generator(path: str) -> Generator:
 def _refuse_contradictions(path: str, network: LatentUNet, space: LatentSpace) -> None:
     channels = network.arguments["latent_channels"]
     axes = network.arguments["spatial_dims"]
-    lengths = [len(space.description[name]) for name in ("channel_mean", "channel_deviation", "channel_amplitude")]
+    names = ("channel_mean", "channel_deviation", "channel_amplitude")
+    lengths = [len(values) for values in (*(space.description[name] for name in names), space.training_mean)]
     geometries = space.description["geometries"]
     agree = (
-        lengths == [channels] * 3
+        lengths == [channels] * 4
         and len(space.conditions) == network.arguments["condition_size"]
         and all(len(each[name]) == axes for each in geometries for name in ("size", "spacing"))
         and len(space.description["conditions"]["geometry"]) == 2 * axes

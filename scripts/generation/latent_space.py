@@ -17,6 +17,7 @@ from scripts.generation.conditions import Conditions
 
 __all__ = ["LatentSpace", "spacing_of"]
 
+NORMALISATION = ("latent_gamma", "channel_mean", "channel_deviation", "channel_amplitude")
 LEAST_SHARE = 1e-6  # of the strongest channel's deviation; a weaker channel is as good as constant
 PLAIN = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}
 logger = logging.getLogger(__name__)
@@ -94,6 +95,20 @@ class LatentSpace:
         self._mean = torch.tensor(description["channel_mean"], dtype=torch.float64).float()
         deviation = torch.tensor(description["channel_deviation"], dtype=torch.float64)
         self._scale = (torch.tensor(description["channel_amplitude"], dtype=torch.float64) / deviation).float()
+
+    def go_on_from(self, before: LatentSpace) -> None:
+        """
+        Normalise latents, and standardise conditions, as a generator does that is trained further. The mean of the channels
+        over the training latents stays in ``training_mean``, which tells these latents from others.
+        """
+        kept = {name: before.description[name] for name in NORMALISATION}
+        conditions = self.conditions.standardised_as(before.conditions).description
+        self.load_state_dict({**self.description, **kept, "training_mean": self.training_mean, "conditions": conditions})
+
+    @property
+    def training_mean(self) -> list[float]:
+        """Mean of each channel over the training latents."""
+        return self.description.get("training_mean", self.description["channel_mean"])
 
     def normalised(self, z: torch.Tensor) -> torch.Tensor:
         """Latents as the autoencoder makes them, ``BxCxHxWxD``, to what the generator works with."""

@@ -181,7 +181,7 @@ class SampleEvaluation:
     def _note_limits(self) -> None:
         """Say what makes the numbers tell less than they seem to."""
         trained, here = self.inferer.generator.space.description, self.space.description
-        means = trained["channel_mean"], here["channel_mean"]
+        means = self.inferer.generator.space.training_mean, self.space.training_mean
         if trained["volumes"] != here["volumes"] or not np.allclose(*means, rtol=SAME_SPLIT, atol=SAME_SPLIT):
             self.notes.append(
                 f"The training half here ({here['volumes']} latents) is not the one that the generator was trained on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ignite.engine import Events
@@ -29,7 +30,9 @@ class InitialWeights:
         resume: whether to continue from the newest of them.
         to_load: what a checkpoint holds besides the network, by name, as :py:class:`scripts.training.TrainingSaver` has it.
         evaluator: the validation engine, which gets back its best metric when a run is resumed.
-        pretrained: path of weights for a network that is a :py:class:`scripts.autoencoderkl.AutoencoderKL`; empty for none.
+        pretrained: path of weights; empty for none.
+        load: gets network and path, and loads ``pretrained``; by default for an
+            :py:class:`scripts.autoencoderkl.AutoencoderKL`.
         fit_shortcut: whether to fit the shortcut of such a network.
 
     Raises:
@@ -47,6 +50,7 @@ class InitialWeights:
         to_load: dict[str, Any],
         evaluator: Evaluator,
         pretrained: str | None = None,
+        load: Callable[[Any, str], None] = load_pretrained,
         fit_shortcut: bool = False,
     ) -> None:
         self.network = network
@@ -56,6 +60,7 @@ class InitialWeights:
         self.to_load = to_load
         self.evaluator = evaluator
         self.pretrained = pretrained
+        self.load = load
         self.fit_shortcut = fit_shortcut
 
     def attach(self, engine: ResumableTrainer) -> None:
@@ -65,7 +70,7 @@ class InitialWeights:
         if self.resume and resume_run(engine, self.ckpt_dir, self.network, self.to_load, self.evaluator):
             return
         if self.pretrained:
-            load_pretrained(self.network, self.pretrained)
+            self.load(self.network, self.pretrained)
         if self.fit_shortcut:
             loader: Any = engine.state.dataloader
             fit_shortcut(self.network.shortcut, loader.dataset, loader.batch_sampler)
