@@ -16,7 +16,7 @@ __all__ = ["ROOT", "check_config", "check_parser"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # wherever the run was started, and whatever `bundle_root` says
 CONFIGS = ROOT / "configs"
-NOT_CONFIGS = ("metadata.json", "mlflow.json")
+NOT_CONFIGS = ("metadata.json", "mlflow.json", "mlflow_diffusion.json")
 MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
 ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
 FLAGS = {"true": True, "false": False}

@@ -73,6 +73,7 @@ def test_presets_build(preset, base):
         ("downsample_factor", "downsample_factors", ["train.json"]),
         ("epoch", "epochs", ["train.json", "evaluate.json"]),
         ("dataset_dirs", "dataset_dir", ["inference.json"]),
+        ("handlers_id", "handlers", ["train_diffusion.json"]),  # of the settings of MLflow, which are no config
     ],
 )
 def test_misspelt_key_is_refused_with_the_nearest(key, nearest, files):
