@@ -2,9 +2,10 @@
 
     python -m benchmarks.generator_memory
 
-NV-Generate's is MONAI's ``DiffusionModelUNetMaisi`` with channels 64, 128, 256, 512, attention in the last two levels, two
-residual blocks in each, flash attention, and the spacing as input, on latents of 4 channels and a quarter of the volume's
-size. All are in bfloat16 with batch 1, AdamW and an average of the weights. No GPU is needed.
+NV-Generate's is ``diffusion_unet_def`` of its ``config_network_rflow.json``: MONAI's ``DiffusionModelUNetMaisi`` with channels
+64, 128, 256, 512, attention in the last two levels, two residual blocks in each level, residual blocks that resample, flash
+attention, and spacing and modality as input, on latents of 4 channels and a quarter of the volume's size. All are in bfloat16
+with batch 1, AdamW and an average of the weights. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -93,6 +94,9 @@ def nv_generate(size: int) -> tuple[int, TrainingCost]:
             attention_levels=(False, False, True, True),
             num_head_channels=(0, 0, 32, 32),
             include_spacing_input=True,
+            num_class_embeds=128,
+            resblock_updown=True,
+            include_fc=True,
         )
     for module in network.modules():
         if isinstance(module, SABlock):
@@ -101,7 +105,11 @@ def nv_generate(size: int) -> tuple[int, TrainingCost]:
     with fake_tensors():
         network = fake_copy(network)
         latent = torch.empty(1, 4, *[size // 4] * 3)
-        told = {"timesteps": torch.empty(1), "spacing_tensor": torch.empty(1, 3)}
+        told = {
+            "timesteps": torch.empty(1),
+            "class_labels": torch.empty(1, dtype=torch.long),
+            "spacing_tensor": torch.empty(1, 3),
+        }
         batch = {"image": latent}
         trainer = FakeStep(
             max_epochs=1,

@@ -1,6 +1,7 @@
 """The planner's estimates against the memory that real training steps on the CPU need, each in a separate process.
 
     python -m benchmarks.planning
+    python -m benchmarks.planning generators
 
 Prints the table of docs/planning.md in Markdown. It runs on Linux, where a process can read its own memory use.
 """
@@ -10,18 +11,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import fire
 import torch
 
 from benchmarks.machine import described
 from benchmarks.networks import MONAI, build_with, total_factors
+from benchmarks.planning_step import saved_in_a_generator_step, saved_in_a_step
 from benchmarks.tables import print_table
+from scripts.bundle.config import ROOT
 from scripts.bundle.machine import MIB
 from scripts.bundle.precision import choose_precision
+from scripts.generation.estimates import GeneratorPlan, estimate_generator, plan_generator
 from scripts.layers.factors import by
-from scripts.planning.training_costs import training_cost
+from scripts.planning.training_costs import TrainingCost, training_cost
 
 # glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -47,6 +52,43 @@ class Row:
     @property
     def factors(self) -> tuple[int, ...]:
         return total_factors(self.build())
+
+    def smallest(self) -> Row:
+        return replace(self, size=tuple(2 * factor for factor in self.factors), batch_size=1)
+
+    def estimate(self) -> TrainingCost:
+        dtype = self.amp_dtype_here
+        return training_cost(self.build(), self.size, batch_size=self.batch_size, amp_dtype=dtype, device="cpu")
+
+    def step(self) -> int:
+        """Bytes that a real step saves."""
+        return saved_in_a_step(self.build(), self.size, self.batch_size, self.amp_dtype_here)
+
+
+@dataclass(frozen=True)
+class GeneratorRow:
+    """A generator of ``train_diffusion.json`` on the latents of a preset, with config keys that it changes."""
+
+    preset: str
+    size: tuple[int, ...]  # of the volumes
+    amp: bool = True  # where it is this processor's default
+    batch_size: int = 1
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def plan(self) -> GeneratorPlan:
+        config, preset = (str(ROOT / "configs" / name) for name in ("train_diffusion.json", f"presets/{self.preset}.json"))
+        keys = {"batch_size": self.batch_size, **self.keys, **({} if self.amp else {"amp": False})}
+        return plan_generator(config, self.size, preset, device="cpu", **keys)
+
+    def smallest(self) -> GeneratorRow:
+        return replace(self, size=(64, 64, 64), batch_size=1)
+
+    def estimate(self) -> TrainingCost:
+        return estimate_generator(self.plan(), "cpu").training
+
+    def step(self) -> int:
+        """Bytes that a real step saves."""
+        return saved_in_a_generator_step(self.plan())
 
 
 ATTENTION = {"attention_levels": (False, False, True), "use_flash_attention": True}
@@ -79,17 +121,31 @@ ROWS = {
 }
 
 
-def main() -> None:
-    """Print the table."""
+GENERATORS = {
+    "generator, 16x": GeneratorRow("16x", (512, 512, 512)),
+    "generator, 16x, channels 128, 256, 256": GeneratorRow("16x", (256, 256, 256), keys={"channels": [128, 256, 256]}),
+    "generator, 8x, velocity, batch 2, without AMP": GeneratorRow(
+        "8x", (192, 192, 160), amp=False, batch_size=2, keys={"prediction": "v"}
+    ),
+}
+
+
+def main(kind: str = "all") -> None:
+    """
+    Print the table.
+
+    Args:
+        kind: ``"all"``, or ``"generators"`` for their rows alone.
+    """
     print(f"{described('cpu', choose_precision('cpu').name + ' unless the row says otherwise')}:\n")
     header = ["", "size", "batch", "saved: estimated", "counted", "off by", "peak: estimated", "measured", "off by"]
-    print_table(header, ([name, *compare(name)] for name in ROWS))
+    rows = {"all": ROWS | GENERATORS, "generators": GENERATORS}[kind]
+    print_table(header, ([name, *compare(name, row)] for name, row in rows.items()))
 
 
-def compare(name: str) -> list[str]:
+def compare(name: str, row: Row | GeneratorRow) -> list[str]:
     """The cells of a row: estimate, measurement, and the relative error of the estimate."""
-    row = ROWS[name]
-    estimate = training_cost(row.build(), row.size, batch_size=row.batch_size, amp_dtype=row.amp_dtype_here, device="cpu")
+    estimate = row.estimate()
     saved, peak = measure(name)
     cells = [by(row.size), str(row.batch_size)]
     for guess, found in ((estimate.saved_activations, saved), (estimate.peak, peak)):
@@ -106,4 +162,4 @@ def measure(name: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    main()
+    fire.Fire(main)

@@ -10,10 +10,15 @@ from typing import Any
 
 import fire
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.inference_peak import peak_bytes, resident
+from scripts.generation.estimates import GeneratorPlan, latent_batch, step_trainer
+from scripts.generation.latent_unet import LatentUNet
 from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
+from scripts.training.resumable_trainer import ResumableTrainer
+from scripts.training.weight_average import WeightAverage, moving_average
 
 
 def saved_in_a_step(
@@ -34,6 +39,18 @@ def saved_in_a_step(
         **further,
     )
     modules = [network, *([trainer.adversary.discriminator] if trainer.adversary else [])]
+    return _saved_by(trainer, modules)
+
+
+def saved_in_a_generator_step(plan: GeneratorPlan) -> int:
+    """Bytes that the second of two iterations of a generator's training on the CPU saves, with an average of the weights."""
+    network = LatentUNet(**plan.network.arguments)
+    trainer = step_trainer(ResumableTrainer, plan, network, [latent_batch(plan)] * 2)
+    WeightAverage(AveragedModel(network, multi_avg_fn=moving_average(0.999)), network).attach(trainer)
+    return _saved_by(trainer, [network])
+
+
+def _saved_by(trainer: ResumableTrainer, modules: list[torch.nn.Module]) -> int:
     saved = SavedTensors([parameter for module in modules for parameter in module.parameters()])
     saved.attach(trainer)
     with saved:
@@ -49,14 +66,13 @@ def step(name: str) -> None:
     Args:
         name: of a row of :py:mod:`benchmarks.planning`.
     """
-    from benchmarks.planning import ROWS
+    from benchmarks.planning import GENERATORS, ROWS
 
-    row = ROWS[name]
-    saved_in_a_step(row.build(), tuple(2 * f for f in row.factors), 1, row.amp_dtype_here)  # loads the libraries
+    row = (ROWS | GENERATORS)[name]
+    row.smallest().step()  # loads the libraries
     gc.collect()  # a trainer and its handlers refer to each other, and so keep the network in memory
     before = resident()
-    saved = saved_in_a_step(row.build(), row.size, row.batch_size, row.amp_dtype_here)
-    print(saved, peak_bytes("cpu") - before)
+    print(row.step(), peak_bytes("cpu") - before)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ import json
 import pytest
 import torch
 
+from benchmarks.generator_memory import nv_generate
+from benchmarks.planning_step import saved_in_a_generator_step
 from scripts.__main__ import main
 from scripts.data.latents import read_description
-from scripts.generation.estimates import estimate_generator, latent_batch, plan_generator, step_trainer
-from scripts.generation.latent_unet import LatentUNet
+from scripts.generation.estimates import estimate_generator, plan_generator
 from scripts.planning.allocations import nbytes_of
-from scripts.planning.saved_tensors import SavedTensors
-from scripts.training.resumable_trainer import ResumableTrainer
 from tests.conftest import ROOT
 from tests.generation.runs import encode, make_weights
 
@@ -26,13 +25,14 @@ SMALL = {"channels": [8, 16], "norm_num_groups": 4, "num_head_channels": 8}
 def test_saved_activations_are_those_of_a_real_step(prediction, amp, batch_size):
     keys = {**SMALL, "prediction": prediction, "amp": amp, "amp_dtype": "bfloat16", "batch_size": batch_size}
     plan = plan_generator(CONFIG, 64, PRESET, device="cpu", **keys)
-    network = LatentUNet(**plan.network.arguments)
-    trainer = step_trainer(ResumableTrainer, plan, network, [latent_batch(plan)] * 2)
-    saved = SavedTensors(list(network.parameters()))
-    saved.attach(trainer)
-    with saved:
-        trainer.run()
-    assert estimate_generator(plan, "cpu").training.saved_activations == pytest.approx(saved.nbytes, rel=0.02)
+    counted = saved_in_a_generator_step(plan)
+    assert estimate_generator(plan, "cpu").training.saved_activations == pytest.approx(counted, rel=0.02)
+
+
+def test_network_beside_it_is_that_of_nv_generate():
+    parameters, cost = nv_generate(64)
+    assert parameters == 180_500_868  # resampling blocks, classes and projections of attention included
+    assert cost.parameters == 2 * 4 * parameters
 
 
 def test_average_optimizer_and_the_network_beside_the_decoder_are_counted():
