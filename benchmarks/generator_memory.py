@@ -2,10 +2,10 @@
 
     python -m benchmarks.generator_memory
 
-NV-Generate's is ``diffusion_unet_def`` of its ``config_network_rflow.json``: MONAI's ``DiffusionModelUNetMaisi`` with channels
-64, 128, 256, 512, attention in the last two levels, two residual blocks in each level, residual blocks that resample, flash
-attention, and spacing and modality as input, on latents of 4 channels and a quarter of the volume's size. All are in bfloat16
-with batch 1, AdamW and an average of the weights. No GPU is needed.
+NV-Generate's is ``diffusion_unet_def`` of its ``config_network_rflow.json``: MONAI's ``DiffusionModelUNetMaisi`` with
+channels 64, 128, 256, 512, attention in the last two levels, two residual blocks in each level, residual blocks that
+resample, flash attention, and spacing and modality as input, on latents of 4 channels and a quarter of the volume's size.
+All are in bfloat16 with batch 1, AdamW and an average of the weights. No GPU is needed.
 """
 
 from __future__ import annotations

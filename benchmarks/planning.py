@@ -1,7 +1,7 @@
 """The planner's estimates against the memory that real training steps on the CPU need, each in a separate process.
 
     python -m benchmarks.planning
-    python -m benchmarks.planning generators
+    python -m benchmarks.planning --kind generators
 
 Prints the table of docs/planning.md in Markdown. It runs on Linux, where a process can read its own memory use.
 """
