@@ -173,12 +173,14 @@ def test_signal_to_all_processes_saves_and_gives_its_exit_code(prepare, number, 
 
 
 def signal_when_called(place: str, number: int, flow: ConfigWorkflow):
-    """As soon as a function is called, given as ``module:name``; it does nothing else."""
+    """As soon as a function is called, given as ``module:name``; it does nothing else. Several threads may call it, but only
+    one signal is sent, because a second SIGINT ends a run at once."""
     os.setpgid(0, 0)
+    unsent = [number]
     module, name = place.split(":")
     *owners, name = name.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    setattr(owner, name, lambda *_, **__: send_group(number))
+    setattr(owner, name, lambda *_, **__: send_group(unsent.pop()) if unsent else None)
 
 
 MOMENTS = {
