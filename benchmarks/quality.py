@@ -205,7 +205,7 @@ class Budget:
     def __call__(self, engine: Any) -> None:
         spent = (self.now() - self.start) / self.seconds
         if engine.state.iteration == 1:
-            self.rate = engine.optimizer.param_groups[0]["lr"]
+            self.rate = engine.optimizer.param_groups[0]["initial_lr"]  # a scheduler has set "lr" to that of its first step
             self.first = spent
         if spent >= 1:
             engine.terminate()

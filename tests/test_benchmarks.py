@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.optimizers import WarmupCosineSchedule
 
 from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import saved_activations
@@ -54,6 +55,7 @@ def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):
 def test_learning_rate_warms_up_from_the_first_step_however_long_the_preparation_took(monkeypatch):
     """A first step of Adam at half the learning rate lost 5 dB."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    WarmupCosineSchedule(optimizer, warmup_steps=5, t_total=100)  # as in train.json; it sets the rate to 0
     seconds = iter([0.0, *(30.0 + i for i in range(100))])  # half a minute before the first step, then a second each
     monkeypatch.setattr(Budget, "now", lambda self: next(seconds))
     rates = []
