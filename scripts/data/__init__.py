@@ -2,8 +2,10 @@
 checks, the intensity window, conditions, restored volumes, latents, sample and clinical volumes.
 """
 
+from scripts.data.head_patches import HeadPatchd
 from scripts.data.intensity_window import ScaleIntensityWindowd
 from scripts.data.latents import LoadLatentd, SaveLatentd, find_latents, save_latent_scale, without_whole_latents
+from scripts.data.procedural_volumes import ProceduralVolumed
 from scripts.data.restored_volumes import DescribeSourced, SaveVolumed
 from scripts.data.sample_volumes import prepare_demonstration_heads, prepare_sample_volumes
 from scripts.data.volume_checks import usable_volumes
@@ -11,7 +13,9 @@ from scripts.data.volume_lists import affordable_cache_rate, training_and_valida
 
 __all__ = [
     "DescribeSourced",
+    "HeadPatchd",
     "LoadLatentd",
+    "ProceduralVolumed",
     "SaveLatentd",
     "SaveVolumed",
     "ScaleIntensityWindowd",

@@ -3,6 +3,7 @@ resumed in the middle of an epoch, with any number of workers or processes, and 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys as Keys
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset, Sampler
 
 __all__ = ["Draw", "RepeatableBatchSampler", "RepeatableDataset", "RepeatableOrder", "training_patches"]
 
@@ -80,7 +81,7 @@ class RepeatableDataset(Dataset):
 
     Args:
         dataset: with ``data`` (``[{"image": path}, ...]``) and a ``transform`` that is a ``Compose``: ``CacheDataset``,
-            ``PersistentDataset``, ``Dataset``.
+            ``PersistentDataset``, ``Dataset``; or a ``ConcatDataset`` of such.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -90,13 +91,22 @@ class RepeatableDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> list[dict[str, Any]]:
-        self.dataset.transform.set_random_state(seed=draw.seed)
-        samples = self.dataset[draw.item]
-        file = str(self.dataset.data[draw.item]["image"])
+        dataset, item = _part_of(self.dataset, draw.item)
+        dataset.transform.set_random_state(seed=draw.seed)
+        samples = dataset[item]
+        file = str(dataset.data[item]["image"])
         # transforms that crop return a list, which MONAI's collate function flattens
         return [
             {**sample, "file": file, "seed": draw.seed} for sample in (samples if isinstance(samples, list) else [samples])
         ]
+
+
+def _part_of(dataset: Any, item: int) -> tuple[Any, int]:
+    """The dataset that an item of a ``ConcatDataset`` comes from, and the item's number there."""
+    if not isinstance(dataset, ConcatDataset):
+        return dataset, item
+    part = bisect.bisect_right(dataset.cumulative_sizes, item)
+    return dataset.datasets[part], item - (dataset.cumulative_sizes[part - 1] if part else 0)
 
 
 class RepeatableOrder:
