@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,12 +39,14 @@ def train(
     prepare: Callable | None = None,
     num_processes: int = 1,
     config: str = "train.json",
+    overlays: Sequence[str] = (),
     **keys,
 ) -> int:
     """Train, and return the exit code of the first process. ``prepare``, which must pickle, gets the workflow."""
     port = free_port()
     keys = {**KEYS, **keys} if config == "train.json" else keys
-    arguments = [(data, output_dir, prepare, rank, num_processes, port, config, keys) for rank in range(num_processes)]
+    configs = [config, *overlays, *(["multi_gpu_train.json"] if num_processes > 1 else [])]
+    arguments = [(data, output_dir, prepare, rank, num_processes, port, configs, keys) for rank in range(num_processes)]
     processes = [SERVER.Process(target=_train_here, args=each) for each in arguments]
     for process in processes:
         process.start()
@@ -64,7 +66,7 @@ def _train_here(
     rank: int,
     num_processes: int,
     port: int,
-    config: str,
+    configs: list[str],
     keys: dict,
 ):
     act_as_from_a_terminal()
@@ -73,9 +75,8 @@ def _train_here(
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stdout = sys.stderr = output_dir.with_suffix(".log").open("a", buffering=1)
-    overlay = ["multi_gpu_train.json"] if num_processes > 1 else []
     flow = ConfigWorkflow(
-        config_file=[str(ROOT / "configs" / name) for name in [config, *overlay]],
+        config_file=[str(ROOT / "configs" / name) for name in configs],
         meta_file=str(ROOT / "configs/metadata.json"),
         logging_file=str(ROOT / "configs/logging.conf"),
         workflow_type="train",
