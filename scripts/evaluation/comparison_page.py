@@ -28,7 +28,7 @@ def render_comparison(comparison: Mapping[str, Any], pictures: Mapping[str, Mapp
     Make the page.
 
     Args:
-        comparison: the content of ``comparison.json``, see :py:class:`scripts.evaluation.ComparisonSaver`.
+        comparison: the content of ``metrics.json``, see :py:class:`scripts.evaluation.ComparisonSaver`.
         pictures: for the volumes that are shown, in their order, the panels of ``pictures.draw_panels`` by codec.
 
     Returns:

@@ -35,13 +35,13 @@ class ComparisonSaver:
     """
     Handler of a :py:class:`scripts.evaluation.ComparisonEvaluator` that writes, below a folder,
 
-    - ``comparison.csv``: a row for each volume and codec, a column for each metric, and behind them those of the block-wise
+    - ``metrics.csv``: a row for each volume and codec, a column for each metric, and behind them those of the block-wise
       cosine transform that keeps as many values (``block_dct_...``);
-    - ``comparison.json``: the same with the means, the codecs, the sizes of the volumes and the settings;
-    - ``comparison.html``: all of it for reading, with pictures of the volumes with the largest errors;
+    - ``metrics.json``: the same with the means, the codecs, the sizes of the volumes and the settings;
+    - ``report.html``: all of it for reading, with pictures of the volumes with the largest errors;
 
-    and logs a table of the means. Every metric of the engine is included. One that is not defined for a volume is empty in the
-    table, null in JSON, and left out of the mean. All processes of a distributed run need the handler; the first writes.
+    and logs a table of the means. Every metric of the engine is included. One that is not defined for a volume is empty in
+    the table, null in JSON, and left out of the mean. All processes of a distributed run need the handler; the first writes.
 
     Args:
         output_dir: the folder; it is made.
@@ -132,15 +132,15 @@ class ComparisonSaver:
     def _write(self, comparison: dict[str, Any], pictures: Mapping[str, Any]) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         files = {
-            "comparison.csv": _csv(comparison),
-            "comparison.json": json.dumps(comparison, indent=2),
-            "comparison.html": render_comparison(comparison, pictures),
+            "metrics.csv": _csv(comparison),
+            "metrics.json": json.dumps(comparison, indent=2),
+            "report.html": render_comparison(comparison, pictures),
         }
         for name, content in files.items():
             write_atomically(content.encode(), self.output_dir / name)
         number = len(comparison["volumes"])
         logger.info(f"means of {number} volume{'s' if number != 1 else ''}:\n{_summary(comparison['codecs'])}")
-        logger.info(f"report: {self.output_dir / 'comparison.html'}")
+        logger.info(f"report: {self.output_dir / 'report.html'}")
 
 
 def _at(index: int, scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:

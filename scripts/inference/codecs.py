@@ -44,8 +44,8 @@ def read_codecs(
         codecs: by name, a path, or a dictionary with the path as ``weights`` and what the file does not say:
 
             - a folder with ``model.pt``, or such a file, with its JSON file beside it;
-            - the same without a JSON file, of MONAI, GenerativeModels or MAISI: ``preset`` (a name in ``configs/presets``, or
-              a path) or keys of ``configs/inference.json``, such as ``channels``. For MAISI's file, its preset is used;
+            - the same without a JSON file, of MONAI, GenerativeModels or MAISI: ``preset`` (a name in ``configs/presets``,
+              or a path), or keys of ``configs/inference.json`` such as ``channels``. For MAISI's file, its preset is used;
             - an exported file (``.ts``, ``.pt2``, ``.onnx``): ``total_downsample_factor`` and ``latent_channels``, which
               TorchScript knows, and a JSON file of the same name says as well;
             - weights for a ``network`` with ``encode``, which returns the mean of a latent first, and ``decode``, such as
@@ -158,15 +158,15 @@ def _arguments_of_another_program(path: Path, content: Any, given: dict[str, Any
     if not given and not is_maisi(state):
         presets = ", ".join(sorted(file.stem for file in (CONFIGS / "presets").glob("*.json")))
         raise ValueError(
-            f"{path} has no {path.with_suffix('.json').name} beside it, so its network is not known. Add `preset` ({presets}), "
-            "keys such as `channels`, or `network`: {'weights': ..., 'network': {'_target_': ...}}."
+            f"{path} has no {path.with_suffix('.json').name} beside it, so its network is not known. Add `preset` "
+            f"({presets}), keys such as `channels`, or `network`, as in {{'weights': {str(path)!r}, 'preset': '4x'}}."
         )
     keys = {**given}
-    preset = keys.pop("preset", None if given else "maisi")
+    preset = keys.pop("preset", "maisi" if is_maisi(state) else None)
     files = [CONFIGS / "inference.json"]
     if preset is not None:
         files.append(Path(preset) if Path(preset).suffix else CONFIGS / "presets" / f"{preset}.json")
-    plan = read_plan([str(file) for file in files], device="cpu", **{"image_channels": image_channels, **keys})
+    plan = read_plan([str(file) for file in files], **{"image_channels": image_channels, **keys})
     return plan.network.arguments
 
 
@@ -176,7 +176,8 @@ def _exported(path: Path, given: dict[str, Any], image_channels: int, device: st
     if None in known.values():
         described = read_description(path)
         if described is not None:
-            network = AutoencoderKL(**described["network"])
+            with torch.device("meta"):
+                network = AutoencoderKL(**described["network"])
             known = {name: getattr(network, name) for name in SIZE_OF_LATENT}
     known |= {name: given.pop(name) for name in SIZE_OF_LATENT if name in given}
     _refuse(given, f"{path} is a whole network")
