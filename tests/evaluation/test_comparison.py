@@ -1,4 +1,4 @@
-"""A comparison: each codec has the numbers that it has when evaluated alone, beside those of the cosine transform of its size."""
+"""A comparison: each codec has the numbers of an evaluation by itself, beside those of the cosine transform of its size."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ PLAIN_NAME = "v1.0, a <b>"  # the name of a codec, which must be escaped in HTML
 
 def workflow(folder: Path, files: tuple[str, ...] = CONFIGS, **keys) -> ConfigWorkflow:
     paths = {"dataset_dir": folder / "in", "output_dir": folder / "out", "ckpt_dir": folder / "mine"}
+    defaults = {key: str(path) for key, path in paths.items()} | {"num_workers": 0, "device": "cpu", "amp": False}
     flow = ConfigWorkflow(
         [str(ROOT / "configs" / name) for name in files],
         workflow_type="train",
         run_id="evaluating",
         logging_file=False,
         bundle_root=str(ROOT),
-        **{key: str(path) for key, path in paths.items()},
-        **{"num_workers": 0, "device": "cpu", "amp": False, **keys},
+        **{**defaults, **keys},
     )
     flow.initialize()
     return flow
@@ -147,9 +147,8 @@ def test_log_ends_with_the_means_of_all_volumes_and_the_worst_are_drawn(folder, 
     assert set(found["volumes"]) == {*VALIDATION, "training.nii.gz"}
     mine = found["codecs"]["mine"]
     assert table.startswith("means of 3 volumes:\n| codec (block DCT) | voxels per value | PSNR")
-    assert (
-        f"| mine              | 64               | {mine['metrics']['psnr']:.2f} ({mine['block_dct']['psnr']:.2f})" in table
-    )
+    psnr, transform = (mine[key]["psnr"] for key in ("metrics", "block_dct"))
+    assert f"| mine              | 64               | {psnr:.2f} ({transform:.2f})" in table
     assert report.endswith("comparison/report.html")
     html = (folder / "log/comparison/report.html").read_text()
     psnrs = {name: volume["codecs"]["mine"]["metrics"]["psnr"] for name, volume in found["volumes"].items()}
