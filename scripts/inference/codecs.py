@@ -76,7 +76,7 @@ def read_codecs(
 
 
 def _read(entry: Any, image_channels: int, device: str | torch.device, memory_format: torch.memory_format) -> Codec:
-    given = {"weights": entry} if isinstance(entry, (str, Path)) else dict(entry)
+    given = dict(entry) if isinstance(entry, Mapping) else {"weights": entry}
     weights = given.pop("weights", None)
     if not isinstance(weights, (str, Path)):
         raise ValueError(f"its `weights` are {weights!r}; they must be the path of a file or of a folder with model.pt.")
