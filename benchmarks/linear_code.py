@@ -18,9 +18,9 @@ from monai.bundle import ConfigParser
 from monai.metrics import PSNRMetric
 from monai.utils import set_determinism
 
-from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.quality import at_any_size, read_recipe, validation_volumes
 from benchmarks.tables import print_table
+from scripts.evaluation.block_dct import block_dct_reconstruction
 from scripts.training.repeatable_batches import training_patches
 from scripts.training.shortcut_fit import CODE_PATCHES, NEIGHBOUR_PATCHES
 

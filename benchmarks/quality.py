@@ -36,7 +36,6 @@ from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
 
-from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.large_volumes import PRESETS, preset
 from benchmarks.machine import described
 from benchmarks.networks import total_factors
@@ -44,6 +43,7 @@ from benchmarks.tables import print_table
 from scripts.bundle.config import check_parser
 from scripts.bundle.machine import GIB
 from scripts.bundle.precision import autocast_dtype, computing_dtype
+from scripts.evaluation.block_dct import block_dct_reconstruction
 from scripts.evaluation.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple

@@ -9,7 +9,6 @@ import torch
 from ignite.engine import Engine
 from monai.optimizers import WarmupCosineSchedule
 
-from benchmarks.block_dct import block_dct_reconstruction
 from benchmarks.cost import saved_activations
 from benchmarks.linear_code import measure
 from benchmarks.loop import overhead
@@ -36,14 +35,6 @@ def test_benchmarked_networks_have_the_factors_of_their_names():
         levels = [int(f) for f in name[name.index("[") + 1 : -1].split(",")]
         initial = int(name.split()[1].rstrip(",")) if name.startswith("initial") else 1
         assert build(name).total_downsample_factor == (initial * levels[0] * levels[1],) * 3
-
-
-def test_block_dct_keeps_what_a_volume_has_most_of():
-    x = torch.arange(32) + 0.5
-    wave = 0.5 + 0.4 * torch.cos(torch.pi * 3 * x / 8)  # two of a block's 512 coefficients
-    image = wave.expand(1, 1, 20, 24, 32)
-    assert torch.allclose(block_dct_reconstruction(image, [8, 8, 8], 2), image, atol=1e-5)
-    assert (block_dct_reconstruction(image, [8, 8, 8], 1) - 0.5).abs().max() < 1e-5  # the mean is the stronger one
 
 
 def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):

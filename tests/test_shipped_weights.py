@@ -10,12 +10,12 @@ import torch
 from monai.metrics import PSNRMetric
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
-from benchmarks.block_dct import block_dct_reconstruction
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.precision import choose_precision
 from scripts.bundle.weights import load_weights
 from scripts.data.intensity_window import ScaleIntensityWindowd
 from scripts.data.mni152 import t1_template
+from scripts.evaluation.block_dct import block_dct_reconstruction
 from tests.conftest import ROOT
 
 METRICS = json.loads((ROOT / "configs/metadata.json").read_text())["eval_metrics"]["mni152_t1"]

@@ -29,6 +29,7 @@ __all__ = [
     "WeightsLoader",
     "check_arguments",
     "load_weights",
+    "named_for",
     "read_description",
     "read_weights",
     "save_weights",
@@ -103,7 +104,7 @@ def load_weights(network: Any, path: str | Path) -> None:
     if arguments is None:
         description = Path(path).with_suffix(".json").name
         logger.warning(f"{path} has no {description} beside it, so it cannot be checked whether it fits this network.")
-        content = _of_another_program(content, network, path)
+        content = named_for(network, content, path)
     else:
         check_arguments(arguments, network.arguments, path)
     try:
@@ -113,12 +114,23 @@ def load_weights(network: Any, path: str | Path) -> None:
     logger.info(f"loaded the weights {path}")
 
 
-def _of_another_program(content: Any, network: Any, path: str | Path) -> dict[str, Any]:
-    """Weights with the names of this network; an error for those of a network that computes something else with them."""
-    if isinstance(content, dict) and content.keys() == network.state_dict().keys():
-        return content
-    state = autoencoder_in(content, path)
-    if is_maisi(state) and network.arguments.get("upsample_mode") != "trilinear":
+def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[str, Any]:
+    """
+    Weights that a file without a description holds, with the names of a network.
+
+    Args:
+        network: that they are for, an autoencoder of this bundle or of MONAI.
+        content: of the file.
+        path: of the file, for the error.
+
+    Raises:
+        ValueError: when there are none, and for those of a network that computes something else with them.
+    """
+    keys = network.state_dict().keys()
+    state = content if isinstance(content, dict) and content.keys() == keys else autoencoder_in(content, path)
+    if state.keys() == keys:
+        return state
+    if is_maisi(state) and getattr(network, "arguments", {}).get("upsample_mode") != "trilinear":
         raise ValueError(
             f"{path} holds weights of MAISI's network, which enlarges trilinearly: use configs/presets/maisi.json, or set "
             '`upsample_mode` to "trilinear".'

@@ -9,7 +9,7 @@ from scripts.data.procedural_volumes import ProceduralVolumed
 from scripts.data.restored_volumes import DescribeSourced, SaveVolumed
 from scripts.data.sample_volumes import prepare_demonstration_heads, prepare_sample_volumes
 from scripts.data.volume_checks import usable_volumes
-from scripts.data.volume_lists import affordable_cache_rate, training_and_validation
+from scripts.data.volume_lists import affordable_cache_rate, find_images, training_and_validation
 
 __all__ = [
     "DescribeSourced",
@@ -20,6 +20,7 @@ __all__ = [
     "SaveVolumed",
     "ScaleIntensityWindowd",
     "affordable_cache_rate",
+    "find_images",
     "find_latents",
     "prepare_demonstration_heads",
     "prepare_sample_volumes",

@@ -89,13 +89,14 @@ def usable_volumes(
     for path, problem in problems.items():
         log(f"{path} {problem}")
     good = {name: [item for item in items if item["image"] not in problems] for name, items in lists.items()}
-    empty = [name for name, items in good.items() if not items]
+    empty = [name for name, items in good.items() if lists[name] and not items]
     if problems and (not skip_bad_files or empty):
         raise ValueError(_summary(problems, len(paths), empty if skip_bad_files else []))
     if problems:
         log(f"going on without {len(problems)} of {len(paths)} volumes, because `skip_bad_files` is set")
     for name, items in good.items():
-        logger.info(f"{name}: {describe(items)}")
+        if items:
+            logger.info(f"{name}: {describe(items)}")
     logger.info(f"validated on {_listed(good['validation'])}")
     return good
 

@@ -2,12 +2,17 @@
 
 - ``metrics`` are the numbers that MONAI lacks: a new column of the report begins there.
 - ``evaluation_saver`` writes CSV, JSON and the report; ``html_report`` has labels and meanings of its columns.
+- ``comparison`` runs several codecs on the same volumes, ``comparison_saver`` and ``comparison_page`` write what it found;
+  ``block_dct`` is the code that every codec is compared with.
 - ``pictures`` draws planes and errors, ``html_pages`` renders any report as one file.
 """
 
+from scripts.evaluation.comparison import Codec, ComparisonEvaluator
+from scripts.evaluation.comparison_saver import ComparisonSaver
 from scripts.evaluation.evaluation_saver import EvaluationSaver
 from scripts.evaluation.metrics import (
     ForegroundPSNRMetric,
+    GridEnergyByFactorsMetric,
     GridEnergyMetric,
     LargeVolumeMSSSIMMetric,
     LargeVolumeSSIMMetric,
@@ -18,8 +23,12 @@ from scripts.evaluation.metrics import (
 from scripts.evaluation.pictures import ReconstructionPicture
 
 __all__ = [
+    "Codec",
+    "ComparisonEvaluator",
+    "ComparisonSaver",
     "EvaluationSaver",
     "ForegroundPSNRMetric",
+    "GridEnergyByFactorsMetric",
     "GridEnergyMetric",
     "LargeVolumeMSSSIMMetric",
     "LargeVolumeSSIMMetric",

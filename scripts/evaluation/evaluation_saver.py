@@ -28,7 +28,7 @@ from scripts.data.intensity_window import intensity_window
 from scripts.evaluation.html_report import render_report
 from scripts.evaluation.pictures import draw_panels
 
-__all__ = ["EvaluationSaver"]
+__all__ = ["EvaluationSaver", "describe", "finite", "flat_scores", "mean_of_finite"]
 
 Panels = dict[str, dict[str, bytes]]
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class EvaluationSaver:
         for output in engine.state.output:
             image, pred = output[Keys.IMAGE], output[Keys.PRED]
             name = os.path.relpath(image.meta[ImageMetaKey.FILENAME_OR_OBJ], self.dataset_dir)
-            self.volumes[name] = _describe(image)
+            self.volumes[name] = describe(image)
             error = (pred - image).square().mean().item()
             if len(self.worst) < self.max_pictures:
                 heapq.heappush(self.worst, (error, name, draw_panels(image[0], pred[0])))
@@ -95,11 +95,11 @@ class EvaluationSaver:
         pictures = merged({name: (error, panels) for error, name, panels in self.worst})
         if idist.get_rank() > 0:
             return
-        scores = {metric: _flat(values)[: len(volumes)] for metric, values in engine.state.metric_details.items()}
+        scores = {metric: flat_scores(values)[: len(volumes)] for metric, values in engine.state.metric_details.items()}
         for i, (name, volume) in enumerate(volumes.items()):
-            volume["metrics"] = {metric: _finite(values[i]) for metric, values in scores.items()}
+            volume["metrics"] = {metric: finite(values[i]) for metric, values in scores.items()}
             logger.info(f"{name}: {_readable(volume['metrics'])}")
-        mean = {metric: _mean(values) for metric, values in scores.items()}
+        mean = {metric: mean_of_finite(values) for metric, values in scores.items()}
         logger.info(f"mean of {len(volumes)}: {_readable(mean)}")
         for metric, values in scores.items():
             undefined = sum(not math.isfinite(value) for value in values)
@@ -129,7 +129,8 @@ class EvaluationSaver:
         logger.info(f"report: {self.output_dir / 'report.html'}")
 
 
-def _describe(image: MetaTensor) -> dict[str, Any]:
+def describe(image: MetaTensor) -> dict[str, Any]:
+    """Size, spacing and intensity window of a volume, for JSON."""
     window = intensity_window(image)
     return {
         "shape": list(image.shape[1:]),
@@ -142,19 +143,20 @@ def _describe(image: MetaTensor) -> dict[str, Any]:
     }
 
 
-def _flat(values: torch.Tensor) -> list[float]:
+def flat_scores(values: torch.Tensor) -> list[float]:
     """One score for each volume: the mean over channels, if a metric has one for each."""
     return values.flatten(1).mean(1).tolist()
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """Rounded to six digits, about as many as float32 has; None if not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _mean(values: list[float]) -> float | None:
+def mean_of_finite(values: list[float]) -> float | None:
+    """The mean of those values that are finite, rounded; None without any."""
     defined = [value for value in values if math.isfinite(value)]
-    return _finite(math.fsum(defined) / len(defined)) if defined else None
+    return finite(math.fsum(defined) / len(defined)) if defined else None
 
 
 def _readable(metrics: Mapping[str, float | None]) -> str:

@@ -16,6 +16,7 @@ from scripts.data.intensity_window import intensity_window, unscaled
 
 __all__ = [
     "ForegroundPSNRMetric",
+    "GridEnergyByFactorsMetric",
     "GridEnergyMetric",
     "LargeVolumeMSSSIMMetric",
     "LargeVolumeSSIMMetric",
@@ -106,6 +107,23 @@ class GridEnergyMetric(RegressionMetric):
 
     def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.tensor([[grid_energy(image[None], self.factors)] for image in y_pred], device=y_pred.device)
+
+
+class GridEnergyByFactorsMetric(RegressionMetric):
+    """
+    :py:func:`grid_energy` of predictions of several autoencoders. In the place of the image, each has the size of its blocks
+    along each axis, a tensor of integers.
+
+    Args:
+        kwargs: arguments of MONAI's ``RegressionMetric``.
+    """
+
+    def _check_shape(self, y_pred: torch.Tensor, y: torch.Tensor) -> None:
+        """The second one is no image."""
+
+    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        energies = [[grid_energy(image[None], factors)] for image, factors in zip(y_pred, y.tolist())]
+        return torch.tensor(energies, device=y_pred.device)
 
 
 def grid_energy(image: torch.Tensor, factors: Sequence[int]) -> float:

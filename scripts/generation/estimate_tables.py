@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from scripts.bundle.machine import GIB
+from scripts.bundle.text_table import table
 from scripts.generation.estimates import GeneratorEstimate
 from scripts.layers.factors import by
-from scripts.planning.tables import memory, table
+from scripts.planning.tables import memory
 
 __all__ = ["generator_table", "generator_verdict"]
 

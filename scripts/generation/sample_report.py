@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bundle.files import write_atomically
+from scripts.bundle.text_table import table
 from scripts.evaluation.html_pages import Column, extents, render_page
-from scripts.planning.tables import table
 
 __all__ = ["write_report"]
 

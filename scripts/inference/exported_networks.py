@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch.export.passes import move_to_device_pass
 
-__all__ = ["ExportedNetwork", "refuse_latents"]
+__all__ = ["SUFFIXES", "ExportedNetwork", "refuse_latents"]
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -89,3 +89,4 @@ LOADERS: dict[str, Callable[[str, torch.device], Run]] = {
     ".pt2": _load_program,
     ".onnx": _load_onnx,
 }
+SUFFIXES = tuple(LOADERS)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from scripts.bundle.machine import GIB, MIB
+from scripts.bundle.text_table import table
 from scripts.layers.factors import by
 from scripts.planning.estimates import Estimate
 from scripts.planning.recommendations import Recommendation
 from scripts.planning.savings import Change
 from scripts.planning.self_test import CheckResult
 
-__all__ = ["checks_table", "estimate_table", "memory", "recommendations_table", "table", "verdict"]
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table with columns of equal width."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+__all__ = ["checks_table", "estimate_table", "memory", "recommendations_table", "verdict"]
 
 
 def memory(nbytes: int | None) -> str:

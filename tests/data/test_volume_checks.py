@@ -140,6 +140,12 @@ def test_all_bad_volumes_are_listed_before_the_run_stops_or_goes_on_without_them
         usable_volumes(lists, 1, True, cache)
 
 
+def test_list_of_a_run_that_does_not_train_stays_empty(tmp_path):
+    bad = volumes_with_two_bad(tmp_path)["training"]
+    good = usable_volumes({"training": [], "validation": bad}, 1, True, str(tmp_path / "checked.json"))
+    assert good == {"training": [], "validation": bad[:3]}
+
+
 def test_checked_volumes_are_remembered_until_they_change(tmp_path, monkeypatch):
     lists, cache = volumes_with_two_bad(tmp_path), tmp_path / "checked.json"
     read = []
