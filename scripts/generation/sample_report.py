@@ -15,7 +15,7 @@ from scripts.bundle.files import write_atomically
 from scripts.evaluation.html_pages import Column, extents, render_page
 from scripts.planning.tables import table
 
-__all__ = ["write_report"]
+__all__ = ["summary_table", "write_report"]
 
 TEMPLATE = Path(__file__).with_name("sample_report.html.jinja")
 LABELS = {
@@ -96,12 +96,12 @@ def write_report(
     }
     for name, content in files.items():
         write_atomically(content.encode(), output_dir / name)
-    logger.info(f"samples beside real volumes and Gaussians:\n{_summary(evaluation['sets'])}")
+    logger.info(f"samples beside real volumes and Gaussians:\n{summary_table(evaluation['sets'])}")
     logger.info(f"report: {output_dir / 'report.html'}")
 
 
-def _summary(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table with a row for each number."""
+def summary_table(sets: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The numbers of an evaluation as a Markdown table with a row for each."""
     rows = [
         [metric, *("-" if (v := row[metric]) is None else f"{v:.3g}" for row in sets.values())] for metric in sets["samples"]
     ]
