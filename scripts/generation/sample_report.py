@@ -36,6 +36,7 @@ FRECHET = "Fréchet distance to the held-out volumes; depends on the number of v
 COARSE = "on coarse latents (size, position, shape)"
 CHANNELS = "on mean and deviation of each latent channel over the volume (how much detail of each kind there is)"
 LOCAL = "on local means, deviations and edges of decoded volumes (what tissue looks like)"
+SLICES = "on features of slices in three planes by a network trained on photographs (what they look like)"
 COLUMNS = {
     "number": Column("number", "d", "volumes of the set"),
     "mmd2_coarse": Column("MMD², coarse", ".4f", f"{MMD}; {COARSE}"),
@@ -47,6 +48,9 @@ COLUMNS = {
     "mmd2_local": Column("MMD², local", ".4f", f"{MMD}; {LOCAL}"),
     "p_local": Column("p", ".3f", P),
     "frechet_local": Column("Fréchet, local", ".4g", f"{FRECHET}; {LOCAL}"),
+    "mmd2_slices": Column("MMD², slices", ".4f", f"{MMD}; {SLICES}"),
+    "p_slices": Column("p", ".3f", P),
+    "frechet_slices": Column("Fréchet, slices", ".4g", f"{FRECHET}; {SLICES}"),
     "ms_ssim": Column(
         "pairwise MS-SSIM", ".3f", "how alike the volumes of a set are; above the held-out ones' is too little variety"
     ),
@@ -97,6 +101,8 @@ def write_report(
     for name, content in files.items():
         write_atomically(content.encode(), output_dir / name)
     logger.info(f"samples beside real volumes and Gaussians:\n{summary_table(evaluation['sets'])}")
+    if evaluation["left_out"]:
+        logger.info(evaluation["left_out"])
     logger.info(f"report: {output_dir / 'report.html'}")
 
 
