@@ -167,9 +167,9 @@ def test_planner_command_is_understood(words):
 
 @pytest.mark.parametrize("module, words", [
     pytest.param(words[2], words[3:], id=f"{document}: {words[2]}")
-    for document, words in commands() if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks.")
+    for document, words in commands() if words[:2] == ["python", "-m"] and words[2].startswith(("benchmarks.", "scripts."))
 ])  # fmt: skip
-def test_benchmark_has_the_options_that_are_named(module, words):
+def test_module_has_the_options_that_are_named(module, words):
     functions = [f for _, f in inspect.getmembers(importlib.import_module(module), inspect.isfunction)]
     if words and not words[0].startswith("--"):
         functions = [f for f in functions if f.__name__ == words[0]]

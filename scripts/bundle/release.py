@@ -11,6 +11,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import fire
 import safetensors.torch
@@ -19,6 +20,7 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
 from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.machine import MIB
+from scripts.bundle.shared_generator import DATA_FORMAT, FOLDER, SCORES, shared_generator
 from scripts.bundle.weights import load_weights
 
 __all__ = ["build_release"]
@@ -38,33 +40,56 @@ CONTENT = (
     "scripts/**/*.py",
     "scripts/**/*.jinja",
 )
+GENERATOR = "generator"  # among the scores in configs/metadata.json
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can store
 MODE = 0o644
 
 
 def build_release(output_dir: str = "dist") -> str:
     """
-    Write ``NAME_vVERSION.zip``: what a user of the bundle needs, the weights also as safetensors, and the hashes of both.
+    Write ``NAME_vVERSION.zip``: what a user of the bundle needs, the weights also as safetensors, the generator in
+    ``models/generator`` if there is one, and hashes of the weights.
 
     Args:
         output_dir: folder to write to; it is made.
 
     Returns:
-        path and SHA-256 of the file, for a person to read.
+        path and SHA-256 of the file, and the size of the generator, for a person to read.
 
     Raises:
-        FileNotFoundError: when there are no weights in ``models``.
-        ValueError: when the weights are damaged, or not those that ``model.json`` describes.
+        FileNotFoundError: when there are no weights in ``models``, or a file of the generator is missing.
+        ValueError: when weights are damaged, or not those that their JSON file describes, or when the generator was made for
+            another autoencoder.
     """
     files = {str(path.relative_to(ROOT)): path.read_bytes() for pattern in CONTENT for path in ROOT.glob(pattern)}
     files["models/model.safetensors"] = _safetensors(ROOT / "models" / "model.pt")
-    files["models/SHA256SUMS"] = _sums({name: files[f"models/{name}"] for name in ("model.pt", "model.safetensors")})
+    weights = ["model.pt", "model.safetensors"]
+    said, added = "", None
+    if (ROOT / FOLDER).is_dir():
+        generator, added = shared_generator(ROOT, content_hash(files["models/model.pt"]))
+        files |= generator
+        weights.append("generator/model.pt")
+        said = f"; {sum(map(len, generator.values())) / MIB:.1f} MiB of it are the generator in {FOLDER}"
+    files["models/SHA256SUMS"] = _sums({name: files[f"models/{name}"] for name in weights})
+    files["configs/metadata.json"] = _metadata(files["configs/metadata.json"], added)
     version = json.loads(files["configs/metadata.json"])["version"]
     target = Path(output_dir) / f"{NAME}_v{version}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
     archive = _zip(files)
     write_atomically(archive, target)
-    return f"{target}: {len(files)} files, {len(archive) / MIB:.0f} MiB, SHA-256 {content_hash(archive)}"
+    return f"{target}: {len(files)} files, {len(archive) / MIB:.0f} MiB, SHA-256 {content_hash(archive)}{said}"
+
+
+def _metadata(content: bytes, added: dict[str, Any] | None) -> bytes:
+    """``configs/metadata.json`` with what a generator adds, and without what an earlier one added."""
+    found = json.loads(content)
+    wanted = {name: value for name, value in found.items() if name != DATA_FORMAT}
+    wanted[SCORES] = {name: value for name, value in found.get(SCORES, {}).items() if name != GENERATOR}
+    if added is not None:
+        wanted[DATA_FORMAT] = added[DATA_FORMAT]
+        if added[SCORES]:
+            wanted[SCORES][GENERATOR] = added[SCORES]
+    return content if wanted == found else json.dumps(wanted, indent=4, ensure_ascii=False).encode()
 
 
 def _safetensors(weights: Path) -> bytes:

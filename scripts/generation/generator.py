@@ -11,6 +11,7 @@ from typing import Any
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.files import file_hash
 from scripts.bundle.json_files import SHA256
+from scripts.bundle.shared_generator import FOLDER
 from scripts.bundle.weights import NETWORK, load_weights, read_description, read_weights
 from scripts.generation.flow import RectifiedFlow
 from scripts.generation.latent_space import LatentSpace
@@ -122,6 +123,16 @@ DESCRIPTION = {  # schema of the JSON file beside the weights
             "description": "prediction and timestep_shift",
         },
         "condition_dropout": _SHARE,
+        "trained": {
+            "type": "object",
+            "required": ["iteration", "epoch", "best_metric"],
+            "properties": {
+                "iteration": {"type": "integer", "minimum": 1, "description": "a positive integer"},
+                "epoch": {"type": "integer", "minimum": 1, "description": "a positive integer"},
+                "best_metric": _NUMBER,
+            },
+            "description": "iteration, epoch and best_metric",
+        },
         "sha256": SHA256,
         "sha256_before": SHA256,
     },
@@ -164,6 +175,11 @@ def load_generator(path: str) -> Generator:
         FileNotFoundError: when there are no weights, or nothing beside them.
         ValueError: when a file is damaged, or the two do not belong together.
     """
+    if not Path(path).is_file() and Path(path).parent.as_posix().endswith(FOLDER):
+        raise FileNotFoundError(
+            f"there are no weights at {path}: this bundle carries no generator. Train one (docs/generation.md), or set "
+            "`ckpt_dir` or `pretrained` to another."
+        )
     if Path(path).is_file() and not Path(path).with_suffix(".json").is_file():
         raise FileNotFoundError(
             f"{path} has no {Path(path).with_suffix('.json').name} beside it, without which it is useless."

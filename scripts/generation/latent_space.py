@@ -15,7 +15,7 @@ import torch
 
 from scripts.generation.conditions import Conditions
 
-__all__ = ["LatentSpace", "spacing_of"]
+__all__ = ["LatentSpace", "ranges", "spacing_of"]
 
 NORMALISATION = ("latent_gamma", "channel_mean", "channel_deviation", "channel_amplitude")
 LEAST_SHARE = 1e-6  # of the strongest channel's deviation; a weaker channel is as good as constant
@@ -105,6 +105,10 @@ class LatentSpace:
         conditions = self.conditions.standardised_as(before.conditions).description
         self.load_state_dict({**self.description, **kept, "training_mean": self.training_mean, "conditions": conditions})
 
+    def seen(self, name: str) -> list[tuple[float, float]]:
+        """Lowest and highest ``size`` (voxels) or ``spacing`` (mm) of the training volumes along each axis."""
+        return [(min(along), max(along)) for along in zip(*(each[name] for each in self.description["geometries"]))]
+
     @property
     def training_mean(self) -> list[float]:
         """Mean of each channel over the training latents."""
@@ -128,6 +132,11 @@ class LatentSpace:
             f"(`latent_gamma` {self.description['latent_gamma']:g}); conditions: "
             f"{', '.join([*self.conditions.keys, 'size', 'spacing'])}"
         )
+
+
+def ranges(seen: Sequence[tuple[float, float]]) -> str:
+    """The lowest and the highest value along each axis as text, such as ``64 to 96 x 80 x 64``."""
+    return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in seen)
 
 
 def _per_channel(values: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

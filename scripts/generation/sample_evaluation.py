@@ -49,6 +49,7 @@ from scripts.generation.sample_sets import (
     gaussians,
 )
 from scripts.generation.samples import SampleInferer
+from scripts.generation.slice_features import ADVICE, load_slice_features
 
 __all__ = ["SampleEvaluation"]
 
@@ -71,12 +72,14 @@ class Decoded:
         spectra: of each, ``B``, dB.
         small: each with at most 64 voxels along an axis.
         local: ``local_statistics`` of each.
+        slices: features of the slices of each; none without the network that they need.
     """
 
     grid_energy: list[float] = field(default_factory=list)
     spectra: list[torch.Tensor] = field(default_factory=list)
     small: list[torch.Tensor] = field(default_factory=list)
     local: list[torch.Tensor] = field(default_factory=list)
+    slices: list[torch.Tensor] = field(default_factory=list)
 
 
 class SampleEvaluation:
@@ -126,6 +129,7 @@ class SampleEvaluation:
         self.held_out = [item["image"] for item in datalist["validation"]]
         self.output_dir, self.num_samples, self.seed = Path(output_dir), num_samples, seed
         self.settings, self.max_pictures = dict(settings), max_pictures
+        self.slice_features = load_slice_features()
         self.notes: list[str] = []
 
     def run(self) -> None:
@@ -149,6 +153,7 @@ class SampleEvaluation:
             self._distances("coarse", {name: map(coarse_latent, s.latents) for name, s in sets.items()}, training_features),
             self._distances("channels", channels, channels[TRAINING]),
             self._distances("local", {name: each.local for name, each in decoded.items()}, decoded[TRAINING].local),
+            self._of_slices(decoded),
             {name: {"ms_ssim": pairwise_ms_ssim(each.small, self.seed)} for name, each in decoded.items()},
             {name: _closeness(nearest.get(name, []), limit) for name in sets},
             {name: _spectral(each.spectra, decoded[HELD_OUT].spectra) for name, each in decoded.items()},
@@ -220,7 +225,14 @@ class SampleEvaluation:
             found.spectra.append(power_spectrum(volume))
             found.small.append(shrunk(volume))
             found.local.append(local_statistics(volume))
+            if self.slice_features is not None:
+                found.slices.append(self.slice_features(volume))
         return found
+
+    def _of_slices(self, decoded: Mapping[str, Decoded]) -> dict[str, dict[str, float | None]]:
+        if self.slice_features is None:
+            return {name: {} for name in decoded}
+        return self._distances("slices", {name: each.slices for name, each in decoded.items()}, decoded[TRAINING].slices)
 
     def _distances(
         self, kind: str, features: Mapping[str, Iterable[torch.Tensor]], training: Sequence[torch.Tensor]
@@ -287,6 +299,7 @@ class SampleEvaluation:
             "training_volumes": len(self.training),
             "held_out_volumes": len(self.held_out),
             "notes": self.notes,
+            "left_out": ADVICE if self.slice_features is None else None,
         }
 
 

@@ -15,7 +15,7 @@ from scripts.bundle.files import write_atomically
 from scripts.bundle.text_table import table
 from scripts.evaluation.html_pages import Column, extents, render_page
 
-__all__ = ["write_report"]
+__all__ = ["summary_table", "write_report"]
 
 TEMPLATE = Path(__file__).with_name("sample_report.html.jinja")
 LABELS = {
@@ -36,6 +36,7 @@ FRECHET = "Fréchet distance to the held-out volumes; depends on the number of v
 COARSE = "on coarse latents (size, position, shape)"
 CHANNELS = "on mean and deviation of each latent channel over the volume (how much detail of each kind there is)"
 LOCAL = "on local means, deviations and edges of decoded volumes (what tissue looks like)"
+SLICES = "on features of slices in three planes by a network trained on photographs (what they look like)"
 COLUMNS = {
     "number": Column("number", "d", "volumes of the set"),
     "mmd2_coarse": Column("MMD², coarse", ".4f", f"{MMD}; {COARSE}"),
@@ -47,6 +48,9 @@ COLUMNS = {
     "mmd2_local": Column("MMD², local", ".4f", f"{MMD}; {LOCAL}"),
     "p_local": Column("p", ".3f", P),
     "frechet_local": Column("Fréchet, local", ".4g", f"{FRECHET}; {LOCAL}"),
+    "mmd2_slices": Column("MMD², slices", ".4f", f"{MMD}; {SLICES}"),
+    "p_slices": Column("p", ".3f", P),
+    "frechet_slices": Column("Fréchet, slices", ".4g", f"{FRECHET}; {SLICES}"),
     "ms_ssim": Column(
         "pairwise MS-SSIM", ".3f", "how alike the volumes of a set are; above the held-out ones' is too little variety"
     ),
@@ -96,12 +100,14 @@ def write_report(
     }
     for name, content in files.items():
         write_atomically(content.encode(), output_dir / name)
-    logger.info(f"samples beside real volumes and Gaussians:\n{_summary(evaluation['sets'])}")
+    logger.info(f"samples beside real volumes and Gaussians:\n{summary_table(evaluation['sets'])}")
+    if evaluation["left_out"]:
+        logger.info(evaluation["left_out"])
     logger.info(f"report: {output_dir / 'report.html'}")
 
 
-def _summary(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table with a row for each number."""
+def summary_table(sets: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The numbers of an evaluation as a Markdown table with a row for each."""
     rows = [
         [metric, *("-" if (v := row[metric]) is None else f"{v:.3g}" for row in sets.values())] for metric in sets["samples"]
     ]

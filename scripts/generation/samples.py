@@ -20,7 +20,7 @@ from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.restored_volumes import nifti_bytes, restore
 from scripts.generation.generator import Generator
-from scripts.generation.latent_space import LatentSpace
+from scripts.generation.latent_space import LatentSpace, ranges
 from scripts.generation.latent_unet import NUM_TIMESTEPS
 from scripts.generation.solvers import SOLVERS, draw_noise, integrate
 from scripts.generation.validation import FlowInferer
@@ -120,8 +120,7 @@ def _check(generator: Generator, num_samples: int, num_inference_steps: int, sol
 
 def _check_geometry(space: LatentSpace, spatial_size: Sequence[int] | None, spacing: Sequence[float] | None) -> None:
     """Refuse what is no geometry, warn of one that training did not see."""
-    geometries = space.description["geometries"]
-    axes = len(geometries[0]["size"])
+    axes = len(space.factors)
     for name, value, seen, unit in (("spatial_size", spatial_size, "size", "voxels"), ("spacing", spacing, "spacing", "mm")):
         if value is None:
             continue
@@ -131,9 +130,8 @@ def _check_geometry(space: LatentSpace, spatial_size: Sequence[int] | None, spac
             raise ValueError(
                 f"`{name}` is {value!r}; it must be {axes} positive {'integers' if whole else 'numbers'} ({unit})."
             )
-        ranges = [(min(along), max(along)) for along in zip(*(each[seen] for each in geometries))]
-        if not all(low <= n <= high for n, (low, high) in zip(value, ranges)):
-            text = " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ranges)
+        if not all(low <= n <= high for n, (low, high) in zip(value, space.seen(seen))):
+            text = ranges(space.seen(seen))
             logger.warning(f"`{name}` {list(value)}: training saw {text} {unit}; expect less of what lies outside")
 
 

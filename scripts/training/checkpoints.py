@@ -81,7 +81,7 @@ class TrainingSaver:
         evaluator: the validation engine; the weights of its network are ``model.pt``.
         minutes: write a checkpoint within an epoch when the last one is older.
         keep: how many to keep, besides that of the best epoch.
-        describe: gives the entries of ``model.json`` besides the network's arguments.
+        describe: gives the entries of ``model.json`` besides the network's arguments and how long it was trained.
     """
 
     def __init__(
@@ -122,8 +122,9 @@ class TrainingSaver:
 
     def save_best(self, trainer: ResumableTrainer) -> None:
         if trainer.state.iteration > 0 and _best(self.evaluator) not in (None, self.saved_metric):
-            save_weights(self.evaluator.network, self.ckpt_dir / WEIGHTS, self.describe())
             self.saved_metric = _best(self.evaluator)
+            done = {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch, "best_metric": self.saved_metric}
+            save_weights(self.evaluator.network, self.ckpt_dir / WEIGHTS, {**self.describe(), "trained": done})
 
     def _save_if_due(self, trainer: ResumableTrainer) -> None:
         # not at an epoch's last iteration: the checkpoint after its validation follows

@@ -18,6 +18,7 @@ from scripts.bundle.weights import save_weights
 from scripts.generation.generator import describe
 from scripts.generation.nearest_latents import MirroredLatents, NearestLatents
 from scripts.generation.sample_evaluation import _closeness, _limit
+from scripts.generation.slice_features import load_slice_features
 from tests.conftest import save_volume
 from tests.evaluation.test_evaluation_saver import Page
 from tests.generation.runs import encode, leave_start, make_weights, workflow
@@ -25,6 +26,7 @@ from tests.generation.runs import encode, leave_start, make_weights, workflow
 NETWORK = {"channels": (4, 8), "attention_levels": (False, False), "norm_num_groups": 4, "num_res_blocks": 1}
 OVERLAY = ("train_diffusion.json", "evaluate_diffusion.json")
 KEYS = {"device": "cpu", "amp": False, "num_samples": 3, "num_inference_steps": 2}
+SLICES = ("slices",) if load_slice_features() else ()
 SHARE = 0.3  # of the volumes that are held out: two of seven
 
 
@@ -125,7 +127,9 @@ def test_samples_stand_beside_real_volumes_and_gaussians(evaluation):
     sets = evaluation["sets"]
     assert list(sets) == ["samples", "held_out", "training", "covariance_gaussian", "gaussian"]
     assert [row["number"] for row in sets.values()] == [3, 2, 3, 3, 3]
-    metrics = {f"{metric}_{kind}" for metric in ("mmd2", "p", "frechet") for kind in ("coarse", "channels", "local")}
+    metrics = {
+        f"{metric}_{kind}" for metric in ("mmd2", "p", "frechet") for kind in ("coarse", "channels", "local", *SLICES)
+    }
     assert all(sets[name][metric] is not None for name in sets if name != "held_out" for metric in metrics)
     assert all(sets["held_out"][metric] is None for metric in metrics)  # the others are compared with it
     assert sets["held_out"]["spectrum"] == 0 and sets["gaussian"]["spectrum"] > sets["training"]["spectrum"] > 0
@@ -146,6 +150,7 @@ def test_samples_have_sizes_and_conditions_of_held_out_volumes(evaluation):
         assert sample["conditions"]["sex"] in "FM" and Path(sample["nearest"]).is_file()
     assert any("2 held-out volumes" in note for note in evaluation["notes"])
     assert not any("not the one" in note for note in evaluation["notes"])
+    assert (evaluation["left_out"] is None) == bool(SLICES)
 
 
 def test_table_has_the_numbers_of_the_json(folder, evaluation):
@@ -178,13 +183,16 @@ def test_report_shows_samples_beside_their_nearest_training_volumes(folder, eval
     assert html.count("<polyline") == 4
 
 
-def test_another_split_is_noted_and_what_one_held_out_volume_does_not_tell_is_empty(folder, tmp_path):
+def test_another_split_is_noted_and_what_one_held_out_volume_does_not_tell_is_empty(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.generation.slice_features.PACKAGE", "nowhere")
     evaluate(folder, tmp_path, val_fraction=0.1, num_samples=2)
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert any("(6 latents) is not the one" in note and "(5 latents)" in note for note in found["notes"])
     assert found["held_out_volumes"] == found["sets"]["held_out"]["number"] == 1
     for name in ("mmd2_coarse", "p_local", "frechet_local"):
         assert found["sets"]["samples"][name] is None
+    assert "mmd2_slices" not in found["sets"]["samples"] and "pip install" in found["left_out"]
+    assert "features of slices are left out: pip install" in (tmp_path / "report.html").read_text()
     assert found["sets"]["held_out"]["ms_ssim"] is None and found["sets"]["samples"]["ms_ssim"] is not None
 
 
