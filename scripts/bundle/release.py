@@ -37,6 +37,7 @@ CONTENT = (
     "models/model.pt",
     "scripts/**/*.py",
     "scripts/**/*.jinja",
+    "scripts/**/*.js",
 )
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can store
 MODE = 0o644
