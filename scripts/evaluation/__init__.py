@@ -2,6 +2,7 @@
 
 - ``metrics`` are the numbers that MONAI lacks: a new column of the report begins there.
 - ``evaluation_saver`` writes CSV, JSON and the report; ``html_report`` has labels and meanings of its columns.
+- ``viewer`` packs volumes into a page, for ``viewer.js``; ``worst_volumes`` keeps those that are shown.
 - ``pictures`` draws planes and errors, ``html_pages`` renders any report as one file.
 """
 

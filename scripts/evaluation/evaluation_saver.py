@@ -119,7 +119,7 @@ class EvaluationSaver:
         window = intensity_window(image)
         volumes = {"image": image.as_tensor()[0], "reconstruction": pred[0]}
         low, high = window["low"][0], window["high"][0]
-        return view_of(volumes, "error", image.affine.tolist(), low, high, self.view_max_voxels)
+        return view_of(volumes, "error", image.affine.tolist(), low, high, max_voxels=self.view_max_voxels)
 
     def _save(self, engine: Evaluator) -> None:
         # The engine's scores are those of all processes, one after the other, and so are the volumes. With fewer volumes

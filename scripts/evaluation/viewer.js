@@ -157,7 +157,7 @@ class Viewer {
   // What is at a voxel, in the units of the file.
   tell(position) {
     const {affine, low, step, titles} = this.about;
-    const digits = Math.max(0, -Math.floor(Math.log10(step)));
+    const digits = Math.max(0, 1 - Math.floor(Math.log10(step))); // of which the last is below the step
     const levels = this.volumes.map(volume => volume[this.offset(position)]);
     const values = levels.map(level => low + level * step);
     if (values.length > 1) values.push((levels[1] - levels[0]) * step);

@@ -34,6 +34,7 @@ class View:
         affine: from voxel indices of the whole volume to mm, 4x4.
         low: intensity of the lowest level.
         high: intensity of the highest level.
+        gain: how many times larger a difference is shown at first.
         voxels: of each volume, as ``_packed`` makes them.
     """
 
@@ -44,6 +45,7 @@ class View:
     affine: list[list[float]]
     low: float
     high: float
+    gain: int
     voxels: list[str]
 
     @property
@@ -63,11 +65,6 @@ class View:
         """The voxel to show at first, in the slices of ``draw_panels`` unless this is a part."""
         return [start + int(size * POSITION) for start, size in zip(self.start, self.shape)]
 
-    @property
-    def error_gain(self) -> int:
-        """How many times larger a difference is shown at first."""
-        return ERROR_GAIN
-
 
 def view_of(
     volumes: Mapping[str, torch.Tensor],
@@ -75,6 +72,7 @@ def view_of(
     affine: Sequence[Sequence[float]],
     low: float = 0.0,
     high: float = 1.0,
+    gain: int = ERROR_GAIN,
     max_voxels: int = MAX_VOXELS,
 ) -> View:
     """
@@ -86,6 +84,7 @@ def view_of(
         affine: from voxel indices to mm, 4x4.
         low: intensity that 0 stands for.
         high: intensity that 1 stands for.
+        gain: how many times larger the difference is shown at first.
         max_voxels: of larger volumes only a part is packed, in full resolution: where the volumes differ most.
 
     Returns:
@@ -101,6 +100,7 @@ def view_of(
         affine=np.asarray(affine, dtype=float).tolist(),
         low=low,
         high=high,
+        gain=gain,
         voxels=[_packed(volume[part]) for volume in volumes.values()],
     )
 

@@ -290,7 +290,7 @@ class SampleEvaluation:
                 pictures[index] = panels_of(volumes | _difference(volumes))
             if rank < self.view_nearest or named:
                 affine = np.diag([*each["spacing"], 1.0]).tolist()
-                views[index] = view_of(volumes, DIFFERENCE, affine, max_voxels=self.view_max_voxels)
+                views[index] = view_of(volumes, DIFFERENCE, affine, gain=1, max_voxels=self.view_max_voxels)
         return pictures, views
 
     def _beside_nearest(self, samples: VolumeSet, described: Mapping[str, Any]) -> dict[str, torch.Tensor]:

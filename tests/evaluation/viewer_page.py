@@ -22,8 +22,10 @@ __all__ = ["PLANES", "By", "Keys", "ViewerPage", "WebDriverWait", "open_page"]
 PLANES = ("sagittal", "coronal", "axial")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 PIXELS = """
-const [canvas] = arguments, {width, height} = canvas;
-return [width, height, ...canvas.getContext("2d").getImageData(0, 0, width, height).data.filter((_, i) => i % 4 == 0)];
+return Object.fromEntries([...arguments[0].querySelectorAll("canvas")].map(canvas => {
+  const {width, height} = canvas, {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
+  return [canvas.getAttribute("aria-label"), [width, height, ...data.filter((_, i) => i % 4 == 0)]];
+}));
 """
 SET = """
 const [viewer, name, value] = arguments, input = viewer.querySelector(`input[name=${name}]`);
@@ -52,10 +54,10 @@ class ViewerPage:
     def canvas(self, plane: str, title: str) -> WebElement:
         return self.element.find_element(By.CSS_SELECTOR, f'canvas[aria-label="{plane}, {title}"]')
 
-    def picture(self, plane: str, title: str) -> np.ndarray:
-        """The slice that is drawn, ``[right, up]`` as in the volume."""
-        width, height, *pixels = self.browser.execute_script(PIXELS, self.canvas(plane, title))
-        return np.array(pixels).reshape(height, width)[::-1].T
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The slices that are drawn, by ``"plane, title"``, each ``[right, up]`` as in the volume."""
+        found = self.browser.execute_script(PIXELS, self.element)
+        return {label: np.array(pixels).reshape(height, width)[::-1].T for label, (width, height, *pixels) in found.items()}
 
     @property
     def position(self) -> list[int]:
