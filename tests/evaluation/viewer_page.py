@@ -104,8 +104,10 @@ class ViewerPage:
     def turn_wheel(self, plane: str, title: str, steps: int) -> None:
         """Turn the wheel over a picture, away from oneself for positive steps."""
         origin = ScrollOrigin.from_element(self.canvas(plane, title).find_element(By.XPATH, ".."))
+        turns = ActionChains(self.browser, duration=0)
         for _ in range(abs(steps)):
-            ActionChains(self.browser, duration=0).scroll_from_origin(origin, 0, -100 if steps > 0 else 100).perform()
+            turns.scroll_from_origin(origin, 0, -100 if steps > 0 else 100)
+        turns.perform()
 
 
 def open_page(browser: Chrome, path: Path) -> None:
