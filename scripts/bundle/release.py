@@ -39,6 +39,7 @@ CONTENT = (
     "models/model.pt",
     "scripts/**/*.py",
     "scripts/**/*.jinja",
+    "scripts/**/*.js",
 )
 GENERATOR = "generator"  # among the scores in configs/metadata.json
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can store

@@ -4,6 +4,7 @@
 - ``evaluation_saver`` writes CSV, JSON and the report; ``html_report`` has labels and meanings of its columns.
 - ``comparison`` runs several codecs on the same volumes, ``comparison_saver`` and ``comparison_page`` write what it found;
   ``block_dct`` is the code that every codec is compared with.
+- ``viewer`` packs volumes into a page, for ``viewer.js``; ``worst_volumes`` keeps those that are shown.
 - ``pictures`` draws planes and errors, ``html_pages`` renders any report as one file.
 """
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluation.html_pages import Column, extents, render_page
+from scripts.evaluation.viewer import View
 
 __all__ = ["render_report"]
 
@@ -34,13 +35,18 @@ COLUMNS = {
 }
 
 
-def render_report(evaluation: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Mapping[str, bytes]]]) -> str:
+def render_report(
+    evaluation: Mapping[str, Any],
+    pictures: Mapping[str, Mapping[str, Mapping[str, bytes]]],
+    views: Mapping[str, View],
+) -> str:
     """
     Make the report.
 
     Args:
         evaluation: the content of ``metrics.json``, see :py:class:`scripts.evaluation.EvaluationSaver`.
         pictures: for the volumes that are shown, in their order, the panels of ``pictures.draw_panels``.
+        views: for those of them of which all slices are shown, image and reconstruction.
 
     Returns:
         HTML. The volumes with the lowest PSNR come first in the table.
@@ -54,6 +60,7 @@ def render_report(evaluation: Mapping[str, Any], pictures: Mapping[str, Mapping[
         evaluation=evaluation,
         volumes=dict(sorted(evaluation["volumes"].items(), key=lambda item: _psnr(item[1]))),
         pictures=pictures,
+        views=views,
         columns={metric: COLUMNS.get(metric, Column(metric)) for metric in metrics},
         key_figures=[metric for metric in KEY_FIGURES if metric in metrics],
         extents={

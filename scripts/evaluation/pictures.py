@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 __all__ = [
     "ERROR_GAIN",
     "PLANES",
+    "POSITION",
     "ReconstructionPicture",
     "draw_columns",
     "draw_panels",

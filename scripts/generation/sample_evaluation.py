@@ -18,6 +18,7 @@ from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import read_description
 from scripts.evaluation.metrics import grid_energy
 from scripts.evaluation.pictures import draw_columns, panels_of
+from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 from scripts.generation.latent_space import LatentSpace
 from scripts.generation.nearest_latents import MirroredLatents, Nearest, NearestLatents
 from scripts.generation.sample_features import (
@@ -58,7 +59,7 @@ CLOSE = 0.05  # quantile of held-out distances below which a sample counts as cl
 FEW = 20  # held-out volumes
 SAMPLES_DRAWN, HELD_OUT_DRAWN = 4, 2
 SAME_SPLIT = 1e-6  # difference of the channels' means over one training half, from rounding
-ERROR = "difference"
+DIFFERENCE = "difference"
 logger = logging.getLogger(__name__)
 
 
@@ -106,9 +107,12 @@ class SampleEvaluation:
         seed: of samples, Gaussians, choices and permutations.
         settings: config keys that the numbers depend on, for the report.
         max_pictures: of how many samples to show pictures, those nearest to a training volume.
+        view_nearest: of how many of them to show every slice.
+        view_samples: numbers of further samples to show every slice of.
+        view_max_voxels: of larger volumes only a part is shown in this way.
 
     Raises:
-        ValueError: for fewer than two samples.
+        ValueError: for fewer than two samples, and for a number in ``view_samples`` that no sample has.
     """
 
     def __init__(
@@ -121,14 +125,21 @@ class SampleEvaluation:
         seed: int,
         settings: Mapping[str, Any],
         max_pictures: int = 12,
+        view_nearest: int = 3,
+        view_samples: Sequence[int] = (),
+        view_max_voxels: int = MAX_VOXELS,
     ) -> None:
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 2:
             raise ValueError(f"`num_samples` is {num_samples!r}; it must be an integer from 2 on.")
+        for index in view_samples:
+            if index not in range(num_samples):
+                raise ValueError(f"`view_samples` has {index!r}; samples have the numbers 0 to {num_samples - 1}.")
         self.inferer, self.weights = inferer, weights
         self.training = [item["image"] for item in datalist["training"]]
         self.held_out = [item["image"] for item in datalist["validation"]]
         self.output_dir, self.num_samples, self.seed = Path(output_dir), num_samples, seed
-        self.settings, self.max_pictures = dict(settings), max_pictures
+        self.settings, self.max_pictures = dict(settings), max(max_pictures, view_nearest)
+        self.view_nearest, self.view_samples, self.view_max_voxels = view_nearest, view_samples, view_max_voxels
         self.slice_features = load_slice_features()
         self.notes: list[str] = []
 
@@ -162,10 +173,10 @@ class SampleEvaluation:
         ]
         rows = {name: {k: _rounded(v) for column in columns for k, v in column[name].items()} for name in sets}
         described = self._described(samples, nearest[SAMPLES], limit)
-        pictures = {each["index"]: self._pictures(samples, each) for each in described[: self.max_pictures]}
+        pictures, views = self._shown(samples, described)
         spectra = {name: [_rounded(v) for v in _spectrum(each.spectra)] for name, each in decoded.items()}
         evaluation = {**self._configuration(), "close": _rounded(limit), "sets": rows, "spectra": spectra}
-        write_report({**evaluation, "samples": described}, pictures, self.output_dir)
+        write_report({**evaluation, "samples": described}, pictures, views, self.output_dir)
         self._draw(samples, held_out)
 
     def _draw(self, samples: VolumeSet, held_out: VolumeSet) -> None:
@@ -279,14 +290,28 @@ class SampleEvaluation:
             rows.append(row)
         return sorted(rows, key=lambda row: math.inf if row["distance"] is None else row["distance"])
 
-    def _pictures(self, samples: VolumeSet, described: Mapping[str, Any]) -> dict[str, dict[str, bytes]]:
-        """The sample beside its nearest training volume, in three planes."""
-        sample = self._decode(samples.latents[described["index"]])[0]
-        columns = {"sample": sample}
+    def _shown(
+        self, samples: VolumeSet, described: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[int, dict[str, dict[str, bytes]]], dict[int, View]]:
+        """Pictures of samples beside their nearest training volumes in three planes, and all slices of some, by index."""
+        pictures, views = {}, {}
+        for rank, each in enumerate(described):
+            index, named = each["index"], each["index"] in self.view_samples
+            if rank < self.max_pictures or named:
+                volumes = self._beside_nearest(samples, each)
+                pictures[index] = panels_of(volumes | _difference(volumes))
+            if rank < self.view_nearest or named:
+                affine = np.diag([*each["spacing"], 1.0]).tolist()
+                views[index] = view_of(volumes, DIFFERENCE, affine, gain=1, max_voxels=self.view_max_voxels)
+        return pictures, views
+
+    def _beside_nearest(self, samples: VolumeSet, described: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The sample and, if there is one, its nearest training volume."""
+        volumes = {"sample": self._decode(samples.latents[described["index"]])[0]}
         if described["nearest"] is not None:
-            nearest = self._decode(self.reader.normalised(described["nearest"]))[0].flip(described["mirrored"])
-            columns |= {"nearest training volume": nearest, ERROR: (sample - nearest).abs()}
-        return panels_of(columns)
+            nearest = self._decode(self.reader.normalised(described["nearest"]))[0]
+            volumes["nearest training volume"] = nearest.flip(described["mirrored"])
+        return volumes
 
     def _configuration(self) -> dict[str, Any]:
         generator = self.inferer.generator
@@ -301,6 +326,12 @@ class SampleEvaluation:
             "notes": self.notes,
             "left_out": ADVICE if self.slice_features is None else None,
         }
+
+
+def _difference(volumes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The picture of how two volumes differ, if there are two."""
+    first, *others = volumes.values()
+    return {DIFFERENCE: (others[0] - first).abs()} if others else {}
 
 
 def _limit(held_out: Sequence[Nearest | None]) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any
 from scripts.bundle.files import write_atomically
 from scripts.bundle.text_table import table
 from scripts.evaluation.html_pages import Column, extents, render_page
+from scripts.evaluation.viewer import View
 
 __all__ = ["summary_table", "write_report"]
 
@@ -82,7 +83,10 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(
-    evaluation: Mapping[str, Any], pictures: Mapping[int, Mapping[str, Mapping[str, bytes]]], output_dir: Path
+    evaluation: Mapping[str, Any],
+    pictures: Mapping[int, Mapping[str, Mapping[str, bytes]]],
+    views: Mapping[int, View],
+    output_dir: Path,
 ) -> None:
     """
     Write ``metrics.json``, ``metrics.csv`` and ``report.html``, and log the numbers.
@@ -90,13 +94,14 @@ def write_report(
     Args:
         evaluation: the content of ``metrics.json``, see :py:class:`scripts.generation.SampleEvaluation`.
         pictures: panels of the samples that are shown, by their index.
+        views: for those of them of which all slices are shown, the sample and its nearest training volume.
         output_dir: the folder; it is made.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     files = {
         "metrics.csv": _table(evaluation["sets"]),
         "metrics.json": json.dumps(evaluation, indent=2),
-        "report.html": _page(evaluation, pictures),
+        "report.html": _page(evaluation, pictures, views),
     }
     for name, content in files.items():
         write_atomically(content.encode(), output_dir / name)
@@ -123,7 +128,9 @@ def _table(sets: Mapping[str, Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _page(evaluation: Mapping[str, Any], pictures: Mapping[int, Mapping[str, Mapping[str, bytes]]]) -> str:
+def _page(
+    evaluation: Mapping[str, Any], pictures: Mapping[int, Mapping[str, Mapping[str, bytes]]], views: Mapping[int, View]
+) -> str:
     shown = [sample for sample in evaluation["samples"] if sample["index"] in pictures]
     return render_page(
         TEMPLATE,
@@ -132,6 +139,7 @@ def _page(evaluation: Mapping[str, Any], pictures: Mapping[int, Mapping[str, Map
         columns={metric: _column(metric) for metric in evaluation["sets"]["samples"]},
         shown=shown,
         pictures=pictures,
+        views=views,
         extents={sample["index"]: extents(sample["size"], sample["spacing"]) for sample in shown},
         chart=_chart(evaluation["spectra"]),
     )

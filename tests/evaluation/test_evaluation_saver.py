@@ -69,7 +69,7 @@ def evaluated(folder) -> dict:
 class Page(HTMLParser):
     """The references of a page, its ids, the cells of its table and its text; wrongly closed tags are an error."""
 
-    VOID = ("meta", "img", "link", "br")
+    VOID = ("meta", "img", "link", "br", "input")
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_report_says_what_was_evaluated(folder, report):
 
 def test_report_takes_a_metric_that_it_does_not_know(evaluated):
     volumes = {name: {**volume, "metrics": {"new": 0.123456}} for name, volume in evaluated["volumes"].items()}
-    report = render_report({**evaluated, "mean": {"new": 0.123456}, "volumes": volumes}, {})
+    report = render_report({**evaluated, "mean": {"new": 0.123456}, "volumes": volumes}, {}, {})
     assert "new" in Page(report).words and "0.1235" in Page(report).words
 
 
@@ -191,7 +191,7 @@ def test_two_processes_measure_the_same_and_one_writes(folder, evaluated):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "monai.bundle"]
     files = ["configs/train.json", "configs/multi_gpu_train.json", "configs/evaluate.json"]
     command += ["run", "evaluating", "--config_file", str(files), "--logging_file", "configs/logging.conf"]
-    keys = {**keys_of(folder), **NETWORK, "output_dir": str(out), "validate#handlers#2#max_pictures": "1"}
+    keys = {**keys_of(folder), **NETWORK, "output_dir": str(out), "validate#handlers#2#max_pictures": "1", "view_worst": "1"}
     del keys["device"]  # the overlay gives each process its own
     command += [part for key, value in keys.items() for part in (f"--{key}", str(value))]
     process = subprocess.run(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -183,9 +185,31 @@ def test_report_shows_samples_beside_their_nearest_training_volumes(folder, eval
     assert html.count("<polyline") == 4
 
 
+def test_viewer_shows_a_sample_and_its_nearest_training_volume(folder, evaluation, browser):
+    viewer_page = pytest.importorskip("tests.evaluation.viewer_page", reason="needs selenium")
+    viewer_page.open_page(browser, folder / "evaluation" / "report.html")
+    viewer = viewer_page.ViewerPage(browser, f"sample {evaluation['samples'][1]['index']}")
+    images = Page((folder / "evaluation" / "report.html").read_text()).images[9:18]  # of the second sample
+    drawn = viewer.pictures()
+    assert sorted(image["alt"] for image in images) == sorted(drawn)
+    for image in images:  # the slices at which the viewer starts
+        png = io.BytesIO(base64.b64decode(image["src"].split(",")[1]))
+        expected = np.asarray(Image.open(png)).astype(float)[::-1].T
+        assert abs(drawn[image["alt"]] - expected).max() <= 1 and np.unique(expected).size > 10
+    viewer.point_at("axial", "sample", (0.42, 0.63))
+    told = viewer.told()
+    assert told["voxel"] == [8, 12, 9] and told["mm"] == [8, 18, 18]
+    assert told["difference"][0] == pytest.approx(told["nearest training volume"][0] - told["sample"][0], abs=2e-4)
+    assert len(browser.find_elements(viewer_page.By.CSS_SELECTOR, ".viewer")) == 3
+    assert browser.get_log("browser") == []
+
+
 def test_another_split_is_noted_and_what_one_held_out_volume_does_not_tell_is_empty(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.generation.slice_features.PACKAGE", "nowhere")
-    evaluate(folder, tmp_path, val_fraction=0.1, num_samples=2)
+    evaluate(folder, tmp_path, val_fraction=0.1, num_samples=2, view_nearest=0, view_samples=[1])
+    html = (tmp_path / "report.html").read_text()
+    [viewed] = [article for article in html.split("<article") if 'class="viewer"' in article]
+    assert "<h3>sample 1</h3>" in viewed
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert any("(6 latents) is not the one" in note and "(5 latents)" in note for note in found["notes"])
     assert found["held_out_volumes"] == found["sets"]["held_out"]["number"] == 1
@@ -194,6 +218,12 @@ def test_another_split_is_noted_and_what_one_held_out_volume_does_not_tell_is_em
     assert "mmd2_slices" not in found["sets"]["samples"] and "pip install" in found["left_out"]
     assert "features of slices are left out: pip install" in (tmp_path / "report.html").read_text()
     assert found["sets"]["held_out"]["ms_ssim"] is None and found["sets"]["samples"]["ms_ssim"] is not None
+
+
+def test_a_sample_that_is_not_made_cannot_be_viewed(folder, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        evaluate(folder, tmp_path, view_samples=[3])
+    assert "`view_samples` has 3; samples have the numbers 0 to 2" in str(reason(error.value))
 
 
 def test_a_single_sample_is_refused(folder, tmp_path):
