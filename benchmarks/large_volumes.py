@@ -19,7 +19,7 @@ from scripts.planning.training_costs import training_cost
 
 SIZES = ((256, 256, 64), (256, 256, 256), (512, 512, 512))
 FIELD = {"channels": (64, 128, 256), "num_res_blocks": 2}  # the width that is common in the field
-PRESETS = ("4x", "8x", "16x", "16x_lean", "32x", "64x", "thick_slices")
+PRESETS = ("4x", "8x", "16x", "16x_lean", "32x", "64x", "thick_slices", "maisi")
 
 
 def main() -> None:

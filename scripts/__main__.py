@@ -21,6 +21,7 @@ import fire
 from scripts.bundle.config import ROOT
 from scripts.generation.estimate_tables import generator_table, generator_verdict
 from scripts.generation.estimates import GeneratorEstimate, estimate_generator, is_generator, plan_generator
+from scripts.inference.slab_costs import slab_table
 from scripts.planning import tables
 from scripts.planning.config_keys import TRAIN, read_plan
 from scripts.planning.estimates import Estimate, estimate_plan
@@ -58,7 +59,8 @@ def estimate(
         volume_size: of the volume that is reconstructed, voxels. Without it, spatial_size.
         autoencoder: for a generator, the config or preset of the autoencoder that makes the latents. Without it, that of the
             latents in dataset_dir, or train.json where spatial_size is set.
-        memory_gb: also print whether it fits into this many GiB, and if not, which changes would make it fit.
+        memory_gb: also print whether it fits into this many GiB, and if not, which changes would make it fit; with a config
+            that only infers, also what slabs hold within it on a GPU.
         device: cuda or cpu, whose memory rules apply. No such device is needed.
         json: print JSON.
         overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
@@ -82,6 +84,8 @@ def estimate(
         _print_json({**_as_dict(found), "fits": fits, "changes": [asdict(change) for change in changes]})
         return
     print(tables.estimate_table(found))
+    if plan.patch_size is None and device == "cuda":  # a config that streams
+        print("\n" + slab_table(plan.network, found.volume_size, budget, plan.amp_dtype))
     if budget is not None:
         print("\n" + tables.verdict(found, budget, changes))
 

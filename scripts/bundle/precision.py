@@ -170,6 +170,7 @@ def _convolution_step(dtype: torch.dtype) -> Callable[[], None]:
     image = torch.full(TRIAL_SHAPE, 0.5, dtype=dtype, requires_grad=True)
     weight = torch.full((channels, channels, 3, 3, 3), 0.5, dtype=dtype, requires_grad=True)
 
+    @torch.enable_grad()  # the caller may have turned gradients off
     def step() -> None:
         result = torch.nn.functional.conv3d(image, weight, padding=1)
         torch.autograd.grad(result, (image, weight), result)

@@ -30,7 +30,7 @@ from scripts.inference.feature_maps import FeatureMap, PaddedImage
 from scripts.layers.lean_blocks import ResidualBlock, SpatialAttention
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
 
-__all__ = ["stream"]
+__all__ = ["SlabRun", "stream"]
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; further maps go to files
@@ -67,7 +67,7 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, prog
             total=_count_layers(network, operation), desc=f"{operation} in slabs", leave=False, bar_format=LAYERS
         )
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="feature-maps-") as folder, bar or contextlib.nullcontext():
-        run = _Run(network, x, operation, int(memory_gb * GIB), Path(folder), bar)
+        run = SlabRun(network, x, operation, int(memory_gb * GIB), Path(folder), bar)
         if operation == "decode":
             return run.decode(FeatureMap(x, run.dim)).tensor()
         sizes = x.shape
@@ -83,7 +83,7 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, prog
     return image
 
 
-class _Run:
+class SlabRun:
     """One pass through a network; see :py:func:`stream`."""
 
     def __init__(
@@ -215,17 +215,26 @@ class _Run:
             if result is None:
                 result = self._new_map([*slab.shape[: self.dim], units * rows_out, *slab.shape[self.dim + 1 :]], slab.dtype)
             result.write(start * rows_out, slab)
-            moments = _moments(slab) if moments is None else moments + _moments(slab)
+            found = self._moments(slab)
+            moments = found if moments is None else moments + found
             if start == 0:
                 unit_bytes += RESULT_BYTES * rows_out * result.row_values
                 thickness = max(thickness, self.for_slabs // unit_bytes - 2 * halo)
             if self.bar is not None:
                 self.bar.update((stop - start) / units)
-            start = stop
+            start = self._next_start(start, stop, thickness, units)
             del slab  # before the next one is computed
         assert result is not None  # a map has at least one row
         result.moments = moments
         return result
+
+    def _moments(self, slab: torch.Tensor) -> torch.Tensor:
+        """See :py:func:`_moments`."""
+        return _moments(slab)
+
+    def _next_start(self, start: int, stop: int, thickness: int, units: int) -> int:
+        """Where the slab after the one from ``start`` up to ``stop`` starts; the planner leaves out those that are alike."""
+        return stop
 
     def _new_map(self, shape: Sequence[int], dtype: torch.dtype) -> FeatureMap:
         nbytes = math.prod(shape) * dtype.itemsize

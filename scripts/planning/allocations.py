@@ -27,16 +27,17 @@ class AllocationTracker(TorchDispatchMode):
 
     Args:
         device: ``"cuda"`` or ``"cpu"``, whose allocator is imitated.
+        only: type of the device whose tensors are counted; None for all.
 
     Raises:
         ValueError: for another device.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, only: str | None = None) -> None:
         if device not in UNIT:
             raise ValueError(f"`device` is {device!r}; it must be one of {', '.join(UNIT)}.")
         super().__init__()
-        self.device = device
+        self.device, self.only = device, only
         self.alive: dict[int, weakref.ref] = {}
         self.nbytes = self.peak = self.convolution = self.flops = 0
         self.phase = self.peak_phase = "forward"
@@ -44,7 +45,7 @@ class AllocationTracker(TorchDispatchMode):
     def track(self, *tensors: Any) -> None:
         """Count tensors that exist before the first operation."""
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and self.only in (None, tensor.device.type):
                 self._count(tensor.untyped_storage())
         self._note(0)
 
@@ -55,7 +56,7 @@ class AllocationTracker(TorchDispatchMode):
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and self.only in (None, tensor.device.type):
                 self._count(tensor.untyped_storage())
         self._note(workspace(func, args, result, self.device))
         if func is torch.ops.aten.convolution.default:

@@ -19,13 +19,16 @@ def fake_tensors() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)  # a loss may hold tensors of its own
 
 
-def fake_copy(module: nn.Module) -> nn.Module:
-    """A copy of ``module``, on any device, with fake parameters and buffers. To be called inside :py:func:`fake_tensors`."""
+def fake_copy(module: nn.Module, device: str = "cpu") -> nn.Module:
+    """
+    A copy of ``module``, on any device, with fake parameters and buffers on ``device``, which need not exist. To be called
+    inside :py:func:`fake_tensors`.
+    """
     memo: dict[int, Any] = {}
     attributes = (value for part in module.modules() for value in vars(part).values())
     plain = (value for value in attributes if isinstance(value, torch.Tensor))  # attention blocks have one
     for tensor in itertools.chain(module.parameters(), module.buffers(), plain):
-        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     return copy.deepcopy(module, memo)
 
