@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -43,8 +41,6 @@ def test_more_memory_makes_fewer_slabs_that_hold_more(network):
 def test_the_smallest_budget_is_kept_and_is_above_what_the_thinnest_slabs_hold(network):
     least = least_slab_cost(network, SIZE)
     assert slab_cost(network, SIZE, 0).peak < least.peak + least.convolution <= least.budget
-    whole = math.prod(SIZE) * network.arguments["channels"][0] * 2  # bytes of one full map, which is not on the GPU
-    assert least.budget < whole + sum(t.nbytes for t in network.state_dict().values())
 
 
 def test_precision_of_the_process_is_left_as_it_was(network):
