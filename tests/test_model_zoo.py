@@ -66,6 +66,7 @@ def test_metadata_follows_the_schema(tmp_path):
         (["train.json"], "train"),
         (["train.json", "presets/16x.json", "evaluate.json"], "train"),
         (["train.json", "persistent_cache.json"], "train"),
+        (["train.json", "synthetic_patches.json"], "train"),
         (["train.json", "multi_gpu_train.json"], "train"),
         (["inference.json"], "infer"),
         (["inference.json", "presets/16x.json"], "infer"),
