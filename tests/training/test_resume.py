@@ -92,6 +92,13 @@ def test_the_run_that_is_compared_with_learns_and_augments(uninterrupted, data, 
     assert not same(final_state(tmp_path / "eval")["network"], uninterrupted["network"])
 
 
+def test_number_of_workers_changes_nothing(uninterrupted, data, tmp_path):
+    """MONAI's loader without workers draws a random number when it is made."""
+    assert train(data, tmp_path / "eval", num_workers=0) == 0
+    for part in ("network", "discriminator"):
+        assert same(final_state(tmp_path / "eval")[part], uninterrupted[part]), part
+
+
 KILLS = {
     "within an epoch": partial(kill_at, 5),
     "half a checkpoint": partial(kill_in_write, 4, "fsync"),
