@@ -77,16 +77,19 @@ def estimate(
     plan = read_plan(config_file, device=device, **overrides)
     found = estimate_plan(plan, spatial_size, volume_size, device)
     fits = None if budget is None else found.fits(budget)
+    streams = plan.patch_size is None and device == "cuda"  # a config that infers, with weights that fix the network
     changes = []
-    if budget is not None and not fits:
+    if budget is not None and not fits and not streams:
         changes = what_would_fit(plan, found.spatial_size, found.volume_size, budget, device)
     if json:
         _print_json({**_as_dict(found), "fits": fits, "changes": [asdict(change) for change in changes]})
         return
     print(tables.estimate_table(found))
-    if plan.patch_size is None and device == "cuda":  # a config that streams
+    if streams:
+        if budget is not None:
+            print("\n" + tables.one_pass_verdict(found, budget))
         print("\n" + slab_table(plan.network, found.volume_size, budget, plan.amp_dtype))
-    if budget is not None:
+    elif budget is not None:
         print("\n" + tables.verdict(found, budget, changes))
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import pickle
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,19 @@ def load_weights(network: Any, path: str | Path) -> None:
     try:
         network.load_state_dict(content)
     except Exception as error:  # whatever is in the file
-        raise ValueError(f"{path} cannot be loaded into this network: {error}") from error
+        raise ValueError(
+            f"{path} cannot be loaded into this network ({_first_problems(error)}). Set `channels`, `num_res_blocks`, "
+            "`latent_channels`, the factors and the rest, or the preset, to those that the weights were trained with."
+        ) from None
     logger.info(f"loaded the weights {path}")
+
+
+def _first_problems(error: Exception, count: int = 3, length: int = 160) -> str:
+    """The first lines of PyTorch's list of all names and shapes that differ, which is as long as the network is deep."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    shown = [textwrap.shorten(line, length, placeholder=" ...") for line in lines[1 : count + 1] or lines[:1]]
+    more = len(lines) - 1 - len(shown)
+    return " ".join(shown) + (f" and {more} more lines" if more > 0 else "")
 
 
 def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Viewer {
     if (values.length > 1) values.push((levels[1] - levels[0]) * step);
     const place = affine.slice(0, 3).map(row => row[0] * position[0] + row[1] * position[1] + row[2] * position[2] + row[3]);
     this.told.textContent = [
-      `voxel ${position.join(", ")}`,
+      `voxel ${position.join(", ")} (RAS)`,
       `${place.map(value => value.toFixed(1)).join(", ")} mm`,
       ...titles.map((title, column) => `${title} ${values[column].toFixed(digits)}`),
     ].join(" · ");

@@ -12,7 +12,7 @@ from scripts.planning.recommendations import Recommendation
 from scripts.planning.savings import Change
 from scripts.planning.self_test import CheckResult
 
-__all__ = ["checks_table", "estimate_table", "memory", "recommendations_table", "verdict"]
+__all__ = ["checks_table", "estimate_table", "memory", "one_pass_verdict", "recommendations_table", "verdict"]
 
 
 def memory(nbytes: int | None) -> str:
@@ -57,11 +57,8 @@ def estimate_table(estimate: Estimate) -> str:
 
 def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change]) -> str:
     """Whether an estimate fits into a budget, and which changes would make it fit."""
-    lines = []
-    for what, needed in (("training", estimate.training_bytes), ("reconstruction", estimate.inference_bytes)):
-        if needed:
-            fits = "fits" if needed <= memory_gb * GIB else "does not fit"
-            lines.append(f"{what} {fits} into {memory_gb:g} GiB: it needs {memory(needed)}, margin included")
+    parts = (("training", estimate.training_bytes), ("reconstruction", estimate.inference_bytes))
+    lines = [_fit(what, needed, memory_gb) for what, needed in parts if needed]
     if changes:
         lines.append(
             "what would fit:" if changes[0].nbytes <= memory_gb * GIB else "no single change is enough; what helps:"
@@ -70,6 +67,17 @@ def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change]) -> 
     elif not estimate.fits(memory_gb):
         lines.append("no change of batch, patch, checkpointing or initial factor makes it smaller")
     return "\n".join(lines)
+
+
+def one_pass_verdict(estimate: Estimate, memory_gb: float) -> str:
+    """Whether a volume fits into a budget in one pass, for networks that run in slabs where it does not."""
+    in_one_pass = _fit("reconstruction in one pass", estimate.inference_bytes, memory_gb)
+    return in_one_pass if estimate.fits(memory_gb) else f"{in_one_pass}; inference with this memory_gb runs in slabs"
+
+
+def _fit(what: str, needed: int, memory_gb: float) -> str:
+    fits = "fits" if needed <= memory_gb * GIB else "does not fit"
+    return f"{what} {fits} into {memory_gb:g} GiB: it needs {memory(needed)}, margin included"
 
 
 def recommendations_table(recommendations: Sequence[Recommendation], generators: Sequence[int]) -> str:

@@ -240,6 +240,16 @@ def test_verdict_names_changes_that_are_enough(capsys):
     assert "what would fit" in printed and "batch_size 1 with gradient_accumulation_steps 4" in printed
 
 
+def test_a_network_that_infers_is_not_to_be_changed_but_to_run_in_slabs(capsys):
+    infers = ["estimate", "--config_file", "configs/inference.json", "--channels", "[4,8,8]", "--spatial_size", "64"]
+    main([*infers, "--memory_gb", "0.1"])
+    printed = capsys.readouterr().out
+    assert "in one pass does not fit into 0.1 GiB" in printed and "with this memory_gb runs in slabs" in printed
+    assert "initial_downsample_factor [" not in printed and "makes it smaller" not in printed
+    main([*infers, "--memory_gb", "8"])
+    assert "in one pass fits into 8 GiB" in (printed := capsys.readouterr().out) and "runs in slabs" not in printed
+
+
 def test_json_holds_the_estimate(capsys):
     main(["estimate", "--spatial_size", "32", "--channels", "[4,8,8]", "--memory_gb", "8", "--json"])
     printed = json.loads(capsys.readouterr().out)
