@@ -20,7 +20,11 @@ COLUMNS = {
     "ssim": Column("SSIM", ".4f", "structural similarity; 1 for equal volumes; needs at least 11 voxels along each axis"),
     "ms_ssim": Column("MS-SSIM", ".4f", "the same at five scales; needs at least 176 voxels along each axis"),
     "mae": Column("MAE", ".4f", "mean absolute error, of the intensity window; lower is better"),
-    "mae_file_units": Column("MAE, file units", ".4g", "the same in the units of the file, which for CT are HU; a mean over files of different units has no meaning"),
+    "mae_file_units": Column(
+        "MAE, file units",
+        ".4g",
+        "the same in the units of the file, which for CT are HU; a mean over files of different units has no meaning",
+    ),
     "sharpness": Column(
         "sharpness", ".3f", "mean difference of neighbouring voxels, relative to that of the image; less than 1 is blurred"
     ),
