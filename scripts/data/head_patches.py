@@ -7,16 +7,14 @@ It follows SynthSeg (Billot et al., https://arxiv.org/abs/2107.09559), which dra
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from monai.config import KeysCollection
-from monai.transforms import MapTransform, RandomizableTransform
 from torch.nn import functional
 
 from scripts.data.mni152 import tissue_maps
 from scripts.data.random_fields import bent_grid, fractal_noise, random_spacing, uniform
+from scripts.data.synthetic_patches import SyntheticPatchd
 
 __all__ = ["HeadPatchd"]
 
@@ -26,7 +24,7 @@ FINEST, COARSEST = 0.5, 1.5  # mm
 FOLDS = (1.2, 2.2)  # exponents of the noise that moves the borders of tissues
 
 
-class HeadPatchd(RandomizableTransform, MapTransform):
+class HeadPatchd(SyntheticPatchd):
     """
     Put a patch of a synthetic head under each key. Half of the heads are skull-stripped.
 
@@ -35,16 +33,8 @@ class HeadPatchd(RandomizableTransform, MapTransform):
         spatial_size: of the patch, voxels.
     """
 
-    def __init__(self, keys: KeysCollection, spatial_size: Sequence[int]) -> None:
-        MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, prob=1.0)
-        self.spatial_size = tuple(spatial_size)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.keys:
-            d[key] = head_patch(_tissues(), self.spatial_size, int(self.R.randint(2**31)))[None]
-        return d
+    def make(self, seed: int) -> torch.Tensor:
+        return head_patch(_tissues(), self.spatial_size, seed)
 
 
 def head_patch(tissues: torch.Tensor, spatial_size: Sequence[int], seed: int) -> torch.Tensor:

@@ -8,14 +8,12 @@ no end and belong to nobody.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from monai.config import KeysCollection
-from monai.transforms import MapTransform, RandomizableTransform
 
 from scripts.data.random_fields import bent_grid, fractal_noise, random_spacing, uniform
+from scripts.data.synthetic_patches import SyntheticPatchd
 
 __all__ = ["ProceduralVolumed"]
 
@@ -27,7 +25,7 @@ SMOOTH = 3.0  # that of the fields whose zeros are sheets and vessels
 SLIGHTEST_SLOPE = 1e-3
 
 
-class ProceduralVolumed(RandomizableTransform, MapTransform):
+class ProceduralVolumed(SyntheticPatchd):
     """
     Put a procedural volume under each key: dead leaves (bodies that hide each other) with fractal texture, crossed by thin
     sheets and vessels. Voxels are anisotropic in half of the volumes, as in thick slices. An edge takes its share of each
@@ -38,16 +36,8 @@ class ProceduralVolumed(RandomizableTransform, MapTransform):
         spatial_size: of the volume, voxels.
     """
 
-    def __init__(self, keys: KeysCollection, spatial_size: Sequence[int]) -> None:
-        MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, prob=1.0)
-        self.spatial_size = tuple(spatial_size)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.keys:
-            d[key] = procedural_volume(self.spatial_size, int(self.R.randint(2**31)))[None]
-        return d
+    def make(self, seed: int) -> torch.Tensor:
+        return procedural_volume(self.spatial_size, seed)
 
 
 def procedural_volume(spatial_size: Sequence[int], seed: int) -> torch.Tensor:
