@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts.layers.factors import per_axis, per_transition
 from scripts.layers.float32_convolutions import keep_in_float32
-from scripts.layers.lean_blocks import use_lean_blocks
+from scripts.layers.lean_blocks import check_norm, use_lean_blocks
 from scripts.layers.linear_shortcut import LinearShortcut, start_as_correction
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample, check_upsample_mode
 
@@ -100,10 +100,11 @@ class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
         initial_downsample_factor: shrink of the first convolution, an integer or one per axis.
         initial_mode: ``"conv"`` for a strided first convolution, ``"pixelshuffle"`` for space-to-depth and a
             convolution on the small grid.
+        norm: ``"group"`` or ``"rms"``, see :py:class:`AutoencoderKL`.
         kwargs: the remaining arguments of MONAI's ``Encoder``, by name.
 
     Raises:
-        ValueError: for a factor that is not a positive integer, or a wrong number of factors.
+        ValueError: for a factor that is not a positive integer, a wrong number of factors, or another ``norm``.
     """
 
     def __init__(
@@ -115,14 +116,16 @@ class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
         downsample_factors: Sequence[int | Sequence[int]] | None = None,
         initial_downsample_factor: int | Sequence[int] = 1,
         initial_mode: str = "conv",
+        norm: str = "group",
         **kwargs: Any,
     ) -> None:
+        check_norm(norm)
         factors, initial = _check_factors(
             "downsample", downsample_factors, initial_downsample_factor, initial_mode, channels, spatial_dims
         )
         super().__init__(spatial_dims, in_channels, channels, *args, **kwargs)
         self.downsample_factors, self.initial_downsample_factor = tuple(factors), initial
-        use_lean_blocks(self.blocks)
+        use_lean_blocks(self.blocks, norm)
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, monai_autoencoderkl.AEKLDownsample)]
         self.level_starts = [0, *(place + 1 for place in places)]
         self.checkpoint_levels = [False] * len(channels)
@@ -172,10 +175,12 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         upsample_mode: ``"nearest"`` or ``"trilinear"``: of every enlargement that is followed by a convolution.
         refines_image: take a first image beside the latent. By space-to-depth and a convolution it is added to the features
             at the start of the last level, so that the decoder's correction of it can depend on it.
+        norm: ``"group"`` or ``"rms"``, see :py:class:`AutoencoderKL`.
         kwargs: the remaining arguments of MONAI's ``Decoder``, by name.
 
     Raises:
-        ValueError: for a factor that is not a positive integer, a wrong number of factors, or another ``upsample_mode``.
+        ValueError: for a factor that is not a positive integer, a wrong number of factors, another ``upsample_mode`` or
+            another ``norm``.
     """
 
     def __init__(
@@ -190,14 +195,16 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         initial_mode: str = "conv",
         upsample_mode: str = "nearest",
         refines_image: bool = False,
+        norm: str = "group",
         **kwargs: Any,
     ) -> None:
+        check_norm(norm)
         factors, initial = _check_factors(
             "upsample", upsample_factors, initial_upsample_factor, initial_mode, channels, spatial_dims
         )
         super().__init__(spatial_dims, channels, in_channels, out_channels, *args, **kwargs)
         check_upsample_mode(upsample_mode, any(hasattr(block, "deconv") for block in self.blocks))
-        use_lean_blocks(self.blocks)
+        use_lean_blocks(self.blocks, norm)
         places = [i for i, b in enumerate(self.blocks) if isinstance(b, MonaiUpsample)]
         self.last_level = places[-1] + 1 if places else 1
         self.level_starts = [0, *places]
@@ -296,6 +303,10 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             receives its image and adds what that lacks.
         upsample_mode: how the decoder enlarges, before the convolution: ``"nearest"``, as MONAI's network does, or
             ``"trilinear"``, as :py:class:`monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi` does.
+        norm: ``"group"``, MONAI's group normalisation, whose statistics are those of the whole volume or patch; or ``"rms"``,
+            which divides the channels of each voxel by their root mean square, as the Deep Compression Autoencoder does
+            (:py:func:`scripts.layers.rms_norm`), so that a network which was trained on patches computes the same on whole
+            volumes.
 
     Raises:
         ValueError: for an argument that does not fit, with its name, its value and what it needs.
@@ -324,6 +335,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         initial_mode: str = "conv",
         linear_shortcut: bool = False,
         upsample_mode: str = "nearest",
+        norm: str = "group",
     ) -> None:
         arguments = dict(locals())  # before there are other local names
         del arguments["self"]
@@ -355,6 +367,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             downsample_factors=downsample_factors,
             initial_downsample_factor=initial_downsample_factor,
             initial_mode=initial_mode,
+            norm=norm,
         )
         self.downsample_factors = encoder.downsample_factors
         self.initial_downsample_factor = encoder.initial_downsample_factor
@@ -369,14 +382,16 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             initial_mode=initial_mode,
             upsample_mode=upsample_mode,
             refines_image=linear_shortcut,
+            norm=norm,
         )
         self.encoder: nn.Module = encoder
         self.decoder: nn.Module = decoder
         arguments["downsample_factors"] = [list(f) for f in self.downsample_factors]
         arguments["initial_downsample_factor"] = list(self.initial_downsample_factor)
         del arguments["use_checkpoint"], arguments["use_flash_attention"]  # they do not change what weights compute
-        if upsample_mode == "nearest":
-            del arguments["upsample_mode"]  # so that files written before there was a choice still describe this network
+        for name, value in {"upsample_mode": "nearest", "norm": "group"}.items():
+            if arguments[name] == value:
+                del arguments[name]  # so that files written before there was a choice still describe this network
         self.arguments = arguments
         self.latent_channels = latent_channels
         self.use_checkpoint = any(use_checkpoint)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.networks import MONAI, build_with
 from scripts.bundle.machine import GIB
 from scripts.inference.streaming import StreamingInferer
-from scripts.layers.lean_blocks import ResidualBlock, _NormSiluConv
+from scripts.layers.lean_blocks import GroupNorm, ResidualBlock, _NormSiluConv
 from scripts.planning import cuda_casting
 from scripts.planning.cuda_casting import autocast, casting_rules
 from scripts.planning.fake_tensors import fake_tensors
@@ -92,7 +92,11 @@ def test_planner_names_what_only_cuda_runs_in_float32():
 
 @pytest.mark.parametrize(
     "name, arguments, dtype",
-    [*(case for case in CASES if case[0] != MONAI), ("initial 2, [4,2]", ATTENTION, torch.bfloat16)],
+    [
+        *(case for case in CASES if case[0] != MONAI),
+        ("initial 2, [4,2]", ATTENTION, torch.bfloat16),
+        *[("initial 2, [4,2]", {"norm": "rms"}, dtype) for dtype in LOWER],
+    ],
     ids=str,
 )
 def test_no_map_of_the_network_is_in_float32_on_cuda(name: str, arguments: dict, dtype: torch.dtype):
@@ -128,9 +132,10 @@ def test_backward_pass_of_the_lean_block_gives_cuda_kernels_the_types_they_take(
         x = torch.empty(2, 8, 4, 4, 4, dtype=dtype).to(memory_format=memory_format)
         norm_weight, norm_bias, bias = torch.empty(8), torch.empty(8), torch.empty(16)
         weight = torch.empty(16, 8, 3, 3, 3).to(memory_format=memory_format)
-        context = SimpleNamespace(needs_input_grad=(True,) * 5 + (False,) * 2)
+        context = SimpleNamespace(needs_input_grad=(True,) * 5 + (False,))
         context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
-        result = _NormSiluConv.forward(context, x, norm_weight, norm_bias, weight, bias, 2, 1e-6)
+        norm = GroupNorm(torch.nn.GroupNorm(2, 8))
+        result = _NormSiluConv.forward(context, x, norm_weight, norm_bias, weight, bias, norm)
         assert (result.dtype, result.shape) == (dtype, (2, 16, 4, 4, 4))
         grad = torch.empty_like(result)
         gradients = _NormSiluConv.backward(context, grad)

@@ -24,6 +24,7 @@ from scripts.__main__ import COMMANDS
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import check_parser
 from scripts.planning.self_test import Configuration, check_configuration
+from scripts.training import Muon
 from tests.conftest import ROOT, save_volume
 from tests.test_architecture import ORDER
 from tests.training.test_training import small_network
@@ -36,7 +37,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 OTHER_PROGRAMS = {"source", "cd", "(cd", "pip", "mlflow", "tensorboard"}  # the shell's, and those of dependencies
 # whose arguments documents set
-NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator, "optimizer": torch.optim.AdamW}
+NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator, "optimizer": Muon}
 MONAI_TOOLS = [monai_bundle.run, monai_bundle.ckpt_export, monai_bundle.onnx_export, monai_bundle.download]
 # not config keys
 OF_MONAI = {name for tool in MONAI_TOOLS for name in inspect.signature(tool).parameters} | {"tracking_uri"}

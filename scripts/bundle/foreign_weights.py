@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["autoencoder_in", "is_maisi", "named_as_here"]
+__all__ = ["autoencoder_in", "is_maisi", "is_of_this_bundle", "named_as_here"]
 
 GENERATIVE_MODELS = (  # its names, and those of MONAI
     (re.compile(r"(\.blocks\.\d+)\.to_([qkv])\."), r"\1.attn.to_\2."),
@@ -48,6 +48,11 @@ def autoencoder_in(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
 def is_maisi(state: dict[str, torch.Tensor]) -> bool:
     """Whether a state dict is one of MONAI's ``AutoencoderKlMaisi``, which MAISI and NV-Generate publish."""
     return any(".conv1.conv.conv." in key for key in state)
+
+
+def is_of_this_bundle(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict has a linear shortcut, which no other program's network has."""
+    return any(key.startswith("shortcut.") for key in state)
 
 
 def named_as_here(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, serialise, write_atomically
-from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, named_as_here
+from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, is_of_this_bundle, named_as_here
 from scripts.bundle.json_files import SHA256, read_json, shortened
 
 __all__ = [
@@ -140,14 +140,18 @@ def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[
     """
     keys = network.state_dict().keys()
     state = content if isinstance(content, dict) and content.keys() == keys else autoencoder_in(content, path)
-    if state.keys() == keys:
-        return state
-    if is_maisi(state) and getattr(network, "arguments", {}).get("upsample_mode") != "trilinear":
+    arguments = getattr(network, "arguments", {})
+    if is_maisi(state) and arguments.get("upsample_mode") != "trilinear":
         raise ValueError(
             f"{path} holds weights of MAISI's network, which enlarges trilinearly: use configs/presets/maisi.json, or set "
             '`upsample_mode` to "trilinear".'
         )
-    return named_as_here(state)
+    if arguments.get("norm", "group") != "group" and not is_of_this_bundle(state):
+        raise ValueError(
+            f"{path} has no {Path(path).with_suffix('.json').name} beside it: it is taken for weights of MONAI's network, whose "
+            'norms are group norms. Use configs/presets/4x.json, or set `norm` to "group".'
+        )
+    return state if state.keys() == keys else named_as_here(state)
 
 
 def read_weights(path: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> tuple[Any, dict[str, Any] | None]:

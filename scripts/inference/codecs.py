@@ -13,7 +13,7 @@ import torch.nn as nn
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import CONFIGS
 from scripts.bundle.errors import reason
-from scripts.bundle.foreign_weights import autoencoder_in, is_maisi
+from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, is_of_this_bundle
 from scripts.bundle.weights import load_weights, named_for, read_description, read_weights
 from scripts.evaluation.comparison import Codec
 from scripts.inference.exported_networks import SUFFIXES, ExportedNetwork
@@ -161,7 +161,7 @@ def _arguments_of_another_program(path: Path, content: Any, given: dict[str, Any
             f"{path} has no {path.with_suffix('.json').name} beside it, so its network is not known. Add `preset` "
             f"({presets}), keys such as `channels`, or `network`, as in {{'weights': {str(path)!r}, 'preset': '4x'}}."
         )
-    keys = {**given}
+    keys = {**given} if is_of_this_bundle(state) else {"norm": "group", **given}
     preset = keys.pop("preset", "maisi" if is_maisi(state) else None)
     files = [CONFIGS / "inference.json"]
     if preset is not None:

@@ -1,7 +1,7 @@
 """Runs a network layer by layer, and each layer in slabs, with the result of one pass.
 
 Feature maps are kept in the host's memory, or in files where that is too small, and go through the device in slabs along one
-axis. A slab includes the neighbouring rows that a convolution reads, and their results are cut off; norms take their
+axis. A slab includes the neighbouring rows that a convolution reads, and their results are cut off; group norms take their
 statistics over the whole map. So the result is that of the whole volume up to rounding, without the seams of tiles.
 """
 
@@ -27,7 +27,7 @@ from monai.networks.nets.autoencoderkl import AEKLDownsample
 from scripts.bundle.machine import GIB, MIB, free_memory
 from scripts.bundle.progress import ProgressBar
 from scripts.inference.feature_maps import FeatureMap, PaddedImage
-from scripts.layers.lean_blocks import ResidualBlock, SpatialAttention
+from scripts.layers.lean_blocks import GroupNorm, ResidualBlock, RMSNorm, SpatialAttention
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
 
 __all__ = ["SlabRun", "stream"]
@@ -96,6 +96,7 @@ class SlabRun:
         self.axis = latent.index(max(latent))  # the longest, for thin slabs
         self.dim = self.axis + 2
         self.total = factors[self.axis]
+        self.has_statistics = any(isinstance(module, GroupNorm) for module in network.modules())
         self.image_shape = [len(x), network.arguments["out_channels"], *(n * f for n, f in zip(latent, factors))]
         self._names = itertools.count()
         self._held = 0  # bytes of maps in memory
@@ -151,7 +152,7 @@ class SlabRun:
 
     def _block(self, block: nn.Module, x: FeatureMap, norm: Slabwise) -> tuple[FeatureMap, Slabwise]:
         """A map after ``block``, and a norm that is not applied yet: whatever reads the map applies it."""
-        if isinstance(block, nn.GroupNorm):
+        if isinstance(block, (GroupNorm, RMSNorm)):
             return x, _norm_of(block, x)
         if isinstance(block, ResidualBlock):
             return self._residual(block, x), _identity
@@ -215,8 +216,9 @@ class SlabRun:
             if result is None:
                 result = self._new_map([*slab.shape[: self.dim], units * rows_out, *slab.shape[self.dim + 1 :]], slab.dtype)
             result.write(start * rows_out, slab)
-            found = self._moments(slab)
-            moments = found if moments is None else moments + found
+            if self.has_statistics:
+                found = self._moments(slab)
+                moments = found if moments is None else moments + found
             if start == 0:
                 unit_bytes += RESULT_BYTES * rows_out * result.row_values
                 thickness = max(thickness, self.for_slabs // unit_bytes - 2 * halo)
@@ -264,7 +266,7 @@ def _count_layers(network: Any, operation: str) -> int:
 
 
 def _layers_of(block: nn.Module) -> int:
-    if isinstance(block, nn.GroupNorm):
+    if isinstance(block, (GroupNorm, RMSNorm)):
         return 0
     return 2 if isinstance(block, ResidualBlock) else 1
 
@@ -295,8 +297,10 @@ def _moments(slab: torch.Tensor) -> torch.Tensor:
     return count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
 
 
-def _norm_of(norm: nn.GroupNorm, x: FeatureMap) -> Slabwise:
-    """``norm`` with the statistics of the whole map ``x``, to be applied to slabs of it."""
+def _norm_of(norm: GroupNorm | RMSNorm, x: FeatureMap) -> Slabwise:
+    """``norm`` with the statistics of the whole map ``x``, where it has any, to be applied to slabs of it."""
+    if isinstance(norm, RMSNorm):
+        return norm
     assert x.moments is not None
     by_group = x.moments.unflatten(2, (norm.num_groups, -1)).sum(3)
     mean = by_group[1] / by_group[0]

@@ -89,7 +89,7 @@ def training_cost(
         device: ``"cuda"`` or ``"cpu"``, whose casting rules, optimizer and allocator are imitated. No such device is needed.
         loss: of reconstruction and image, ``BxCxHxWxD`` in float32.
         loss_terms: further terms of the loss, by name.
-        optimizer: makes an optimizer from parameters, the discriminator's too.
+        optimizer: makes an optimizer from parameters. The discriminator's is AdamW.
         accumulates: gradients of an earlier batch are in memory while the batch runs (gradient accumulation).
         discriminator: for adversarial training, MONAI's ``PatchDiscriminator`` or one with its interface.
         averaged: an average of the weights, PyTorch's ``AveragedModel``, is kept.
@@ -108,7 +108,7 @@ def training_cost(
             amp_dtype=amp_dtype,
             loss_function=loss,
             loss_terms=loss_terms,
-            adversary=None if discriminator is None else _fake_adversary(discriminator, optimizer),
+            adversary=None if discriminator is None else _fake_adversary(discriminator),
             accumulation_steps=batches,
         )
         return step_cost(trainer, {Keys.IMAGE: image}, device, averaged, LevelListener)
@@ -154,8 +154,8 @@ def step_cost(
     )
 
 
-def _fake_adversary(discriminator: nn.Module, optimizer: MakeOptimizer) -> Adversary:
-    return Adversary(fake_copy(discriminator), optimizer, num_steps=1, weight=1.0, warmup_epochs=0)
+def _fake_adversary(discriminator: nn.Module) -> Adversary:
+    return Adversary(fake_copy(discriminator), torch.optim.AdamW, num_steps=1, weight=1.0, warmup_epochs=0)
 
 
 class FakeStep(ResumableTrainer):

@@ -1,4 +1,4 @@
-"""Training: the trainer that can be resumed and the autoencoder's, its losses and adversary, the average of the weights,
+"""Training: the trainer that can be resumed and the autoencoder's, its losses, optimizer and adversary, the average of the weights,
 repeatable batches, initial weights, checkpoints and exact resume, signals, and progress.
 """
 
@@ -7,6 +7,7 @@ from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.checkpoints import TrainingSaver, claim_ckpt_dir, find_checkpoints
 from scripts.training.initial_weights import InitialWeights
 from scripts.training.losses import LossTerm, ReconstructionLoss, SpectralLoss, perceptual_loss
+from scripts.training.muon import Muon
 from scripts.training.precision_of_checkpoints import resumed_precision
 from scripts.training.pretrained import load_pretrained
 from scripts.training.progress import BeforeAndAfter, Throughput, TrainingProgress, log_factors
@@ -21,6 +22,7 @@ __all__ = [
     "BeforeAndAfter",
     "InitialWeights",
     "LossTerm",
+    "Muon",
     "ReconstructionLoss",
     "RepeatableBatchSampler",
     "RepeatableDataset",

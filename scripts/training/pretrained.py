@@ -82,7 +82,7 @@ def _as_monai(arguments: dict[str, Any], upsample_mode: str) -> dict[str, Any]:
     axes = arguments["spatial_dims"]
     factors = [[2] * axes for _ in arguments["downsample_factors"]]
     monai = {"initial_downsample_factor": [1] * axes, "initial_mode": "conv", "linear_shortcut": False}
-    return {**arguments, "downsample_factors": factors, **monai, "upsample_mode": upsample_mode}
+    return {**arguments, "downsample_factors": factors, **monai, "upsample_mode": upsample_mode, "norm": "group"}
 
 
 # --- layers by their place ---------------------------------------------------------------------------------------------
@@ -158,6 +158,8 @@ def _match(
             reasons.append(f"{name}, which is missing there")
         elif (before := _factor(place, source_arguments)) != (now := _factor(place, arguments)):
             reasons.append(f"{name}, whose factor is {before} there and {now} here")
+        elif (before := _norm(place, source_arguments)) != (now := _norm(place, arguments)):
+            reasons.append(f"{name}, whose norm is {before} there and {now} here")
         elif difference := _difference(source[place][1], tensors):
             reasons.append(f"{name}, where {difference}")
         else:
@@ -179,6 +181,12 @@ def _factor(place: str, arguments: dict[str, Any]) -> Any:
     _, _, step = place.partition(" step ")
     factor = dict(enumerate(arguments["downsample_factors"])).get(int(step)) if step else None
     return (factor, *enlarges) if factor and enlarges else factor
+
+
+def _norm(place: str, arguments: dict[str, Any]) -> str | None:
+    """The kind of norm that a layer has, which shows in no shape; None for a layer without one."""
+    has_norm = re.search(r" (norm|(residual|attention) \d+)$", place)
+    return arguments.get("norm", "group") if has_norm else None
 
 
 def _difference(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> str:

@@ -21,6 +21,7 @@ CONFIGURATIONS = [
     {"initial_downsample_factor": 4, "initial_mode": "pixelshuffle", "linear_shortcut": True},
     {"initial_downsample_factor": [3, 2, 1], "downsample_factors": [2, [1, 4, 2]], "upsample_mode": "trilinear"},
     {"initial_downsample_factor": 3, "downsample_factors": [1, 2], "norm_num_groups": 2},
+    {"initial_downsample_factor": 2, "linear_shortcut": True, "norm": "rms"},
     {"attention_levels": (False, False, True), "with_encoder_nonlocal_attn": True, "with_decoder_nonlocal_attn": True},
     {"in_channels": 2, "out_channels": 2, "linear_shortcut": True, "initial_downsample_factor": [1, 2, 2]},
 ]

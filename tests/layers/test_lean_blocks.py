@@ -9,17 +9,23 @@ from monai.networks.blocks import Upsample as MonaiUpsample
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch.overrides import TorchFunctionMode
 
-from scripts.autoencoderkl import Upsample
-from scripts.layers.lean_blocks import GroupNorm, ResidualBlock
+from scripts.autoencoderkl import Reconstructor, Upsample
+from scripts.layers.lean_blocks import NORMS, GroupNorm, ResidualBlock, RMSNorm, rms_norm
 from scripts.planning.saved_tensors import SavedTensors
 from tests.test_autoencoderkl import build, image_for
 
 
-def pair(in_channels: int = 4, out_channels: int = 8, spatial_dims: int = 3):
-    """MONAI's block and the lean one around the same parameters, and an input."""
+def pair(in_channels: int = 4, out_channels: int = 8, spatial_dims: int = 3, norm: str = "group"):
+    """MONAI's block, or its parts around other norms, and the lean one around the same parameters, and an input."""
     torch.manual_seed(0)
     theirs = AEKLResBlock(spatial_dims, in_channels, 2, 1e-6, out_channels)
-    return theirs, ResidualBlock(theirs), torch.randn(2, in_channels, *[8] * spatial_dims)
+    if norm == "rms":
+        theirs.norm1, theirs.norm2 = RMSNorm(theirs.norm1), RMSNorm(theirs.norm2)
+    return theirs, ResidualBlock(theirs, NORMS[norm]), inputs(in_channels, spatial_dims)
+
+
+def inputs(channels: int, spatial_dims: int) -> torch.Tensor:
+    return torch.randn(2, channels, *[8] * spatial_dims)
 
 
 def kept_maps(module: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -38,10 +44,11 @@ def kept_maps(module: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return list(kept.values())
 
 
+@pytest.mark.parametrize("norm", ["group", "rms"])
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])
 @pytest.mark.parametrize("out_channels", [4, 8])
-def test_residual_block_has_the_result_and_the_gradients_of_monai(out_channels, spatial_dims):
-    theirs, ours, x = pair(4, out_channels, spatial_dims)
+def test_residual_block_has_the_result_and_the_gradients_of_monai(out_channels, spatial_dims, norm):
+    theirs, ours, x = pair(4, out_channels, spatial_dims, norm)
     gradients = []
     for block in (theirs, ours):
         image = x.clone().requires_grad_()
@@ -55,8 +62,9 @@ def test_residual_block_has_the_result_and_the_gradients_of_monai(out_channels, 
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*gradients))
 
 
-def test_residual_block_passes_gradcheck():
-    _, block, _ = pair(2, 4, 2)
+@pytest.mark.parametrize("norm", ["group", "rms"])
+def test_residual_block_passes_gradcheck(norm):
+    _, block, _ = pair(2, 4, 2, norm)
     block.double()
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(block, x)
@@ -69,9 +77,16 @@ def test_residual_block_keeps_two_feature_maps_of_six():
     assert len(kept_maps(ours, x)) == 2
 
 
+def test_residual_block_with_norms_of_voxels_keeps_two_feature_maps():
+    _, block, x = pair(8, 8, norm="rms")
+    x.requires_grad_()
+    assert len(kept_maps(block, x)) == 2
+
+
+@pytest.mark.parametrize("norm", ["group", "rms"])
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
-def test_residual_block_trains_under_autocast(amp_dtype):
-    theirs, ours, x = pair(8, 8)
+def test_residual_block_trains_under_autocast(amp_dtype, norm):
+    theirs, ours, x = pair(8, 8, norm=norm)
     gradients = []
     for block in (theirs, ours):
         block.zero_grad()
@@ -167,6 +182,47 @@ def test_group_norm_is_that_of_torch():
     torch.nn.init.normal_(norm.weight)
     for x in (torch.randn(2, 4, 3, 5, 7), torch.randn(2, 4, 8, 8, 8).to(memory_format=torch.channels_last_3d)):
         assert torch.equal(GroupNorm(norm)(x), norm(x))
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_rms_norm_is_that_of_torch(spatial_dims, layout):
+    """Which takes the channels last, and has no summands."""
+    x, weight, bias = inputs(6, spatial_dims), torch.randn(6), torch.randn(6)
+    by_voxel = x.movedim(1, -1).contiguous()
+    if layout == "channels last":
+        x = by_voxel.movedim(-1, 1)
+    theirs = torch.nn.functional.rms_norm(by_voxel, (6,), weight, 1e-6) + bias
+    assert torch.allclose(rms_norm(x, weight, bias, 1e-6), theirs.movedim(-1, 1), atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(rms_norm(x, weight, bias, 1e-6), rms_norm(x.clone().requires_grad_(), weight, bias, 1e-6))
+
+
+def test_rms_norm_in_float16_takes_values_whose_squares_overflow():
+    x = torch.full((1, 4, 2, 2, 2), 1000.0)
+    half = rms_norm(x.half(), torch.ones(4), torch.zeros(4), 1e-6)
+    assert half.dtype == torch.float16
+    assert torch.allclose(half.float(), rms_norm(x, torch.ones(4), torch.zeros(4), 1e-6), atol=1e-2)
+
+
+@pytest.mark.parametrize("norm", ["group", "rms"])
+def test_a_patch_alone_gives_what_the_whole_volume_gives_with_norms_of_voxels_only(norm):
+    network = build(Reconstructor, norm=norm, initial_downsample_factor=2, linear_shortcut=True)
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    volume = torch.rand(1, 1, 192, 16, 16)
+    volume[:, :, 96:] = 0  # air
+    with torch.no_grad():
+        whole, patch = network(volume), network(volume[:, :, :96])
+    scale = whole.max() - whole.min()
+    difference = (whole[:, :, :16] - patch[:, :, :16]).abs().max() / scale  # 80 voxels from where the patch was cut
+    assert difference < 1e-5 if norm == "rms" else difference > 1e-3
+
+
+def test_a_norm_that_there_is_not_is_refused_by_name():
+    with pytest.raises(ValueError, match="`norm` is 'batch'; it must be one of group, rms"):
+        build(norm="batch")
 
 
 @pytest.mark.parametrize("spatial_dims, factors", [(3, (2, 2, 2)), (3, (4, 4, 4)), (3, (2, 3, 1)), (2, (8, 2)), (1, (3,))])

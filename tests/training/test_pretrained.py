@@ -27,6 +27,7 @@ OWN = (
     "initial_mode",
     "linear_shortcut",
     "upsample_mode",
+    "norm",
 )  # arguments that MONAI lacks
 
 
@@ -233,6 +234,19 @@ def test_weights_without_a_shortcut_start_as_a_small_correction_of_one(tmp_path,
         assert torch.equal(target.shortcut(image), linear)
         assert (target.reconstruct(image) - linear).abs().mean() < 0.2 * linear.abs().mean()
     assert "decoder.blocks.5, which is a small correction of the linear shortcut here" in messages(caplog)
+
+
+def test_layers_with_another_norm_are_named_and_left_out(tmp_path, caplog):
+    """A norm of each voxel has the tensors of a group norm, and computes something else with them."""
+    source, target = randomised(plain()), plain(norm="rms")
+    torch.save(source.state_dict(), tmp_path / "monai.pt")
+    before = target.encoder.blocks[1].conv1.conv.weight.clone()
+    load_pretrained(target, tmp_path / "monai.pt")
+    assert torch.equal(target.encoder.blocks[1].conv1.conv.weight, before)
+    assert torch.equal(target.encoder.blocks[0].conv.weight, source.encoder.blocks[0].conv.weight)
+    assert "encoder.blocks.1, whose norm is group there and rms here" in messages(caplog)
+    with pytest.raises(ValueError, match=r'no monai.json beside it.*MONAI\'s network.*presets/4x.json, or set `norm` to "group"'):
+        load_weights(target, tmp_path / "monai.pt")
 
 
 def test_json_file_of_another_program_is_not_a_description(tmp_path):

@@ -1,0 +1,114 @@
+"""Muon, an optimizer whose steps have equal singular values, for convolutions and on every processor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+__all__ = ["Muon", "orthogonalised"]
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration: they bring singular values to between 0.7 and 1.2 in few steps
+ITERATIONS = 5
+
+
+class Muon(Optimizer):
+    """
+    Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) for weights of layers, each as a matrix of output channels x
+    everything else, and AdamW for biases, norms and weights with one channel. Steps of both have the size of AdamW's (Liu et
+    al., https://arxiv.org/abs/2502.16982), so one learning rate serves both.
+
+    :py:class:`torch.optim.Muon` takes nothing but matrices. It and ``timm.optim.Muon``, which takes convolutions, compute in
+    bfloat16. With AVX2 alone the latter needs 1.2 s of one core for a step of the default network; in float32, as the CPU
+    computes here, it is 0.09 s.
+
+    Args:
+        params: of the network.
+        lr: learning rate.
+        momentum: share of earlier gradients, with Nesterov's look ahead.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: share of a parameter, times the learning rate, by which it shrinks at each step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 5e-4,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """
+        Args:
+            closure: computes the loss once more, as every optimizer of PyTorch takes one.
+
+        Returns:
+            its loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    change = self._by_muon if _is_matrix(parameter) else self._by_adam
+                    change(parameter, parameter.grad, self.state[parameter], group)
+        return loss
+
+    @staticmethod
+    def _by_muon(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        average = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+        matrix = grad.lerp(average, group["momentum"]).flatten(1)
+        size = 0.2 * math.sqrt(max(matrix.shape))  # the root mean square of an orthogonal matrix is 1 / sqrt(its longer side)
+        parameter.add_(orthogonalised(matrix).view_as(parameter), alpha=-group["lr"] * size)
+
+    @staticmethod
+    def _by_adam(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        state["step"] += 1
+        first, second = (1 - beta ** state["step"] for beta in group["betas"])
+        mean = state["exp_avg"].lerp_(grad, 1 - group["betas"][0])
+        square = state["exp_avg_sq"].lerp_(grad * grad, 1 - group["betas"][1])
+        parameter.addcdiv_(mean, square.div(second).sqrt_().add_(group["eps"]), value=-group["lr"] / first)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim > 1 and min(parameter.shape[:2]) > 1
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """
+    A matrix with the same singular vectors, and singular values of about 1, by Newton and Schulz's iteration.
+
+    Args:
+        matrix: of any shape.
+
+    Returns:
+        float32 on the CPU and bfloat16 elsewhere.
+    """
+    x = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
+    tall = len(x) > x.shape[1]
+    if tall:
+        x = x.t()
+    x = x / x.norm().clamp(min=1e-7)
+    linear, cubic, quintic = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        square = x @ x.t()
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
+    return x.t() if tall else x
