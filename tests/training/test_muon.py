@@ -11,12 +11,14 @@ import torch
 from scripts.training.muon import Muon, orthogonalised
 
 
-def steps(optimizer, parameter: torch.Tensor, count: int = 5) -> torch.Tensor:
+def steps(optimizer, *parameters: torch.Tensor, count: int = 5) -> torch.Tensor:
+    """Take steps along the same random gradients; returns the first parameter."""
     generator = torch.Generator().manual_seed(2)
     for _ in range(count):
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for one in parameters:
+            one.grad = torch.randn(one.shape, generator=generator)
         optimizer.step()
-    return parameter.detach()
+    return parameters[0].detach()
 
 
 def parameter(*shape: int) -> torch.nn.Parameter:
@@ -68,15 +70,15 @@ def test_state_is_loaded_back_to_the_last_bit():
     parameters = [parameter(4, 3, 2, 2, 2), parameter(4)]
     optimizer = Muon(parameters, lr=0.1)
     file = io.BytesIO()
-    for one in parameters:
-        steps(optimizer, one, count=2)
+    steps(optimizer, *parameters, count=2)
     torch.save(optimizer.state_dict(), file)
     again = [copy.deepcopy(one) for one in parameters]
     resumed = Muon(again, lr=0.5)
     file.seek(0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    for one, other in zip(parameters, again):
-        assert torch.equal(steps(optimizer, one), steps(resumed, other))
+    steps(optimizer, *parameters)
+    steps(resumed, *again)
+    assert all(torch.equal(one, other) for one, other in zip(parameters, again))
 
 
 def test_closure_gives_the_loss():
