@@ -44,7 +44,13 @@ from scripts.bundle.config import check_parser
 from scripts.bundle.machine import GIB
 from scripts.bundle.precision import autocast_dtype, computing_dtype
 from scripts.evaluation.block_dct import block_dct_reconstruction
-from scripts.evaluation.metrics import ForegroundPSNRMetric, grid_energy, trilinear_reconstruction
+from scripts.evaluation.metrics import (
+    EdgePSNRMetric,
+    ForegroundPSNRMetric,
+    SharpnessMetric,
+    grid_energy,
+    trilinear_reconstruction,
+)
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.training_costs import training_cost
@@ -255,20 +261,28 @@ def at_any_size(code: Callable[[torch.Tensor], torch.Tensor], image: torch.Tenso
 
 
 def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int], latent_channels: int) -> dict[str, float]:
-    """All numbers of one volume, both tensors ``1x1xHxWxD`` in [0, 1]."""
-    psnr = PSNRMetric(max_val=1.0)
+    """All numbers of one volume, both tensors ``1x1xHxWxD`` in [0, 1]; ``dct_...`` are those of the block cosine transform."""
     dct = block_dct_reconstruction(image, factors, latent_channels)
     return {
-        "psnr": float(psnr(reconstruction, image)),
-        "foreground_psnr": float(ForegroundPSNRMetric(max_val=1.0)(reconstruction, image)),
-        "ssim": float(SSIMMetric(spatial_dims=3)(reconstruction, image)),
-        "mae": float(MAEMetric()(reconstruction, image)),
-        "dct_psnr": float(psnr(dct, image)),
-        "trilinear_psnr": float(psnr(trilinear_reconstruction(image, factors), image)),
-        "grid": grid_energy(reconstruction, factors),
+        **numbers_of(reconstruction, image, factors),
+        **{f"dct_{name}": value for name, value in numbers_of(dct, image, factors).items()},
+        "trilinear_psnr": float(PSNRMetric(max_val=1.0)(trilinear_reconstruction(image, factors), image)),
         "image_grid": grid_energy(image, factors),
-        "dct_grid": grid_energy(dct, factors),
     }
+
+
+def numbers_of(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int]) -> dict[str, float]:
+    """The numbers of one reconstruction."""
+    metrics = {
+        "psnr": PSNRMetric(max_val=1.0),
+        "foreground_psnr": ForegroundPSNRMetric(max_val=1.0),
+        "edge_psnr": EdgePSNRMetric(max_val=1.0),
+        "ssim": SSIMMetric(spatial_dims=3),
+        "sharpness": SharpnessMetric(),
+        "mae": MAEMetric(),
+    }
+    found = {name: float(metric(reconstruction, image)) for name, metric in metrics.items()}
+    return {**found, "grid": grid_energy(reconstruction, factors)}
 
 
 def tables() -> None:

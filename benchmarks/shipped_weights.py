@@ -1,11 +1,13 @@
-"""The shipped weights on volumes that they were not trained on: the table and the pictures of the model card.
+"""The shipped weights on volumes that they were not trained on: the tables and the pictures of the model card.
 
-    python -m benchmarks.shipped_weights [--pictures docs]
+    python -m benchmarks.shipped_weights [--pictures docs] [--dataset_dir /data/mine]
 
-It needs the clinical volumes (`make clinical-data`).
+It needs the clinical volumes (`make clinical-data`), unless another folder is given.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import fire
 from monai.bundle import ConfigParser
@@ -14,38 +16,60 @@ from benchmarks.quality import measure_volumes
 from benchmarks.tables import print_table
 from scripts.bundle.weights import load_weights
 
-CONFIGS = ["configs/train.json", "configs/shipped_weights.json"]
+RECIPE = ["configs/synthetic_patches.json", "configs/shipped_weights.json"]
+SETS = {"models": [], "models/16x": ["configs/presets/16x.json"]}  # folder of the weights, and the preset of their network
 
 
-def evaluate(pictures: str | None = None, device: str = "cpu") -> None:
+def evaluate(pictures: str | None = None, dataset_dir: str | None = None, device: str = "cpu") -> None:
     """
-    Print a row for each volume.
+    Print a table for each set of weights, with a row for each volume.
 
     Args:
-        pictures: folder for a picture of each.
+        pictures: folder for a picture of each volume by the weights in `models`.
+        dataset_dir: volumes to measure instead of those that the training's recipe leaves out.
         device: where to run.
     """
-    parser = ConfigParser()
-    parser.read_config(CONFIGS)
-    parser.update({"device": device})
-    network = parser.get_parsed_content("network").eval()
-    load_weights(network, "models/model.pt")
-    cells = []
-    for name, found in measure_volumes(parser, network, pictures and f"{pictures}/reconstruction_").items():
-        cells.append(
-            [
-                f"`{name}`",
-                f"**{found['psnr']:.2f} dB**",
-                f"{found['foreground_psnr']:.2f} dB",
-                f"{found['ssim']:.3f}",
-                f"{found['mae']:.4f}",
-                f"{found['dct_psnr']:.2f} dB",
-                f"{found['trilinear_psnr']:.2f} dB",
-                f"{found['image_grid']:.3f}, {found['grid']:.3f}, {found['dct_grid']:.3f}",
-            ]
-        )
-    header = ["volume", "PSNR", "foreground", "SSIM", "MAE", "block DCT", "trilinear", "grid: image, network, DCT"]
-    print_table(header, cells)
+    for folder, presets in SETS.items():
+        parser = ConfigParser()
+        parser.read_config(["configs/train.json", *presets, *RECIPE])
+        parser.update({"device": device})
+        if dataset_dir is not None:
+            files = sorted(str(path) for path in Path(dataset_dir).rglob("*.nii*"))
+            parser.update({"usable_volumes": {"training": [], "validation": [{"image": file} for file in files]}})
+        network = parser.get_parsed_content("network").eval()
+        load_weights(network, f"{folder}/model.pt")
+        start = f"{pictures}/reconstruction_" if pictures and folder == "models" else None
+        cells = [_row(name, found) for name, found in measure_volumes(parser, network, start).items()]
+        print(f"\n`{folder}`, in parentheses the block cosine transform of equal size:\n")
+        header = [
+            "volume",
+            "PSNR",
+            "foreground",
+            "edges",
+            "SSIM",
+            "sharpness",
+            "MAE",
+            "trilinear",
+            "grid: image, network, DCT",
+        ]
+        print_table(header, cells)
+
+
+def _row(name: str, found: dict[str, float]) -> list[str]:
+    def both(key: str, form: str) -> str:
+        return f"{found[key]:{form}} ({found[f'dct_{key}']:{form}})"
+
+    return [
+        f"`{name}`",
+        f"**{found['psnr']:.2f}** ({found['dct_psnr']:.2f}) dB",
+        f"{both('foreground_psnr', '.2f')} dB",
+        f"{both('edge_psnr', '.2f')} dB",
+        both("ssim", ".3f"),
+        both("sharpness", ".2f"),
+        both("mae", ".4f"),
+        f"{found['trilinear_psnr']:.2f} dB",
+        f"{found['image_grid']:.3f}, {found['grid']:.3f}, {found['dct_grid']:.3f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ SCHEMA = ROOT.parent / "shared" / "meta_schema_20240725.json"
         "configs/train.json",
         "configs/logging.conf",
         "models/model.pt",
+        "models/16x/model.pt",
         "docs/README.md",
         "docs/data_license.txt",
     ],

@@ -198,10 +198,14 @@ def test_misspelt_key_on_the_command_line_is_refused():
     assert "no config key 'ckpt_dirs'; the nearest one is 'ckpt_dir'" in process.stdout
 
 
-def test_shipped_weights_fit_the_default_network(volumes, tmp_path):
+@pytest.mark.parametrize(
+    "configs, folder", [(("inference.json",), "models"), (("inference.json", "presets/16x.json"), "models/16x")]
+)
+def test_shipped_weights_fit_the_network_of_their_config(configs, folder, volumes, tmp_path):
     process = bundle_run(
         "evaluating",
-        "inference.json",
+        *configs,
+        ckpt_dir=folder,
         dataset_dir=str(volumes),
         output_dir=str(tmp_path),
         device="cpu",

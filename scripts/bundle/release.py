@@ -37,6 +37,8 @@ CONTENT = (
     "docs/*.txt",
     "models/model.json",
     "models/model.pt",
+    "models/16x/model.json",
+    "models/16x/model.pt",
     "scripts/**/*.py",
     "scripts/**/*.jinja",
     "scripts/**/*.js",
@@ -63,8 +65,13 @@ def build_release(output_dir: str = "dist") -> str:
             another autoencoder.
     """
     files = {str(path.relative_to(ROOT)): path.read_bytes() for pattern in CONTENT for path in ROOT.glob(pattern)}
-    files["models/model.safetensors"] = _safetensors(ROOT / "models" / "model.pt")
-    weights = ["model.pt", "model.safetensors"]
+    weights = [name.removeprefix("models/") for name in files if name.endswith("model.pt")]
+    if "model.pt" not in weights:
+        raise FileNotFoundError(f"there are no weights at {ROOT / 'models/model.pt'}, and a release is made to share them.")
+    for name in list(weights):
+        safe = name.replace(".pt", ".safetensors")
+        files[f"models/{safe}"] = _safetensors(ROOT / "models" / name)
+        weights.append(safe)
     said, added = "", None
     if (ROOT / FOLDER).is_dir():
         generator, added = shared_generator(ROOT, content_hash(files["models/model.pt"]))

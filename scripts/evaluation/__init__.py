@@ -12,6 +12,7 @@ from scripts.evaluation.comparison import Codec, ComparisonEvaluator
 from scripts.evaluation.comparison_saver import ComparisonSaver
 from scripts.evaluation.evaluation_saver import EvaluationSaver
 from scripts.evaluation.metrics import (
+    EdgePSNRMetric,
     ForegroundPSNRMetric,
     GridEnergyByFactorsMetric,
     GridEnergyMetric,
@@ -27,6 +28,7 @@ __all__ = [
     "Codec",
     "ComparisonEvaluator",
     "ComparisonSaver",
+    "EdgePSNRMetric",
     "EvaluationSaver",
     "ForegroundPSNRMetric",
     "GridEnergyByFactorsMetric",

@@ -17,6 +17,7 @@ KEY_FIGURES = ("psnr", "foreground_psnr", "ssim")  # in large type at the top, w
 COLUMNS = {
     "psnr": Column("PSNR", ".2f", "peak signal-to-noise ratio, dB; higher is better", "dB"),
     "foreground_psnr": Column("foreground PSNR", ".2f", "the same over the voxels that are not air", "dB"),
+    "edge_psnr": Column("edge PSNR", ".2f", "the same over the tenth of the voxels with the largest gradients", "dB"),
     "ssim": Column("SSIM", ".4f", "structural similarity; 1 for equal volumes; needs at least 11 voxels along each axis"),
     "ms_ssim": Column("MS-SSIM", ".4f", "the same at five scales; needs at least 176 voxels along each axis"),
     "mae": Column("MAE", ".4f", "mean absolute error, of the intensity window; lower is better"),

@@ -103,7 +103,8 @@ def test_file_holds_what_a_user_needs_and_no_more(archive):
         *("LICENSE", "README.md", "pyproject.toml", "configs", "docs", "models", "scripts")
     }
     assert {name for name in inside if name.startswith("models/") and not name.startswith("models/generator/")} == {
-        *("models/model.pt", "models/model.json", "models/model.safetensors", "models/SHA256SUMS")
+        "models/SHA256SUMS",
+        *(f"{folder}/model.{suffix}" for folder in ("models", "models/16x") for suffix in ("pt", "json", "safetensors")),
     }
     assert not [name for name in inside if "__pycache__" in name or "test_" in name]
 
@@ -119,7 +120,9 @@ def test_safetensors_are_the_weights_and_know_their_network(downloaded, monkeypa
 def test_hashes_are_those_of_the_weights(downloaded):
     lines = (downloaded / "models" / "SHA256SUMS").read_text().splitlines()
     hashes = {name: value for value, name in (line.split("  ") for line in lines)}
-    assert hashes.keys() - {"generator/model.pt"} == {"model.pt", "model.safetensors"}
+    assert hashes.keys() - {"generator/model.pt"} == {
+        *("model.pt", "model.safetensors", "16x/model.pt", "16x/model.safetensors")
+    }
     for name, value in hashes.items():
         assert hashlib.sha256((downloaded / "models" / name).read_bytes()).hexdigest() == value
 

@@ -7,6 +7,7 @@ import torch
 from monai.metrics import MultiScaleSSIMMetric
 
 from scripts.evaluation.metrics import (
+    EdgePSNRMetric,
     ForegroundPSNRMetric,
     GridEnergyMetric,
     LargeVolumeMSSSIMMetric,
@@ -27,6 +28,20 @@ def test_foreground_psnr_ignores_air():
     metric.reset()
     metric(torch.cat([pred, image + 0.01]), torch.cat([image, image]))
     assert metric.get_buffer().flatten().tolist() == pytest.approx([20.0, 40.0], abs=1e-3)
+
+
+def test_edge_psnr_looks_at_the_voxels_with_the_largest_gradients():
+    image = torch.zeros(1, 1, 20, 5, 1)
+    image[:, :, 10:] = 1  # an edge between two of twenty planes
+    pred = image.clone()
+    pred[:, :, 9:11] += 0.1
+    metric = EdgePSNRMetric(max_val=1.0)
+    metric(pred, image)
+    assert metric.aggregate().item() == pytest.approx(20.0, abs=1e-4)
+    for share in (0.0, 1.0):  # of the strongest edges, and of everything
+        everything = EdgePSNRMetric(share=share, max_val=1.0)
+        everything(image + 0.01, image)
+        assert everything.aggregate().item() == pytest.approx(40.0, abs=1e-3)
 
 
 def test_sharpness_is_one_for_the_image_and_less_for_a_blurred_one():

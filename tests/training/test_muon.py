@@ -49,7 +49,9 @@ def test_steps_of_a_matrix_are_those_of_pytorch(shape):
 def test_steps_of_other_parameters_are_those_of_adamw(shape):
     ours, theirs = parameter(*shape), parameter(*shape)
     settings = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-    assert torch.allclose(steps(Muon([ours], **settings), ours), steps(torch.optim.AdamW([theirs], **settings), theirs), atol=1e-6)
+    assert torch.allclose(
+        steps(Muon([ours], **settings), ours), steps(torch.optim.AdamW([theirs], **settings), theirs), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=str)

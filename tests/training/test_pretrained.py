@@ -245,7 +245,9 @@ def test_layers_with_another_norm_are_named_and_left_out(tmp_path, caplog):
     assert torch.equal(target.encoder.blocks[1].conv1.conv.weight, before)
     assert torch.equal(target.encoder.blocks[0].conv.weight, source.encoder.blocks[0].conv.weight)
     assert "encoder.blocks.1, whose norm is group there and rms here" in messages(caplog)
-    with pytest.raises(ValueError, match=r'no monai.json beside it.*MONAI\'s network.*presets/4x.json, or set `norm` to "group"'):
+    with pytest.raises(
+        ValueError, match=r'no monai.json beside it.*MONAI\'s network.*presets/4x.json, or set `norm` to "group"'
+    ):
         load_weights(target, tmp_path / "monai.pt")
 
 
