@@ -261,7 +261,7 @@ def at_any_size(code: Callable[[torch.Tensor], torch.Tensor], image: torch.Tenso
 
 
 def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int], latent_channels: int) -> dict[str, float]:
-    """All numbers of one volume, both tensors ``1x1xHxWxD`` in [0, 1]; ``dct_...`` are those of the block cosine transform."""
+    """All numbers of one volume, both tensors ``1x1xHxWxD`` in [0, 1]; those of the cosine transform start with ``dct_``."""
     dct = block_dct_reconstruction(image, factors, latent_channels)
     return {
         **numbers_of(reconstruction, image, factors),

@@ -303,8 +303,8 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             receives its image and adds what that lacks.
         upsample_mode: how the decoder enlarges, before the convolution: ``"nearest"``, as MONAI's network does, or
             ``"trilinear"``, as :py:class:`monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi` does.
-        norm: ``"group"``, MONAI's group normalisation, whose statistics are those of the whole volume or patch; or ``"rms"``,
-            which divides the channels of each voxel by their root mean square, as the Deep Compression Autoencoder does
+        norm: ``"group"``, MONAI's group normalisation, whose statistics are those of the whole volume or patch; or
+            ``"rms"``, which divides the channels of each voxel by their root mean square, as the Deep Compression Autoencoder does
             (:py:func:`scripts.layers.rms_norm`), so that a network which was trained on patches computes the same on whole
             volumes.
 

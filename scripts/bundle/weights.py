@@ -148,8 +148,8 @@ def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[
         )
     if arguments.get("norm", "group") != "group" and not is_of_this_bundle(state):
         raise ValueError(
-            f"{path} has no {Path(path).with_suffix('.json').name} beside it: it is taken for weights of MONAI's network, whose "
-            'norms are group norms. Use configs/presets/4x.json, or set `norm` to "group".'
+            f"{path} has no {Path(path).with_suffix('.json').name} beside it: it is taken for weights of MONAI's network, "
+            'whose norms are group norms. Use configs/presets/4x.json, or set `norm` to "group".'
         )
     return state if state.keys() == keys else named_as_here(state)
 

@@ -85,9 +85,9 @@ def _group_norm_with_statistics(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """
-    Divide the channels of each voxel by their root mean square (Zhang and Sennrich, https://arxiv.org/abs/1910.07467), as the
-    Deep Compression Autoencoder does (Chen et al., https://arxiv.org/abs/2410.10733). The result at a voxel depends on that
-    voxel alone, so it is the same in a patch and in the whole volume.
+    Divide the channels of each voxel by their root mean square (Zhang and Sennrich, https://arxiv.org/abs/1910.07467), as
+    the Deep Compression Autoencoder does (Chen et al., https://arxiv.org/abs/2410.10733). The result at a voxel depends on
+    that voxel alone, so it is the same in a patch and in the whole volume.
 
     Args:
         x: ``BxCxHxWxD`` (or 1D, 2D).

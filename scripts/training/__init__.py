@@ -1,5 +1,5 @@
-"""Training: the trainer that can be resumed and the autoencoder's, its losses, optimizer and adversary, the average of the weights,
-repeatable batches, initial weights, checkpoints and exact resume, signals, and progress.
+"""Training: the trainer that can be resumed and the autoencoder's, its losses, optimizer and adversary, the average of the
+weights, repeatable batches, initial weights, checkpoints and exact resume, signals, and progress.
 """
 
 from scripts.training.adversary import Adversary

@@ -18,9 +18,9 @@ ITERATIONS = 5
 
 class Muon(Optimizer):
     """
-    Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) for weights of layers, each as a matrix of output channels x
-    everything else, and AdamW for biases, norms and weights with one channel. Steps of both have the size of AdamW's (Liu et
-    al., https://arxiv.org/abs/2502.16982), so one learning rate serves both.
+    Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) for weights of layers, each as a matrix of output
+    channels x everything else, and AdamW for biases, norms and weights with one channel. Steps of both have the size of
+    AdamW's (Liu et al., https://arxiv.org/abs/2502.16982), so one learning rate serves both.
 
     :py:class:`torch.optim.Muon` takes nothing but matrices. It and ``timm.optim.Muon``, which takes convolutions, compute in
     bfloat16. With AVX2 alone the latter needs 1.2 s of one core for a step of the default network; in float32, as the CPU
