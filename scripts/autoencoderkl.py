@@ -304,9 +304,9 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         upsample_mode: how the decoder enlarges, before the convolution: ``"nearest"``, as MONAI's network does, or
             ``"trilinear"``, as :py:class:`monai.apps.generation.maisi.networks.autoencoderkl_maisi.AutoencoderKlMaisi` does.
         norm: ``"group"``, MONAI's group normalisation, whose statistics are those of the whole volume or patch; or
-            ``"rms"``, which divides the channels of each voxel by their root mean square, as the Deep Compression Autoencoder does
-            (:py:func:`scripts.layers.rms_norm`), so that a network which was trained on patches computes the same on whole
-            volumes.
+            ``"rms"``, which divides the channels of each voxel by their root mean square, as the Deep Compression
+            Autoencoder does (:py:func:`scripts.layers.lean_blocks.rms_norm`), so that a network which was trained on
+            patches computes the same on whole volumes.
 
     Raises:
         ValueError: for an argument that does not fit, with its name, its value and what it needs.
