@@ -147,13 +147,13 @@ class _NormSiluConv(torch.autograd.Function):
         return *grads, grad_weight, grad_bias, None
 
 
-def norm_silu_conv(x: torch.Tensor, norm: GroupNorm | RMSNorm, conv: Any) -> torch.Tensor:
+def norm_silu_conv(x: torch.Tensor, norm: Any, conv: Any) -> torch.Tensor:
     """
     Norm, SiLU and a convolution of kernel 3, for training: of the feature maps only ``x`` is kept for the backward pass.
 
     Args:
         x: ``BxCxHxWxD`` (or 1D, 2D), cast to the autocast type when autocast is on.
-        norm: the norm.
+        norm: a :py:class:`GroupNorm` or :py:class:`RMSNorm`.
         conv: a convolution of kernel 3, stride 1 and padding 1 with a bias.
 
     Returns:
@@ -251,7 +251,7 @@ class SpatialAttention(SpatialAttentionBlock):
     def __init__(self, block: SpatialAttentionBlock, make_norm: MakeNorm = GroupNorm) -> None:
         nn.Module.__init__(self)
         self.spatial_dims = block.spatial_dims
-        self.norm = make_norm(block.norm)
+        self.norm = make_norm(block.norm)  # type: ignore[assignment]
         self.attn = block.attn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -274,8 +274,8 @@ class ResidualBlock(AEKLResBlock):
     def __init__(self, block: AEKLResBlock, make_norm: MakeNorm = GroupNorm) -> None:
         nn.Module.__init__(self)
         self.in_channels, self.out_channels = block.in_channels, block.out_channels
-        self.norm1, self.conv1 = make_norm(block.norm1), block.conv1
-        self.norm2, self.conv2 = make_norm(block.norm2), block.conv2
+        self.norm1, self.conv1 = make_norm(block.norm1), block.conv1  # type: ignore[assignment]
+        self.norm2, self.conv2 = make_norm(block.norm2), block.conv2  # type: ignore[assignment]
         self.nin_shortcut = block.nin_shortcut
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
