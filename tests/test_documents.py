@@ -93,7 +93,7 @@ def config(files, keys: dict) -> ConfigParser:
     parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / file) for file in ours]))
     for key in keys:
         owner, _, argument = key.partition("#")
-        assert not argument or argument in inspect.signature(NESTED[owner]).parameters, key
+        assert argument in ("", "_target_") or argument in inspect.signature(NESTED[owner]).parameters, key
     parser.update(keys)
     parser.parse()
     check_parser(parser)

@@ -141,7 +141,7 @@ def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[
     keys = network.state_dict().keys()
     state = content if isinstance(content, dict) and content.keys() == keys else autoencoder_in(content, path)
     arguments = getattr(network, "arguments", {})
-    if is_maisi(state) and arguments.get("upsample_mode") != "trilinear":
+    if state.keys() != keys and is_maisi(state) and arguments.get("upsample_mode") != "trilinear":
         raise ValueError(
             f"{path} holds weights of MAISI's network, which enlarges trilinearly: use configs/presets/maisi.json, or set "
             '`upsample_mode` to "trilinear".'

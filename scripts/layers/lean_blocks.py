@@ -98,19 +98,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: flo
     Returns:
         the same shape, data type and memory format as ``x``.
     """
-    normed = x * _inverse_rms(x, eps)
+    normed = x / _root_mean_square(x, eps)
     weight, bias = _of_channels(weight, x), _of_channels(bias, x)
     if torch.is_grad_enabled():
         return (normed * weight).add_(bias)
     return normed.mul_(weight).add_(bias)
 
 
-def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+def _root_mean_square(x: torch.Tensor, eps: float) -> torch.Tensor:
     if x.dtype == torch.float16:  # squares could overflow
         mean_square = torch.linalg.vector_norm(x, dim=[1], keepdim=True).float().square() / x.shape[1]
     else:
         mean_square = (x * x).mean([1], keepdim=True)
-    return torch.rsqrt(mean_square + eps).to(x.dtype)
+    return (mean_square + eps).sqrt().to(x.dtype)  # not `rsqrt`, which CUDA's autocast would run in float32
 
 
 def _of_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -223,8 +223,8 @@ class RMSNorm(nn.Module):
     @torch.jit.unused
     def gradients(self, grad, x, weight, statistics, needs_x: bool, needs_norm: bool):  # type: ignore[no-untyped-def]
         """Of input, weight and bias, from that of the result."""
-        scale = _inverse_rms(x, self.eps)
-        normed = x * scale
+        scale = _root_mean_square(x, self.eps)
+        normed = x / scale
         others = [0, *range(2, x.dim())]
         grad_weight = (grad * normed).sum(others) if needs_norm else None
         grad_bias = grad.sum(others) if needs_norm else None
@@ -232,7 +232,7 @@ class RMSNorm(nn.Module):
             return None, grad_weight, grad_bias
         grad = grad * _of_channels(weight, x)
         along = (grad * normed).mean([1], keepdim=True)
-        return grad.sub_(normed.mul_(along)).mul_(scale), grad_weight, grad_bias
+        return grad.sub_(normed.mul_(along)).div_(scale), grad_weight, grad_bias
 
 
 MakeNorm = Callable[[nn.GroupNorm], GroupNorm | RMSNorm]
