@@ -23,6 +23,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
 from scripts.training.losses import kl_divergence
+from scripts.training.muon import Muon
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_VOLUMES = 6  # one of them for validation
@@ -114,7 +115,7 @@ class PlainLoop:
     def __init__(self, flow: ConfigWorkflow, patch_size: int) -> None:
         get = flow.parser.get_parsed_content
         self.network = copy.deepcopy(get("network_def")).train()
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=get("lr"))
+        self.optimizer = Muon(self.network.parameters(), lr=get("lr"))
         self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
         self.loss = get("loss")
         self.kl_weight = get("kl_weight")

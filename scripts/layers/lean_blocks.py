@@ -109,7 +109,8 @@ def _root_mean_square(x: torch.Tensor, eps: float) -> torch.Tensor:
     if x.dtype == torch.float16:  # squares could overflow
         mean_square = torch.linalg.vector_norm(x, dim=[1], keepdim=True).float().square() / x.shape[1]
     else:
-        mean_square = (x * x).mean([1], keepdim=True)
+        dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+        mean_square = (x * x).mean([1], keepdim=True, dtype=dtype)
     return (mean_square + eps).sqrt().to(x.dtype)  # not `rsqrt`, which CUDA's autocast would run in float32
 
 

@@ -22,7 +22,7 @@ from tests.conftest import ROOT, save_volume
 from tests.evaluation.test_evaluation_saver import Page
 
 CONFIGS = ("train.json", "evaluate.json", "compare.json")
-NETWORK = {"channels": [4, 8, 8], "latent_channels": 8, "norm_num_groups": 1, "num_res_blocks": 1}
+NETWORK = {"channels": [4, 8, 8], "latent_channels": 8, "norm": "group", "num_res_blocks": 1}
 PLAIN = {
     "spatial_dims": 3,
     "channels": [4, 8, 8],
