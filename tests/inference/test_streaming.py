@@ -67,8 +67,9 @@ def test_streaming_equals_the_whole_volume_pass_in_bfloat16(arguments: dict):
     assert difference(rounded, whole) > 0  # it was bfloat16
     # Norms and attention round in other places in slabs, and a unit in the last place is up to 0.8 % of a value. With AMX
     # the two stay within a hundredth; with AVX2 alone attention comes to 0.0122, where one pass is 0.0156 off float32, and
-    # with AVX-512 a configuration without attention to 0.0112.
-    assert difference(streamed, rounded) < max(1e-2, difference(rounded, whole))
+    # with AVX-512 a configuration without attention to 0.0112. Norms of voxels give dim voxels large features: with AVX2
+    # alone 0.0186, where one pass is 0.0136 off float32. Each is off by about as much, and not at the same voxels.
+    assert difference(streamed, rounded) < max(1e-2, 2 * difference(rounded, whole))
     assert mean_square(streamed - whole) < 1.1**2 * mean_square(rounded - whole)  # slabs add no error to that
 
 
