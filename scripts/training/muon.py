@@ -74,9 +74,8 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         average = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
         matrix = grad.lerp(average, group["momentum"]).flatten(1)
-        size = 0.2 * math.sqrt(
-            max(matrix.shape)
-        )  # the root mean square of an orthogonal matrix is 1 / sqrt(its longer side)
+        # the root mean square of an orthogonal matrix is 1 / sqrt(its longer side), and that of AdamW's steps about 0.2
+        size = 0.2 * math.sqrt(max(matrix.shape))
         parameter.add_(orthogonalised(matrix).view_as(parameter), alpha=-group["lr"] * size)
 
     @staticmethod
