@@ -222,7 +222,7 @@ def what_is_wrong(error: Exception) -> str:
     payload = FOREIGN.search(str(error))
     if payload:
         return f"holds code ({payload[1]}), which was not run"
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, (pickle.UnpicklingError, LookupError, EOFError)):  # a LookupError's message is a number
         return "is damaged (it holds no checkpoint)"
     return f"is damaged ({(str(error).splitlines() or [type(error).__name__])[0]})"
 

@@ -275,6 +275,7 @@ def test_checkpoint_of_a_run_knows_its_arguments(tmp_path, caplog):
     [
         (None, FileNotFoundError, "no weights at .*model.pt.*`pretrained`"),
         (b"not a file of torch", ValueError, "model.pt cannot be loaded: it is damaged"),
+        (b"hello", ValueError, r"it is damaged \(it holds no checkpoint\)"),
         ({"weight": RunsCode()}, ValueError, r"cannot be loaded: it holds code \(exec\), which was not run"),
         ([1, 2], ValueError, "no weights of an AutoencoderKL.*it is list"),
         ({"fc.weight": torch.zeros(2)}, ValueError, "no weights of an AutoencoderKL.*it is a dictionary of fc.weight"),
