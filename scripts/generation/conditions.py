@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 __all__ = ["Conditions"]
 
+SUMMARY_WIDTH = 80  # characters for the classes of a condition
 LEAST_DEVIATION = 1e-6  # of a number; below it the number is the same in all volumes and says nothing
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ class Conditions:
             spacings: spacing of each volume, mm.
 
         Raises:
-            ValueError: for a key that no volume has, or that has another word for every volume, as a name has.
+            ValueError: for a key that no volume has, that is a number in some volumes and a word in others, or that has
+                another word for every volume, as a name has.
         """
         known = sorted({key for each in values for key in each})
         keys = {}
@@ -66,7 +69,15 @@ class Conditions:
                     "Conditions are columns of participants.tsv or keys in dataset.json, noted by `encoding`: after a "
                     "change there run it again, which takes no time for latents that are there."
                 )
-            keys[key] = _number(present) if all(map(_is_number, present)) else _classes(key, present)
+            numbers = [value for value in present if _is_number(value)]
+            if 0 < len(numbers) < len(present):
+                word = next(value for value in present if not _is_number(value))
+                raise ValueError(
+                    f"`condition_keys` names {key!r}, which is a number in {len(numbers)} volumes and a word in "
+                    f"{len(present) - len(numbers)} ({word!r}). Make it a number or n/a in all of them, or a word in all of "
+                    "them, in participants.tsv or dataset.json, and run `encoding` again."
+                )
+            keys[key] = _number(present) if numbers else _classes(key, present)
         along_axes = [axis for rows in (sizes, spacings) for axis in zip(*rows)]
         geometry = [_number([math.log(value) for value in along]) for along in along_axes]
         return cls({"geometry": geometry, "keys": keys})
@@ -80,6 +91,10 @@ class Conditions:
     def keys(self) -> list[str]:
         """Names of the conditions."""
         return list(self.description["keys"])
+
+    def summary(self) -> list[str]:
+        """Each condition and what was seen of it, in words."""
+        return [f"{key} ({_seen(values)})" for key, values in self.description["keys"].items()]
 
     @property
     def entries(self) -> list[tuple[Any, ...]]:
@@ -190,6 +205,13 @@ def _classes(key: str, values: Sequence[Any]) -> dict[str, Any]:
             "that names volumes instead of describing them. Leave it out."
         )
     return {"classes": {name: counts[name] for name in sorted(counts)}}
+
+
+def _seen(values: Mapping[str, Any]) -> str:
+    if "classes" not in values:
+        return f"{values['lowest']:g} to {values['highest']:g}"
+    counts = ", ".join(f"{name} in {count}" for name, count in values["classes"].items())
+    return textwrap.shorten(counts, SUMMARY_WIDTH, placeholder=" ...")
 
 
 def _standard(number: Mapping[str, float]) -> tuple[float, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +71,18 @@ class RectifiedFlow:
             raise ValueError(f"`timestep_shift` is {timestep_shift!r}; it must be a positive number, or null.")
         self.prediction, self.timestep_shift = prediction, timestep_shift
         self.arguments = {"prediction": prediction, "timestep_shift": timestep_shift}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arguments, for checkpoints."""
+        return self.arguments
+
+    def load_state_dict(self, arguments: Mapping[str, Any]) -> None:
+        """Nothing to take over: a run goes on with the same arguments only, see :py:meth:`lasting`."""
+
+    @staticmethod
+    def lasting(arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What cannot change between two parts of a run: weights and the best loss so far are of one target."""
+        return dict(arguments)
 
     def shift(self, num_values: float) -> float:
         """The factor for a latent of so many values, padding left out."""

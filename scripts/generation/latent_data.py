@@ -62,16 +62,17 @@ def latent_lists(dataset_dir: str, val_fraction: float, seed: int, max_volumes: 
     return {name: [{"image": item["latent"]} for item in items][:max_volumes] for name, items in lists.items()}
 
 
-def learn_space(items: Sequence[Item], latent_gamma: float, condition_keys: Sequence[str]) -> LatentSpace:
+def learn_space(items: Sequence[Item], latent_gamma: float, condition_keys: str | Sequence[str]) -> LatentSpace:
     """
     What the JSON files beside latents say, see :py:meth:`LatentSpace.learn`.
 
     Args:
         items: of the training list.
         latent_gamma: see :py:class:`LatentSpace`.
-        condition_keys: names of the conditions to use.
+        condition_keys: names of the conditions to use, or the name of one.
     """
-    space = LatentSpace.learn([read_description(Path(item["image"])) for item in items], latent_gamma, condition_keys)
+    keys = [condition_keys] if isinstance(condition_keys, str) else condition_keys
+    space = LatentSpace.learn([read_description(Path(item["image"])) for item in items], latent_gamma, keys)
     logger.info(space.summary())
     return space
 

@@ -96,6 +96,16 @@ class LatentSpace:
         deviation = torch.tensor(description["channel_deviation"], dtype=torch.float64)
         self._scale = (torch.tensor(description["channel_amplitude"], dtype=torch.float64) / deviation).float()
 
+    @staticmethod
+    def lasting(description: Mapping[str, Any]) -> dict[str, Any]:
+        """What cannot change between two parts of a run. Statistics can: those of the first part stay."""
+        chosen = {
+            "SHA-256 of the autoencoder's weights": description["autoencoder"]["sha256"][:12],
+            "condition_keys": list(description["conditions"]["keys"]),
+        }
+        # a fine-tuned generator has the one of the weights that it started from
+        return chosen if "training_mean" in description else {**chosen, "latent_gamma": description["latent_gamma"]}
+
     def go_on_from(self, before: LatentSpace) -> None:
         """
         Normalise latents, and standardise conditions, as a generator does that is trained further. The mean of the channels
@@ -130,7 +140,7 @@ class LatentSpace:
             f"{self.description['volumes']} training latents of {self.latent_channels} channels, volumes of {len(sizes)} "
             f"size{'s' * (len(sizes) != 1)}; channels from {weakest:.3g} to {strongest:.3g} times as strong as the noise "
             f"(`latent_gamma` {self.description['latent_gamma']:g}); conditions: "
-            f"{', '.join([*self.conditions.keys, 'size', 'spacing'])}"
+            f"{', '.join([*self.conditions.summary(), 'size', 'spacing'])}"
         )
 
 

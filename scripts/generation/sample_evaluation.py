@@ -186,7 +186,8 @@ class SampleEvaluation:
         for title, found, count in (("sample", samples, SAMPLES_DRAWN), ("held out", held_out, HELD_OUT_DRAWN)):
             alike = [i for i, each in enumerate(found.volumes) if all(each[k] == first[k] for k in ("size", "spacing"))]
             for i in alike[:count]:
-                told = ", ".join(str(value) for value in found.volumes[i]["conditions"].values())
+                known = found.volumes[i]["conditions"]
+                told = ", ".join(str(known[key]) for key in self.space.conditions.keys if key in known)
                 columns[f"{title} {i}" + f" ({told})" * bool(told)] = self._decode(found.latents[i])[0]
         file = io.BytesIO()
         draw_columns(columns, first["spacing"]).savefig(file, format="png", dpi=60)

@@ -100,7 +100,20 @@ def plan_samples(
     missing = [item for item in items if not _is_whole(Path(item["image"]), json.loads(item[PLAN]))]
     if len(missing) < len(items):
         logger.info(f"{len(items) - len(missing)} of {len(items)} samples are there already")
+    _warn_of_others(Path(output_dir), missing, num_samples)
     return share_of(missing)
+
+
+def _warn_of_others(output_dir: Path, missing: Sequence[Mapping[str, str]], num_samples: int) -> None:
+    """Samples of other settings in the folder: those of the same number are replaced, others stay among the new ones."""
+    replaced = sum(_description_path(Path(item["image"])).is_file() for item in missing)
+    if replaced:
+        numbers = [path.stem.removeprefix("sample_") for path in output_dir.glob("sample_*.json")]
+        beyond = sum(number.isdecimal() and int(number) >= num_samples for number in numbers)
+        logger.warning(
+            f"{output_dir} has samples of other settings, or damaged ones: {replaced} are replaced, and {beyond} stay, with "
+            f"numbers from {num_samples} on. Give each setting an `output_dir` of its own to keep them apart."
+        )
 
 
 def _check(generator: Generator, num_samples: int, num_inference_steps: int, solver: str, guidance_scale: float) -> None:

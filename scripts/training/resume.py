@@ -13,7 +13,7 @@ import torch
 from monai.engines import Evaluator
 
 from scripts.bundle.json_files import problem_of_content
-from scripts.bundle.weights import check_arguments, what_is_wrong
+from scripts.bundle.weights import check_arguments, what_differs, what_is_wrong
 from scripts.training.checkpoints import find_checkpoints, set_random_states
 from scripts.training.resumable_trainer import ResumableTrainer
 
@@ -49,7 +49,8 @@ def resume_run(
     :py:class:`scripts.training.InitialWeights`.
 
     Raises:
-        ValueError: when all checkpoints are damaged, when it is of another network, or when processes find different ones.
+        ValueError: when all checkpoints are damaged, when it is of another network or other settings that must stay, or when
+            processes find different ones.
     """
     found = _newest_whole(Path(ckpt_dir))
     iterations = idist.all_gather(found[1]["trainer"]["iteration"] if found else 0)
@@ -62,6 +63,7 @@ def resume_run(
         logger.info(f"nothing to resume in {ckpt_dir}: training starts from the beginning")
         return False
     path, content = found
+    _refuse_other_settings(to_load, content, path)
     check_arguments(content["arguments"], network.arguments, path)
     network.load_state_dict(content["network"])
     _load_items(to_load, content, path)
@@ -104,6 +106,21 @@ def _read(path: Path) -> dict[str, Any]:
     if problem is not None:
         raise ValueError(problem)
     return checkpoint
+
+
+def _refuse_other_settings(to_load: dict[str, Any], content: dict[str, Any], path: Path) -> None:
+    """Items with ``lasting`` say which settings in their state cannot change between two parts of a run."""
+    for name, item in to_load.items():
+        if name not in content or not hasattr(item, "lasting"):
+            continue
+        saved = item.lasting(content[name])
+        here = {key: value for key, value in item.lasting(item.state_dict()).items() if key in saved}
+        details = what_differs(saved, here)
+        if details:
+            raise ValueError(
+                f"{path} cannot be resumed: {details}. Go on with what was there, or start a run in another `output_dir` "
+                "(from these weights, with `pretrained`)."
+            )
 
 
 def _load_items(to_load: dict[str, Any], content: dict[str, Any], path: Path) -> None:

@@ -75,6 +75,16 @@ def test_keys_that_no_volume_has_or_that_name_volumes_are_refused():
         Conditions.learn(["name"], named, SIZES, SPACINGS)
 
 
+def test_a_word_among_numbers_is_refused():
+    ages = [{"age": 61}, {"age": "90+"}, {"age": 61}, {}]
+    with pytest.raises(ValueError, match=r"'age', which is a number in 2 volumes and a word in 1 \('90\+'\)"):
+        Conditions.learn(["age"], ages, SIZES, SPACINGS)
+
+
+def test_summary_says_what_was_seen_of_each_condition(conditions):
+    assert conditions.summary() == ["age (20 to 40)", "sex (F in 2, M in 1)"]
+
+
 def test_conditions_come_from_participants_and_dataset_json(tmp_path):
     for name in ("sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz", "other/scan.nii.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

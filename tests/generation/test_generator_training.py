@@ -16,6 +16,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from monai.engines.utils import IterationEvents
 
+from scripts.bundle.errors import reason
 from scripts.generation.generator import load_generator
 from scripts.generation.latent_data import LatentCollate, latent_lists, learn_space
 from scripts.training.checkpoints import find_checkpoints
@@ -179,6 +180,38 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(latents, uninterrupted
         assert same(resumed[part], expected[part]), part
     start = torch.load(find_checkpoints(uninterrupted / "checkpoints")[-1], weights_only=True)
     assert not same(start["network"], expected["network"])
+
+
+OTHERS = [
+    ({"condition_keys": "age"}, "`condition_keys` is ['age', 'sex'] there and ['age'] here"),
+    ({"latent_gamma": 0.5}, "`latent_gamma` is 1.0 there and 0.5 here"),
+    ({"prediction": "v"}, "`prediction` is 'gain' there and 'v' here"),
+    ({"timestep_shift": 2}, "`timestep_shift` is None there and 2 here"),
+]
+
+
+@pytest.mark.parametrize("changed, message", OTHERS)
+def test_resuming_with_other_settings_is_refused(latents, uninterrupted, tmp_path, changed, message):
+    output_dir = shutil.copytree(uninterrupted, tmp_path / "diffusion")
+    keys = {"condition_keys": ["age", "sex"], **changed}
+    with pytest.raises(Exception) as refused:
+        resume(latents, output_dir, **keys)
+    assert f"cannot be resumed: {message}" in str(reason(refused.value))
+    assert same(final_state(output_dir), final_state(uninterrupted))
+
+
+def test_resuming_on_latents_of_other_weights_is_refused(volumes, uninterrupted, tmp_path):
+    others = encode(volumes, tmp_path / "latents", make_weights(tmp_path, seed=1))
+    output_dir = shutil.copytree(uninterrupted, tmp_path / "diffusion")
+    with pytest.raises(Exception) as refused:
+        resume(others, output_dir, condition_keys=["age", "sex"])
+    assert "`SHA-256 of the autoencoder's weights` is" in str(reason(refused.value))
+
+
+def resume(latents: Path, output_dir: Path, **keys) -> None:
+    """In this process."""
+    paths = {"dataset_dir": latents, "output_dir": output_dir}
+    workflow("train_diffusion.json", "training", "train", **{**KEYS, **paths, "resume": True, **keys}).run()
 
 
 def test_two_processes_with_batch_1_equal_one_with_batch_2(weights, tmp_path):

@@ -139,7 +139,7 @@ def test_killed_run_goes_on_and_leaves_whole_samples_alone(generator, weights, t
     assert found == content_of(tmp_path / "undisturbed")
 
 
-def test_damaged_samples_and_those_of_other_settings_are_made_again(samples, generator, weights, tmp_path):
+def test_damaged_samples_and_those_of_other_settings_are_made_again(samples, generator, weights, tmp_path, caplog):
     out = shutil.copytree(samples, tmp_path / "out")
     (out / "sample_0000.json").unlink()
     (out / "sample_0001.nii.gz").write_bytes(b"half")
@@ -147,6 +147,11 @@ def test_damaged_samples_and_those_of_other_settings_are_made_again(samples, gen
     generate(generator, weights, out, num_samples=3)
     assert content_of(out) == content_of(samples)
     assert (out / "sample_0002.nii.gz").stat().st_mtime_ns == before
+    caplog.clear()
+    generate(generator, weights, out, num_samples=2)
+    assert "samples of other settings" not in caplog.text
+    generate(generator, weights, out, num_samples=2, num_inference_steps=4)
+    assert "2 are replaced, and 1 stay, with numbers from 2 on" in caplog.text
     generate(generator, weights, out, num_samples=3, num_inference_steps=4)
     assert not any(content_of(out)[name] == content for name, content in content_of(samples).items())
 
