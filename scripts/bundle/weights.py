@@ -107,7 +107,7 @@ def load_weights(network: Any, path: str | Path) -> None:
         logger.warning(f"{path} has no {description} beside it, so it cannot be checked whether it fits this network.")
         content = named_for(network, content, path)
     else:
-        check_arguments(arguments, network.arguments, path, _where_to_find_others(Path(path), network.arguments))
+        check_arguments(arguments, network.arguments, path)
     try:
         network.load_state_dict(content)
     except Exception as error:  # whatever is in the file
@@ -234,12 +234,7 @@ def what_differs(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "; ".join(f"`{name}` is {there} there and {here} here" for name, (there, here) in values.items())
 
 
-def check_arguments(
-    saved: dict[str, Any],
-    wanted: dict[str, Any],
-    path: str | Path,
-    advice: str = "Use the config that it was trained with.",
-) -> None:
+def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
     """
     Compare the arguments of two networks.
 
@@ -247,14 +242,13 @@ def check_arguments(
         saved: arguments of the network in the file.
         wanted: arguments of the other network.
         path: of the file, for the error.
-        advice: what to do, for the error.
 
     Raises:
-        ValueError: when they differ, with the arguments that do and both values.
+        ValueError: when they differ, with the arguments that do and both values, and where there are weights that fit.
     """
     details = what_differs(saved, wanted)
     if details:
-        raise ValueError(f"{path} was made for another network: {details}. {advice}")
+        raise ValueError(f"{path} was made for another network: {details}. {_where_to_find_others(Path(path), wanted)}")
 
 
 def _where_to_find_others(path: Path, wanted: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from monai.bundle import ConfigParser
 from monai.inferers import SimpleInferer
+from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.autoencoderkl import AutoencoderKL
@@ -158,7 +159,7 @@ def plan_generator(
     try:
         _parse(parser)
         network, size = _volumes(parser, spatial_size, autoencoder, device)
-        keys = list(parser.get_parsed_content("condition_keys"))
+        keys = ensure_tuple(parser.get_parsed_content("condition_keys"))
         description = _description(network, size, keys)
         parser["space"] = LatentSpace.learn([description], parser.get_parsed_content("latent_gamma"), keys)
         _parse(parser)

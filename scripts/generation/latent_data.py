@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.transforms import Transform
+from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.weights import what_differs
@@ -71,8 +72,8 @@ def learn_space(items: Sequence[Item], latent_gamma: float, condition_keys: str 
         latent_gamma: see :py:class:`LatentSpace`.
         condition_keys: names of the conditions to use, or the name of one.
     """
-    keys = [condition_keys] if isinstance(condition_keys, str) else condition_keys
-    space = LatentSpace.learn([read_description(Path(item["image"])) for item in items], latent_gamma, keys)
+    descriptions = [read_description(Path(item["image"])) for item in items]
+    space = LatentSpace.learn(descriptions, latent_gamma, ensure_tuple(condition_keys))
     logger.info(space.summary())
     return space
 
