@@ -23,8 +23,8 @@ class Muon(Optimizer):
     AdamW's (Liu et al., https://arxiv.org/abs/2502.16982), so one learning rate serves both.
 
     :py:class:`torch.optim.Muon` takes nothing but matrices. It and ``timm.optim.Muon``, which takes convolutions, compute in
-    bfloat16. With AVX2 alone the latter needs 1.2 s of one core for a step of the default network; in float32, as the CPU
-    computes here, it is 0.09 s.
+    bfloat16. With AVX2 alone the latter needs 1.2 s of one core for a step of the default network. This one computes in
+    float32, and needs 0.04 s.
 
     Args:
         params: of the network.
@@ -95,21 +95,26 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 def orthogonalised(matrix: Tensor) -> Tensor:
     """
-    A matrix with the same singular vectors, and singular values of about 1, by Newton and Schulz's iteration.
+    A matrix with the same singular vectors, and singular values of about 1, by Newton and Schulz's iteration. Each of its
+    steps multiplies the matrix by a polynomial of its products of rows. These are multiplied with each other first, and the
+    matrix, which is much longer than it is high where it belongs to a convolution, only once with the result.
 
     Args:
         matrix: of any shape.
 
     Returns:
-        float32 on the CPU and bfloat16 elsewhere.
+        float32.
     """
-    x = matrix.to(torch.float32 if matrix.device.type == "cpu" else torch.bfloat16)
-    tall = len(x) > x.shape[1]
-    if tall:
-        x = x.t()
+    tall = len(matrix) > matrix.shape[1]
+    x = (matrix.t() if tall else matrix).float()
     x = x / x.norm().clamp(min=1e-7)
+    products = x @ x.t()
+    identity = torch.eye(len(x), device=x.device)
+    whole = identity
     linear, cubic, quintic = COEFFICIENTS
     for _ in range(ITERATIONS):
-        square = x @ x.t()
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=cubic, alpha=quintic), x, beta=linear)
+        polynomial = torch.addmm(cubic * products, products, products, alpha=quintic).add_(identity, alpha=linear)
+        whole = polynomial @ whole
+        products = polynomial @ products @ polynomial
+    x = whole @ x
     return x.t() if tall else x

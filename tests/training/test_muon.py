@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from scripts.training.muon import Muon, orthogonalised
+from scripts.training.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
 
 
 def steps(optimizer, *parameters: torch.Tensor, count: int = 5) -> torch.Tensor:
@@ -32,6 +32,19 @@ def test_orthogonalised_matrix_keeps_its_singular_vectors_and_has_values_of_abou
     found = left.t() @ orthogonalised(left @ values.diag() @ right) @ right.t()
     assert (found - found.diag().diag()).abs().max() < 1e-3
     assert ((found.diag() - 1).abs() < 0.35).all()
+
+
+@pytest.mark.parametrize("decades", [0, 4, 8])
+def test_orthogonalised_matrix_is_that_of_the_plain_iteration(decades):
+    """Singular values far below the others too, with which products of rows lose digits."""
+    left, values, right = torch.linalg.svd(parameter(48, 1296).detach(), full_matrices=False)
+    matrix = left @ torch.logspace(0, -decades, len(values)).diag() @ right
+    expected = matrix.double() / matrix.double().norm()
+    linear, cubic, quintic = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        square = expected @ expected.t()
+        expected = linear * expected + (cubic * square + quintic * square @ square) @ expected
+    assert (orthogonalised(matrix) - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)], ids=str)
