@@ -257,7 +257,7 @@ def without_whole_latents(
         settings: of the run; latents made with others do not count.
     """
     missing = []
-    changed = 0
+    changed = others = 0
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
         source = Path(item["image"])
         path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX)
@@ -271,6 +271,7 @@ def without_whole_latents(
             or "image_scale" not in found  # of an older version, which did not store what a generator needs
         ):
             missing.append(item)
+            others += found is not None and found["weights_sha256"] != file_hash(weights)
             continue
         known = {
             "conditions": conditions_of(item["image"], dataset_dir),
@@ -283,6 +284,11 @@ def without_whole_latents(
         logger.info(f"{len(items) - len(missing)} of {len(items)} volumes are encoded already")
     if changed:
         logger.info(f"{changed} of them have new conditions or lists (participants.tsv, dataset.json), which are now stored")
+    if others:
+        logger.warning(
+            f"{others} latents in {output_dir} were made with other weights than {weights} and are replaced; give each "
+            "autoencoder an `output_dir` of its own to keep both"
+        )
     return missing
 
 

@@ -38,7 +38,7 @@ class LatentSpace:
     """
 
     def __init__(self, description: Mapping[str, Any]) -> None:
-        self.load_state_dict(description)
+        self._describe(description)
 
     @classmethod
     def learn(
@@ -88,7 +88,16 @@ class LatentSpace:
         return self.description
 
     def load_state_dict(self, description: Mapping[str, Any]) -> None:
-        """Take over a description."""
+        """Take over a description, with a warning where it is of other latents."""
+        here = self.description["volumes"], self.training_mean
+        self._describe(description)
+        if here != (description["volumes"], self.training_mean):
+            logger.warning(
+                f"the training latents are not those that the run began with ({here[0]} now, {description['volumes']} "
+                "then): statistics of the channels, sizes and conditions stay those of then. A new run learns them from all."
+            )
+
+    def _describe(self, description: Mapping[str, Any]) -> None:
         self.description = dict(description)
         self.conditions = Conditions(description["conditions"])
         self.amplitude = torch.tensor(description["channel_amplitude"])
@@ -113,7 +122,7 @@ class LatentSpace:
         """
         kept = {name: before.description[name] for name in NORMALISATION}
         conditions = self.conditions.standardised_as(before.conditions).description
-        self.load_state_dict({**self.description, **kept, "training_mean": self.training_mean, "conditions": conditions})
+        self._describe({**self.description, **kept, "training_mean": self.training_mean, "conditions": conditions})
 
     def seen(self, name: str) -> list[tuple[float, float]]:
         """Lowest and highest ``size`` (voxels) or ``spacing`` (mm) of the training volumes along each axis."""

@@ -90,7 +90,7 @@ class LatentUNet(nn.Module):
         self.gain, self.logit = gain, LOGIT
         if gain:
             strength = torch.ones(latent_channels) if amplitude is None else torch.as_tensor(amplitude, dtype=torch.float32)
-            self.register_buffer("amplitude", strength.reshape(-1, *[1] * spatial_dims).clone())
+            self.register_buffer("amplitude", strength.reshape(1, -1, *[1] * spatial_dims).clone())
         self.multiple = 2 ** (len(channels) - 1)
         self.unet = ConditionedUNet(
             condition_size,
@@ -150,7 +150,7 @@ def posterior_mean(
     Args:
         noisy: ``(1 - time) * clean + time * noise``, ``BxCxHxWxD``.
         time: between 0 and 1, ``Bx1x1x1x1``.
-        amplitude: deviation of each channel, ``Cx1x1x1``.
+        amplitude: deviation of each channel, ``1xCx1x1x1``.
         mean: of each value before, like ``noisy``.
         log_ratio: logarithm of its variance before, in units of the channel's, like ``noisy``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def plan_samples(
     solver: str,
     guidance_scale: float,
     conditions: Mapping[str, Any],
-    spatial_size: Sequence[int] | None,
-    spacing: Sequence[float] | None,
+    spatial_size: int | Sequence[int] | None,
+    spacing: float | Sequence[float] | None,
     amp_dtype: str | None,
 ) -> list[dict[str, str]]:
     """
@@ -63,20 +64,22 @@ def plan_samples(
         guidance_scale: 1 follows the conditions as training did, more exaggerates them (Ho and Salimans,
             https://arxiv.org/abs/2207.12598).
         conditions: by name; what is missing is left to the generator.
-        spatial_size: voxels along each axis, or None.
-        spacing: mm along each axis, or None.
+        spatial_size: voxels along each axis, or one number for all, or None.
+        spacing: mm along each axis, or one number for all, or None.
         amp_dtype: of mixed precision, None without.
 
     Returns:
         ``[{"image": path, "plan": JSON text}, ...]``
 
     Raises:
-        ValueError: for a setting that cannot be, or a condition that training did not see.
+        ValueError: for a setting that cannot be, a condition that training did not see, or volumes too small to make.
     """
     _check(generator, num_samples, num_inference_steps, solver, guidance_scale)
     space = generator.space
     told = space.conditions.checked(conditions)
-    _check_geometry(space, spatial_size, spacing)
+    size = _checked_geometry(space, "spatial_size", spatial_size)
+    step = _checked_geometry(space, "spacing", spacing)
+    _refuse_small(generator, size)
     items = []
     for index in range(num_samples):
         geometries = space.description["geometries"]
@@ -86,8 +89,8 @@ def plan_samples(
             "synthetic": True,
             "index": index,
             "seed": seed,
-            "spatial_size": list(spatial_size or drawn["size"]),
-            "spacing": list(map(float, spacing or drawn["spacing"])),
+            "spatial_size": list(size or drawn["size"]),
+            "spacing": list(map(float, step or drawn["spacing"])),
             "conditions": told,
             "guidance_scale": float(guidance_scale),
             "num_inference_steps": num_inference_steps,
@@ -131,21 +134,34 @@ def _check(generator: Generator, num_samples: int, num_inference_steps: int, sol
         )
 
 
-def _check_geometry(space: LatentSpace, spatial_size: Sequence[int] | None, spacing: Sequence[float] | None) -> None:
-    """Refuse what is no geometry, warn of one that training did not see."""
+def _checked_geometry(space: LatentSpace, name: str, value: Any) -> Sequence[Any] | None:
+    """``spatial_size`` or ``spacing``, a number for each axis. What is none is refused; training may not have seen it."""
+    if value is None:
+        return None
     axes = len(space.factors)
-    for name, value, seen, unit in (("spatial_size", spatial_size, "size", "voxels"), ("spacing", spacing, "spacing", "mm")):
-        if value is None:
-            continue
-        whole = name == "spatial_size"
-        numbers = isinstance(value, (list, tuple)) and all(isinstance(n, int if whole else (int, float)) for n in value)
-        if not numbers or len(value) != axes or not all(n > 0 for n in value):
-            raise ValueError(
-                f"`{name}` is {value!r}; it must be {axes} positive {'integers' if whole else 'numbers'} ({unit})."
-            )
-        if not all(low <= n <= high for n, (low, high) in zip(value, space.seen(seen))):
-            text = ranges(space.seen(seen))
-            logger.warning(f"`{name}` {list(value)}: training saw {text} {unit}; expect less of what lies outside")
+    types, seen, unit, kind = {
+        "spatial_size": (int, "size", "voxels", "integers"),
+        "spacing": ((int, float), "spacing", "mm", "numbers"),
+    }[name]
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * axes
+    if len(values) != axes or not all(isinstance(n, types) and not isinstance(n, bool) and 0 < n < math.inf for n in values):
+        raise ValueError(f"`{name}` is {value!r}; it must be {axes} positive {kind} ({unit}), or one for all axes.")
+    if not all(low <= n <= high for n, (low, high) in zip(values, space.seen(seen))):
+        logger.warning(
+            f"`{name}` {values}: training saw {ranges(space.seen(seen))} {unit}; expect less of what lies outside"
+        )
+    return values
+
+
+def _refuse_small(generator: Generator, spatial_size: Sequence[int] | None) -> None:
+    """Volumes below both the network's coarsest voxel and all that training saw would be nothing but one value."""
+    space = generator.space
+    least = [min(factor * generator.network.multiple, low) for factor, (low, _) in zip(space.factors, space.seen("size"))]
+    if spatial_size is not None and any(n < smallest for n, smallest in zip(spatial_size, least)):
+        raise ValueError(
+            f"`spatial_size` {list(spatial_size)} is too small for this generator, which needs at least {least} voxels; "
+            f"training saw {ranges(space.seen('size'))}."
+        )
 
 
 class DrawStartd(Transform):
@@ -227,15 +243,19 @@ class SampleInferer(Inferer):
         noise, context = noise.to(device), context.to(device)
         size = latent_size[0].tolist()
         extent = torch.tensor([[n / padded for n, padded in zip(size, noise.shape[2:])]], device=device)
-        nothing = self.generator.space.conditions.nothing()[None].to(device)
+        if self.guidance_scale != 1:  # the network is asked for both at once, which takes no longer for a small latent
+            context = torch.cat([context, self.generator.space.conditions.nothing()[None].to(device)])
+        count = len(context)
+        extent = extent.expand(count, -1)
         flow = self.generator.flow
 
         def velocity(state: torch.Tensor, time: float) -> torch.Tensor:
-            timesteps = torch.full((1,), NUM_TIMESTEPS * time, device=device)
-            prediction = self.predict(state, network, timesteps=timesteps, context=context, extent=extent)
-            if self.guidance_scale != 1:
-                plain = self.predict(state, network, timesteps=timesteps, context=nothing, extent=extent)
-                prediction = plain + self.guidance_scale * (prediction - plain)
+            timesteps = torch.full((count,), NUM_TIMESTEPS * time, device=device)
+            states = state.expand(count, *state.shape[1:])
+            prediction = self.predict(states, network, timesteps=timesteps, context=context, extent=extent)
+            if count > 1:
+                told, plain = prediction.chunk(2)
+                prediction = plain + self.guidance_scale * (told - plain)
             return flow.velocity(prediction, state, time)
 
         num_values = float(noise.shape[1] * np.prod(size))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -133,7 +134,8 @@ class Throughput:
 class BeforeAndAfter:
     """
     Trainer handler that validates before the first step and after the last. At the end it logs the validation engine's key
-    metric before and after, metrics to compare it with, and the files that the run has written.
+    metric before and after, metrics to compare it with, and the files that the run has written. Training that made nothing
+    better gets a warning.
 
     Args:
         validator: the validation engine.
@@ -141,6 +143,7 @@ class BeforeAndAfter:
         unit: of the key metric and of those that it is compared with, as the log shows it.
         compare: further metrics of the engine to compare the key metric with: ``{text: name of the metric}``.
         files: what the run has written: ``{text: path}``.
+        metric_cmp_fn: of the validation engine: whether the first value of the key metric is better than the second.
     """
 
     def __init__(
@@ -150,10 +153,12 @@ class BeforeAndAfter:
         unit: str = "",
         compare: Mapping[str, str] | None = None,
         files: Mapping[str, str] | None = None,
+        metric_cmp_fn: Callable[[float, float], bool] = operator.gt,
     ) -> None:
         self.validator: Any = validator
         self.name, self.unit = name, unit
         self.compare, self.files = compare or {}, files or {}
+        self.metric_cmp_fn = metric_cmp_fn
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self._validate_before)
@@ -188,6 +193,11 @@ class BeforeAndAfter:
         width = max(map(len, rows))
         lines = [f"{text:<{width}} {value}" for text, value in rows.items()]
         logger.info("\n  ".join(["training is complete", *lines, *(f"{text}: {path}" for text, path in self.files.items())]))
+        if hasattr(state, "metric_before") and not self.metric_cmp_fn(state.best_metric, state.metric_before):
+            logger.warning(
+                "no validation was better than the one before the first step: these weights are no better than those that "
+                "the run began with. Train longer, or with another `lr`."
+            )
 
     def _value(self, value: float) -> str:
         return f"{value:#.4g} {self.unit}".rstrip()

@@ -117,6 +117,12 @@ def test_latents_of_two_autoencoders_are_refused_by_name(volumes, latents, tmp_p
         latent_lists(str(volumes), 0.25, 0)
 
 
+def test_latents_of_other_weights_are_replaced_with_a_warning(volumes, latents, tmp_path, caplog):
+    mine = shutil.copytree(latents, tmp_path / "latents")
+    encode(volumes, mine, make_weights(tmp_path / "weights", seed=1))
+    assert f"6 latents in {mine} were made with other weights than {tmp_path / 'weights' / 'model.pt'}" in caplog.text
+
+
 def test_batch_of_different_sizes_is_padded_and_masked():
     items = [
         {"image": torch.randn(2, *size), "volume": "{}", "seed": i, "file": ""}
@@ -206,6 +212,19 @@ def test_resuming_on_latents_of_other_weights_is_refused(volumes, uninterrupted,
     with pytest.raises(Exception) as refused:
         resume(others, output_dir, condition_keys=["age", "sex"])
     assert "`SHA-256 of the autoencoder's weights` is" in str(reason(refused.value))
+
+
+def test_volumes_that_are_added_to_a_run_are_named(volumes, latents, uninterrupted, weights, tmp_path, caplog):
+    more = shutil.copytree(volumes, tmp_path / "volumes")
+    shutil.copytree(more / "sub-5", more / "sub-6")
+    output_dir = shutil.copytree(uninterrupted, tmp_path / "diffusion")
+    words = "the training latents are not those that the run began with"
+    resume(latents, output_dir, condition_keys=["age", "sex"])
+    assert words not in caplog.text
+    before = final_state(output_dir)["space"]
+    resume(encode(more, tmp_path / "latents", weights), output_dir, condition_keys=["age", "sex"], epochs=3)
+    assert words in caplog.text
+    assert final_state(output_dir)["space"] == before
 
 
 def resume(latents: Path, output_dir: Path, **keys) -> None:

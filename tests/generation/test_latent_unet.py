@@ -101,3 +101,14 @@ def test_weights_bring_their_amplitude():
     loaded = LatentUNet(**trained.arguments)
     loaded.load_state_dict(trained.state_dict())
     assert loaded.amplitude.flatten().tolist() == AMPLITUDE.tolist()
+
+
+def test_channels_last_changes_nothing():
+    network = LatentUNet(**ARGUMENTS, gain=True, amplitude=AMPLITUDE).eval()
+    leave_start(network)
+    x, time, context = torch.randn(1, 4, 8, 8, 8), torch.tensor([300.0]), torch.randn(1, 5)
+    with torch.no_grad():
+        expected = network(x, time, context)
+        network.to(memory_format=torch.channels_last_3d)
+        found = network(x.contiguous(memory_format=torch.channels_last_3d), time, context)
+    assert torch.allclose(found, expected, atol=1e-4)

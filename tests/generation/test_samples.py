@@ -157,7 +157,7 @@ def test_damaged_samples_and_those_of_other_settings_are_made_again(samples, gen
 
 
 def test_other_sizes_and_spacings_work_with_a_warning(generator, weights, tmp_path, caplog):
-    keys = {"num_samples": 1, "spatial_size": [21, 18, 33], "spacing": [1, 1, 1]}
+    keys = {"num_samples": 1, "spatial_size": [21, 18, 33], "spacing": 1}
     generate(generator, weights, tmp_path, **keys)
     image = nib.load(tmp_path / "sample_0000.nii.gz")
     assert image.shape == (21, 18, 33) and np.allclose(nib.affines.voxel_sizes(image.affine), 1)
@@ -188,6 +188,7 @@ def test_what_cannot_be_is_refused_by_name(generator, weights, tmp_path):
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"solver": "heun"}, "`solver` is 'heun'"),
         ({"spatial_size": [16, 16]}, "`spatial_size` is .*; it must be 3 positive integers"),
+        ({"spatial_size": 2}, r"`spatial_size` \[2, 2, 2\] is too small for this generator, which needs at least"),
         ({"guidance_scale": -1}, "`guidance_scale` is -1"),
     ]:
         with pytest.raises(RuntimeError) as error:

@@ -191,6 +191,18 @@ def test_checkpoint_of_an_earlier_version_tells_what_was_measured_before_the_fir
     assert "validation PSNR before the first step: 12.34 dB" in caplog.text
 
 
+@pytest.mark.parametrize("before, warned", [(0.0, False), (99.0, True)])
+def test_training_that_made_nothing_better_says_so(tmp_path, caplog, before, warned):
+    run_with_checkpoints(tmp_path, small_network(), epochs=1)
+    newest = find_checkpoints(tmp_path)[0]
+    content = torch.load(newest, weights_only=True)
+    content["evaluator"]["metric_before"] = before
+    torch.save(content, newest)
+    caplog.clear()
+    run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
+    assert ("no validation was better than the one before the first step" in caplog.text) == warned
+
+
 def test_resumed_run_has_the_scale_of_the_gradients(tmp_path):
     first, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, amp=True, amp_dtype="float16")
     assert first.scaler.state_dict()["_growth_tracker"] > 0 or first.scaler.get_scale() < 65536
