@@ -28,7 +28,7 @@ def generator_table(estimate: GeneratorEstimate) -> str:
     ]
     parts = [facts, table([f"training step, batch {estimate.batch_size}", estimate.device], rows)]
     for what, cost, needed in (
-        ("one step of sampling", estimate.sampling, estimate.sampling_bytes),
+        ("one step of sampling, with guidance", estimate.sampling, estimate.sampling_bytes),
         ("decoding in one pass", estimate.decoding, estimate.decoding_bytes),
     ):
         rows = [

@@ -89,7 +89,7 @@ class GeneratorEstimate:
         batch_size: latents per training step.
         parameters: of its network, as a number.
         training: cost of a step.
-        sampling: cost of a step of the solver for one sample.
+        sampling: cost of a step of the solver for one sample with guidance, beside the autoencoder.
         decoding: cost of decoding the sample in one pass, beside the generator's network.
         device: ``"cuda"`` or ``"cpu"``.
     """
@@ -259,18 +259,20 @@ def _sampling_cost(plan: GeneratorPlan, device: str) -> InferenceCost:
     size = padded_size(plan.latent_shape[1:], [plan.network.multiple] * (len(plan.latent_shape) - 1))
     with fake_tensors(), torch.no_grad():
         network = fake_copy(plan.network).eval()
+        weights = [network.state_dict(), fake_copy(plan.autoencoder).state_dict()]
         noise = draw_noise((1, plan.latent_shape[0], *size), 0)
-        context = plan.prepare_batch.space.conditions.nothing()[None]
+        context = torch.stack([plan.prepare_batch.space.conditions.nothing()] * 2)
 
         def velocity(state: torch.Tensor, time: float) -> torch.Tensor:
             with autocast(plan.amp_dtype):
-                prediction = network(state, torch.full((1,), time), context)
-            return plan.flow.velocity(prediction.float(), state, time)
+                prediction = network(state.expand(2, *state.shape[1:]), torch.full((2,), time), context)
+            told, plain = prediction.float().chunk(2)
+            return plan.flow.velocity(plain + (told - plain), state, time)
 
         with tracker, casting_rules(device):
-            tracker.track(network.state_dict(), noise)
+            tracker.track(*weights, noise)
             integrate(velocity, noise, [1.0, 0.0])
-    return InferenceCost(nbytes_of(network.state_dict()), tracker.peak, tracker.convolution, tracker.flops)
+    return InferenceCost(nbytes_of(weights), tracker.peak, tracker.convolution, tracker.flops)
 
 
 def _volumes(
