@@ -14,7 +14,7 @@ DEVICE ?= cpu
 GENERATOR := eval/generator
 HEADS := '$$scripts.data.prepare_demonstration_heads(@bundle_root + "/data/heads")'
 DIFFUSION := configs/train_diffusion.json
-SAMPLING := --num_inference_steps 15 --guidance_scale 1.5
+SAMPLING := --num_inference_steps 15 --guidance_scale 1.5 --channels_last true
 
 .PHONY: train generate test bench gpu quality lint clinical-data release
 
@@ -28,7 +28,7 @@ generate: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file $(DIFFUSION) $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --condition_keys "['skull']" \
 		--latent_gamma 0.75 --timestep_shift 4 --batch_size 4 --optimizer#_target_ scripts.training.Muon --lr 0.002 \
-		--ema_decay 0.99 --epochs 40 --val_interval 20 --resume true $(ARGS)
+		--ema_decay 0.99 --epochs 40 --val_interval 20 --channels_last true --resume true $(ARGS)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --num_samples 64 $(SAMPLING)
 	for skull in whole stripped; do \
