@@ -138,18 +138,15 @@ def _checked_geometry(space: LatentSpace, name: str, value: Any) -> Sequence[Any
     """``spatial_size`` or ``spacing``, a number for each axis. What is none is refused; training may not have seen it."""
     if value is None:
         return None
-    axes = len(space.factors)
-    types, seen, unit, kind = {
-        "spatial_size": (int, "size", "voxels", "integers"),
-        "spacing": ((int, float), "spacing", "mm", "numbers"),
-    }[name]
+    axes, whole = len(space.factors), name == "spatial_size"
+    types: Any = int if whole else (int, float)
+    seen = space.seen("size" if whole else "spacing")
+    kind, unit = ("integers", "voxels") if whole else ("numbers", "mm")
     values = list(value) if isinstance(value, (list, tuple)) else [value] * axes
     if len(values) != axes or not all(isinstance(n, types) and not isinstance(n, bool) and 0 < n < math.inf for n in values):
         raise ValueError(f"`{name}` is {value!r}; it must be {axes} positive {kind} ({unit}), or one for all axes.")
-    if not all(low <= n <= high for n, (low, high) in zip(values, space.seen(seen))):
-        logger.warning(
-            f"`{name}` {values}: training saw {ranges(space.seen(seen))} {unit}; expect less of what lies outside"
-        )
+    if not all(low <= n <= high for n, (low, high) in zip(values, seen)):
+        logger.warning(f"`{name}` {values}: training saw {ranges(seen)} {unit}; expect less of what lies outside")
     return values
 
 
