@@ -27,7 +27,7 @@ from scripts.data.synthetic_heads import synthesise_head, synthesise_similar_hea
 __all__ = ["prepare_demonstration_heads", "prepare_sample_volumes"]
 
 NUM_TRAINING_VOLUMES = 8
-NUM_DEMONSTRATION_HEADS = {"training": 160, "validation": 32}
+NUM_HELD_OUT_HEADS = 32
 DEMONSTRATION_SPACING = 3  # mm, a multiple of the template's 1
 DEMONSTRATION_SIZE = (64, 80, 64)
 logger = logging.getLogger(__name__)
@@ -66,27 +66,36 @@ def prepare_sample_volumes(folder: str) -> str:
     return folder
 
 
-def prepare_demonstration_heads(folder: str) -> str:
+def prepare_demonstration_heads(folder: str, num_training: int = 160) -> str:
     """
     Write heads for training a small generator below ``folder``, unless they are there.
 
     Args:
         folder: where to put them. It appears only when it is complete.
+        num_training: heads for training. A larger number adds heads and leaves the others as they are.
 
     Returns:
-        ``folder``, which then holds 160 training and 32 validation heads of 64x80x64 voxels at 3 mm, and ``dataset.json``,
-        in which ``skull`` says of each whether it is ``"whole"`` or ``"stripped"``; half of each list are stripped.
+        ``folder``, which then holds the training heads and 32 for validation, of 64x80x64 voxels at 3 mm, and
+        ``dataset.json``, in which ``skull`` says of each whether it is ``"whole"`` or ``"stripped"``; half of each list are
+        stripped.
+
+    Raises:
+        ValueError: where the folder holds another number of training heads.
     """
     target = Path(folder)
     if (target / "dataset.json").is_file():
+        present = len(json.loads((target / "dataset.json").read_text())["training"])
+        if present != num_training:
+            raise ValueError(f"{folder} holds {present} training heads, not {num_training}; name another folder or delete it.")
         return folder
     logger.info(f"preparing the demonstration heads in {target}")
     with _whole_folder(target) as unfinished:
-        numbered = [(part, i) for part, count in NUM_DEMONSTRATION_HEADS.items() for i in range(count)]
+        counts = {"validation": NUM_HELD_OUT_HEADS, "training": num_training}
+        numbered = [(part, i) for part, count in counts.items() for i in range(count)]
         bar = ProgressBar(numbered, desc="demonstration heads", unit="volume")
         tissues = avg_pool3d(tissue_maps(), DEMONSTRATION_SPACING)
         affine = _affine_of_middle(t1_template().affine, tissues.shape[1:])
-        lists: dict[str, list[dict[str, str]]] = {part: [] for part in NUM_DEMONSTRATION_HEADS}
+        lists: dict[str, list[dict[str, str]]] = {part: [] for part in counts}
         for seed, (part, i) in enumerate(bar):
             item = {"image": f"{part}/head_{i:03d}.nii.gz", "skull": "stripped" if i % 2 else "whole"}
             head = synthesise_similar_head(tissues, seed, item["skull"] == "stripped", DEMONSTRATION_SIZE)

@@ -26,9 +26,9 @@ def demonstration(tissues, tmp_path_factory) -> Path:
     """Four heads for training, four for validation."""
     folder = tmp_path_factory.mktemp("data") / "heads"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_volumes, "NUM_DEMONSTRATION_HEADS", {"training": 4, "validation": 4})
+        patch.setattr(sample_volumes, "NUM_HELD_OUT_HEADS", 4)
         patch.setattr(sample_volumes, "tissue_maps", lambda: tissues)
-        assert sample_volumes.prepare_demonstration_heads(str(folder)) == str(folder)
+        assert sample_volumes.prepare_demonstration_heads(str(folder), num_training=4) == str(folder)
     return folder
 
 
@@ -86,7 +86,18 @@ def test_demonstration_heads_are_made_once(demonstration, monkeypatch):
     assert [path.name for path in demonstration.parent.iterdir()] == ["heads"]
     assert sorted(path.name for path in demonstration.iterdir()) == ["dataset.json", "training", "validation"]
     monkeypatch.setattr(sample_volumes, "synthesise_similar_head", lambda *_: 1 / 0)
-    sample_volumes.prepare_demonstration_heads(str(demonstration))
+    sample_volumes.prepare_demonstration_heads(str(demonstration), num_training=4)
+    with pytest.raises(ValueError, match="holds 4 training heads, not 5; name another folder"):
+        sample_volumes.prepare_demonstration_heads(str(demonstration), num_training=5)
+
+
+def test_more_training_heads_leave_the_others_as_they_are(demonstration, tissues, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_volumes, "NUM_HELD_OUT_HEADS", 4)
+    monkeypatch.setattr(sample_volumes, "tissue_maps", lambda: tissues)
+    more = Path(sample_volumes.prepare_demonstration_heads(str(tmp_path / "more"), num_training=5))
+    for part, heads in heads_of(demonstration).items():
+        for (skull, head), (same_skull, same_head) in zip(heads, heads_of(more)[part]):
+            assert skull == same_skull and np.array_equal(head, same_head)
 
 
 def test_half_of_the_demonstration_heads_are_stripped_as_the_lists_say(demonstration, tissues):
