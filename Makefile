@@ -1,7 +1,7 @@
 # make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
 # make generate: train a small generator on the latents of synthetic heads, and make new ones.
 # make gpu: everything that this bundle claims of GPUs, run and measured on the one that is there; ARGS="--device cpu" runs it small.
-# make quality: train every row of the quality tables.
+# make quality: train every row of the quality tables.   make weights: train the shipped weights again, from nothing, in hours.
 # make release: the bundle as one file to share, in dist/.   make lint: the checks of style and types.
 # Further config keys are given in ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
 
@@ -16,7 +16,11 @@ HEADS := '$$scripts.data.prepare_demonstration_heads(@bundle_root + "/data/heads
 DIFFUSION := configs/train_diffusion.json
 SAMPLING := --num_inference_steps 15 --guidance_scale 1.5 --channels_last true
 
-.PHONY: train generate test bench gpu quality lint clinical-data release
+CODEC := OMP_NUM_THREADS=1 $(BIN)/python -m monai.bundle run training $(CONFIGS) --num_workers 0 --resume true --config_file
+RECIPE := 'configs/synthetic_patches.json','configs/shipped_weights.json'
+WEIGHTS := eval/weights
+
+.PHONY: train generate test bench gpu quality weights lint clinical-data release
 
 train: .venv/installed
 	$(BIN)/python -m monai.bundle run training --config_file configs/train.json $(CONFIGS) \
@@ -54,6 +58,19 @@ quality: .venv/installed
 	$(BIN)/python -m benchmarks.quality rows $(ARGS)
 	$(BIN)/python -m benchmarks.quality tables
 	$(BIN)/python -m benchmarks.quality plot
+
+weights: .venv/installed clinical-data
+	$(CODEC) "['configs/train.json',$(RECIPE)]" --output_dir $(WEIGHTS)/8x
+	$(CODEC) "['configs/train.json',$(RECIPE)]" --output_dir $(WEIGHTS)/8x_second --pretrained $(WEIGHTS)/8x/checkpoints/model.pt \
+		--further_repeats 32 --epochs 12 --val_interval 6 --seed 1
+	$(CODEC) "['configs/train.json','configs/presets/16x.json',$(RECIPE)]" --output_dir $(WEIGHTS)/16x \
+		--file_patch_size "[128,128,32]"
+	$(CODEC) "['configs/train.json','configs/presets/16x.json',$(RECIPE)]" --output_dir $(WEIGHTS)/16x_second \
+		--pretrained $(WEIGHTS)/16x/checkpoints/model.pt --file_patch_size "[128,128,32]" \
+		--further_repeats 40 --procedural_volumes 16 --epochs 11 --val_interval 11 --seed 1
+	$(CODEC) "['configs/train.json','configs/presets/16x.json',$(RECIPE)]" --output_dir $(WEIGHTS)/16x_third \
+		--pretrained $(WEIGHTS)/16x_second/checkpoints/model.pt --file_patch_size "[128,128,32]" --mse_weight 30 \
+		--further_repeats 48 --head_patches 20 --procedural_volumes 12 --epochs 26 --val_interval 13 --seed 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

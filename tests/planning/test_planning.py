@@ -361,7 +361,7 @@ def test_training_starts_without_an_estimate_when_pytorch_has_changed(caplog, mo
 def test_recommended_overlay_trains(volumes, tmp_path):
     overlay = tmp_path / "mine.json"
     request = ["--spatial_size", "[16,16,8]", "--target_latent_size", "2", "--memory_gb", "8", "--spacing", "[1,1,2]"]
-    main(["recommend", *request, "--channels", "[4,8,8]", "--output", str(overlay)])
+    main(["recommend", *request, "--channels", "[4,8,8]", "--count", "1", "--output", str(overlay)])
     arguments = {key: value for key, value in SMALL.items() if key not in ("patch_size", "channels", "latent_channels")}
     process = bundle_run(
         "training",
