@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,20 @@ def test_make_has_the_target_and_the_variables(words):
         name, is_variable, _ = word.partition("=")
         start = f"\n{name} ?=" if is_variable else f"\n{name}:"
         assert start in makefile, word
+
+
+def test_make_weights_starts_from_nothing_and_each_further_part_from_weights_that_it_made():
+    listed = subprocess.run(["make", "-n", "weights"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    made: list[str] = []
+    for words in in_words(listed.replace("\\\n", " ")):
+        if "monai.bundle" not in words:
+            continue
+        given = {key: value for key, value in options(words).items() if key not in ("meta_file", "logging_file")}
+        config(given.pop("config_file"), given)
+        assert given["resume"] == "true" and ("pretrained" in given) == given["output_dir"].endswith(("_second", "_third"))
+        assert given.get("pretrained") in (None, *made)
+        made.append(f"{given['output_dir']}/checkpoints/model.pt")
+    assert len(made) == len(set(made)) == 5
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

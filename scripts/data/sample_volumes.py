@@ -66,7 +66,7 @@ def prepare_sample_volumes(folder: str) -> str:
     return folder
 
 
-def prepare_demonstration_heads(folder: str, num_training: int = 160) -> str:
+def prepare_demonstration_heads(folder: str, num_training: int = 320) -> str:
     """
     Write heads for training a small generator below ``folder``, unless they are there.
 
