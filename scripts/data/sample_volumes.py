@@ -86,7 +86,9 @@ def prepare_demonstration_heads(folder: str, num_training: int = 320) -> str:
     if (target / "dataset.json").is_file():
         present = len(json.loads((target / "dataset.json").read_text())["training"])
         if present != num_training:
-            raise ValueError(f"{folder} holds {present} training heads, not {num_training}; name another folder or delete it.")
+            raise ValueError(
+                f"{folder} holds {present} training heads, not {num_training}. Name another folder, or delete this one."
+            )
         return folder
     logger.info(f"preparing the demonstration heads in {target}")
     with _whole_folder(target) as unfinished:
