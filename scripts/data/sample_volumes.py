@@ -27,7 +27,7 @@ from scripts.data.synthetic_heads import synthesise_head, synthesise_similar_hea
 __all__ = ["prepare_demonstration_heads", "prepare_sample_volumes"]
 
 NUM_TRAINING_VOLUMES = 8
-NUM_HELD_OUT_HEADS = 32
+NUM_TRAINING_HEADS, NUM_HELD_OUT_HEADS = 320, 32
 DEMONSTRATION_SPACING = 3  # mm, a multiple of the template's 1
 DEMONSTRATION_SIZE = (64, 80, 64)
 logger = logging.getLogger(__name__)
@@ -66,13 +66,14 @@ def prepare_sample_volumes(folder: str) -> str:
     return folder
 
 
-def prepare_demonstration_heads(folder: str, num_training: int = 320) -> str:
+def prepare_demonstration_heads(folder: str, num_training: int | None = None) -> str:
     """
     Write heads for training a small generator below ``folder``, unless they are there.
 
     Args:
         folder: where to put them. It appears only when it is complete.
-        num_training: heads for training. A larger number adds heads and leaves the others as they are.
+        num_training: heads for training; None for 320, or as many as are there. A larger number adds heads and leaves the
+            others as they are.
 
     Returns:
         ``folder``, which then holds the training heads and 32 for validation, of 64x80x64 voxels at 3 mm, and
@@ -80,19 +81,19 @@ def prepare_demonstration_heads(folder: str, num_training: int = 320) -> str:
         stripped.
 
     Raises:
-        ValueError: where the folder holds another number of training heads.
+        ValueError: where the folder holds another number of training heads than was asked for.
     """
     target = Path(folder)
     if (target / "dataset.json").is_file():
         present = len(json.loads((target / "dataset.json").read_text())["training"])
-        if present != num_training:
+        if num_training not in (None, present):
             raise ValueError(
                 f"{folder} holds {present} training heads, not {num_training}. Name another folder, or delete this one."
             )
         return folder
     logger.info(f"preparing the demonstration heads in {target}")
     with _whole_folder(target) as unfinished:
-        counts = {"validation": NUM_HELD_OUT_HEADS, "training": num_training}
+        counts = {"validation": NUM_HELD_OUT_HEADS, "training": num_training or NUM_TRAINING_HEADS}
         numbered = [(part, i) for part, count in counts.items() for i in range(count)]
         bar = ProgressBar(numbered, desc="demonstration heads", unit="volume")
         tissues = avg_pool3d(tissue_maps(), DEMONSTRATION_SPACING)

@@ -86,7 +86,8 @@ def test_demonstration_heads_are_made_once(demonstration, monkeypatch):
     assert [path.name for path in demonstration.parent.iterdir()] == ["heads"]
     assert sorted(path.name for path in demonstration.iterdir()) == ["dataset.json", "training", "validation"]
     monkeypatch.setattr(sample_volumes, "synthesise_similar_head", lambda *_: 1 / 0)
-    sample_volumes.prepare_demonstration_heads(str(demonstration), num_training=4)
+    for number in (4, None):
+        sample_volumes.prepare_demonstration_heads(str(demonstration), num_training=number)
     with pytest.raises(ValueError, match="holds 4 training heads, not 5. Name another folder"):
         sample_volumes.prepare_demonstration_heads(str(demonstration), num_training=5)
 
