@@ -18,6 +18,8 @@ SAMPLING := --num_inference_steps 15 --guidance_scale 1.5 --channels_last true
 
 CODEC := OMP_NUM_THREADS=1 $(BIN)/python -m monai.bundle run training $(CONFIGS) --num_workers 0 --resume true --config_file
 RECIPE := 'configs/synthetic_patches.json','configs/shipped_weights.json'
+CODEC_8X := $(CODEC) "['configs/train.json',$(RECIPE)]"
+CODEC_16X := $(CODEC) "['configs/train.json','configs/presets/16x.json',$(RECIPE)]" --file_patch_size "[128,128,32]"
 WEIGHTS := eval/weights
 
 .PHONY: train generate test bench gpu quality weights lint clinical-data release
@@ -59,17 +61,14 @@ quality: .venv/installed
 	$(BIN)/python -m benchmarks.quality tables
 	$(BIN)/python -m benchmarks.quality plot
 
-weights: .venv/installed clinical-data
-	$(CODEC) "['configs/train.json',$(RECIPE)]" --output_dir $(WEIGHTS)/8x
-	$(CODEC) "['configs/train.json',$(RECIPE)]" --output_dir $(WEIGHTS)/8x_second --pretrained $(WEIGHTS)/8x/checkpoints/model.pt \
+weights: data/clinical/dataset.json
+	$(CODEC_8X) --output_dir $(WEIGHTS)/8x
+	$(CODEC_8X) --output_dir $(WEIGHTS)/8x_second --pretrained $(WEIGHTS)/8x/checkpoints/model.pt \
 		--further_repeats 32 --epochs 12 --val_interval 6 --seed 1
-	$(CODEC) "['configs/train.json','configs/presets/16x.json',$(RECIPE)]" --output_dir $(WEIGHTS)/16x \
-		--file_patch_size "[128,128,32]"
-	$(CODEC) "['configs/train.json','configs/presets/16x.json',$(RECIPE)]" --output_dir $(WEIGHTS)/16x_second \
-		--pretrained $(WEIGHTS)/16x/checkpoints/model.pt --file_patch_size "[128,128,32]" \
+	$(CODEC_16X) --output_dir $(WEIGHTS)/16x
+	$(CODEC_16X) --output_dir $(WEIGHTS)/16x_second --pretrained $(WEIGHTS)/16x/checkpoints/model.pt \
 		--further_repeats 40 --procedural_volumes 16 --epochs 11 --val_interval 11 --seed 1
-	$(CODEC) "['configs/train.json','configs/presets/16x.json',$(RECIPE)]" --output_dir $(WEIGHTS)/16x_third \
-		--pretrained $(WEIGHTS)/16x_second/checkpoints/model.pt --file_patch_size "[128,128,32]" --mse_weight 30 \
+	$(CODEC_16X) --output_dir $(WEIGHTS)/16x_third --pretrained $(WEIGHTS)/16x_second/checkpoints/model.pt --mse_weight 30 \
 		--further_repeats 48 --head_patches 20 --procedural_volumes 12 --epochs 26 --val_interval 13 --seed 2
 
 lint: .venv/installed
@@ -79,6 +78,9 @@ lint: .venv/installed
 
 clinical-data: .venv/installed
 	$(BIN)/python -m scripts.data.clinical_volumes $(ARGS)
+
+data/clinical/dataset.json: | .venv/installed
+	$(BIN)/python -m scripts.data.clinical_volumes
 
 release: .venv/installed
 	$(BIN)/python -m scripts.bundle.release $(ARGS)
