@@ -14,6 +14,7 @@ __all__ = ["FlowTarget", "RectifiedFlow"]
 
 PREDICTIONS = ("gain", "x", "v")
 BASE_VALUES = 4096  # latents of so many values need no shift (Zheng et al., https://arxiv.org/abs/2510.11690)
+SPREAD = 1.5  # deviation of the logit of a time of training
 LEAST_TIME = 0.05  # below it the weight of the loss grows no further (Li and He, https://arxiv.org/abs/2511.13720)
 
 
@@ -43,14 +44,15 @@ class RectifiedFlow:
     the velocity ``clean - noise``, along which samples go from noise at t = 1 to a latent at t = 0. Sign and direction are
     those of MONAI's ``RFlowScheduler``.
 
-    The network predicts the velocity (``prediction`` v) or the clean latent: directly (x), or by a mean and a gain of the
-    noisy latent (gain, see :py:func:`scripts.generation.latent_unet.posterior_mean`). The loss is the mean square error of
-    the velocity in all cases, so that their values can be compared. An error of the clean latent, divided by t, is one of
-    the velocity (below t = 0.05, by 0.05).
+    The network predicts the velocity (``prediction`` v) or the clean latent: directly (x), or by mean, gain and residual
+    (gain, see :py:func:`scripts.generation.latent_unet.posterior`). The loss is the mean square error of the velocity in all
+    cases, so that their values can be compared. An error of the clean latent, divided by t, is one of the velocity (below
+    t = 0.05, by 0.05).
 
     Times of training are drawn from a logit-normal distribution (Esser et al., https://arxiv.org/abs/2403.03206) and shifted
     towards noise, as the steps of sampling are: neighbours in a large latent tell the same, and so it needs more noise to
-    become unrecognisable.
+    become unrecognisable. It is wider than theirs: shape is decided where there is nearly nothing but noise, and the fine
+    channels where there is little.
 
     Args:
         prediction: ``"gain"``, ``"x"`` or ``"v"``.
@@ -90,7 +92,7 @@ class RectifiedFlow:
 
     def drawn_time(self, num_values: float, random: np.random.Generator) -> float:
         """A time of training for a latent of so many values."""
-        return 1 / (1 + math.exp(-random.standard_normal()) / self.shift(num_values))
+        return 1 / (1 + math.exp(-SPREAD * random.standard_normal()) / self.shift(num_values))
 
     def sampling_times(self, num_steps: int, num_values: float) -> list[float]:
         """The times between which ``num_steps`` steps lead, from exactly 1 to exactly 0."""

@@ -27,7 +27,7 @@ class LatentUNet(nn.Module):
       it makes depends on that: heads have one nose;
     - a vector of conditions, of which a small network makes something that is added to the embedding of the time, as
       MONAI's class embedding is;
-    - on request two outputs for each value, of which :py:func:`posterior_mean` makes the clean latent.
+    - on request three outputs for each value, of which :py:func:`posterior` makes the clean latent.
 
     Args:
         spatial_dims: 2 or 3.
@@ -38,7 +38,7 @@ class LatentUNet(nn.Module):
         num_res_blocks: residual blocks of each level.
         norm_num_groups: groups of the normalisation; must divide all ``channels``.
         num_head_channels: channels of a head of attention; must divide the channels where there is attention.
-        gain: whether the network predicts the mean and the gain of each value.
+        gain: whether the network predicts mean, gain and residual of each value.
         amplitude: deviation of each channel of the latents, for ``gain``; None where weights that are loaded have it.
 
     Attributes:
@@ -96,7 +96,7 @@ class LatentUNet(nn.Module):
             condition_size,
             spatial_dims=spatial_dims,
             in_channels=latent_channels + 3 * spatial_dims,
-            out_channels=latent_channels * (2 if gain else 1),
+            out_channels=latent_channels * (3 if gain else 1),
             num_res_blocks=self.arguments["num_res_blocks"],
             channels=channels,
             attention_levels=attention_levels,
@@ -124,8 +124,9 @@ class LatentUNet(nn.Module):
         amplitude: torch.Tensor = self.amplitude  # type: ignore[assignment]
         time = time_of(timesteps, x.dim())
         strength = (((1 - time) * amplitude).square() + time.square()).sqrt()
-        mean, logit = self.unet(torch.cat([x / strength, place], 1), timesteps, context).float().chunk(2, 1)
-        return posterior_mean(x, time, amplitude, amplitude * mean, self.logit * logit)
+        prior_mean, logit, residual = self.unet(torch.cat([x / strength, place], 1), timesteps, context).float().chunk(3, 1)
+        mean, deviation = posterior(x, time, amplitude, amplitude * prior_mean, self.logit * logit)
+        return mean + deviation * residual
 
 
 def time_of(
@@ -135,17 +136,21 @@ def time_of(
     return (timesteps.float() / num_timesteps).clamp(least, 1 - least).reshape([-1] + [1] * (dim - 1))
 
 
-def posterior_mean(
+def posterior(
     noisy: torch.Tensor, time: torch.Tensor, amplitude: torch.Tensor, mean: torch.Tensor, log_ratio: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    An estimate of the clean latent by Bayes' rule. Before the noisy latent is seen, each value has a Gaussian distribution,
-    of which ``mean`` and ``log_ratio`` are predicted; the result is the mean of the distribution afterwards. The noisy value
-    counts by the gain (as in Kalman's filter), a number from 0 to 1, and the predicted mean counts by the rest: where the
-    noise is strong or the value is certain, as in air, the predicted mean; elsewhere the noisy value.
+    What is known of each clean value by Bayes' rule. Before the noisy latent is seen, the value has a Gaussian distribution,
+    of which ``mean`` and ``log_ratio`` are predicted; so it has afterwards. The noisy value counts by the gain (as in
+    Kalman's filter), a number from 0 to 1, and the predicted mean by the rest: where the noise is strong or the value is
+    certain, as in air, the predicted mean; elsewhere the noisy value.
 
     With a mean and a logarithm of 0 this is Wiener's filter, the best linear estimate of each value by itself. A network
     whose last layer is zero begins there.
+
+    What neighbours and other channels tell beyond it is predicted in units of the deviation afterwards, as Karras et al.
+    (https://arxiv.org/abs/2206.00364) predict it in those of Wiener's filter: with little noise it is the noise, and the
+    network need not reproduce the value that it sees.
 
     Args:
         noisy: ``(1 - time) * clean + time * noise``, ``BxCxHxWxD``.
@@ -155,10 +160,10 @@ def posterior_mean(
         log_ratio: logarithm of its variance before, in units of the channel's, like ``noisy``.
 
     Returns:
-        like ``noisy``.
+        mean and deviation of each value afterwards, like ``noisy``.
     """
     gain = torch.sigmoid(2 * torch.log((1 - time) * amplitude / time) + log_ratio)
-    return (1 - gain) * mean + gain * noisy / (1 - time)
+    return (1 - gain) * mean + gain * noisy / (1 - time), gain.sqrt() * time / (1 - time)
 
 
 def coordinates(x: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:

@@ -15,7 +15,11 @@ from scripts.generation.sample_report import summary_table
 __all__ = ["write_card"]
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-PREDICTS = {"gain": "mean and gain of each value of the clean latent", "x": "the clean latent", "v": "the velocity"}
+PREDICTS = {
+    "gain": "mean, gain and residual of each value of the clean latent",
+    "x": "the clean latent",
+    "v": "the velocity",
+}
 
 
 def write_card(

@@ -21,6 +21,7 @@ from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.restored_volumes import nifti_bytes, restore
 from scripts.generation.generator import Generator
+from scripts.generation.latent_data import padded
 from scripts.generation.latent_space import LatentSpace, ranges
 from scripts.generation.latent_unet import NUM_TIMESTEPS
 from scripts.generation.solvers import SOLVERS, draw_noise, integrate
@@ -235,7 +236,10 @@ class SampleInferer(Inferer):
         return self.decoder(latent.to(inputs.device), self.autoencoder)
 
     def sample(self, noise: torch.Tensor, network: Any, context: torch.Tensor, latent_size: torch.Tensor) -> torch.Tensor:
-        """The latent as the autoencoder knows it, without padding."""
+        """
+        The latent as the autoencoder knows it, without padding. In training the padding repeats the last voxels, and the
+        loss leaves it out: what is predicted of it is arbitrary, so it is filled again at each step.
+        """
         device = next(network.parameters()).device
         noise, context = noise.to(device), context.to(device)
         size = latent_size[0].tolist()
@@ -253,15 +257,20 @@ class SampleInferer(Inferer):
             if count > 1:
                 told, plain = prediction.chunk(2)
                 prediction = plain + self.guidance_scale * (told - plain)
-            return flow.velocity(prediction, state, time)
+            clean = state + time * flow.velocity(prediction, state, time)
+            return (padded(_without_padding(clean, size), state.shape[2:]) - state) / time
 
         num_values = float(noise.shape[1] * np.prod(size))
         times = flow.sampling_times(self.num_inference_steps, num_values)
         with ProgressBar(total=self.num_inference_steps, desc="sampling", unit="step", leave=False) as bar:
             state = integrate(velocity, noise, times, self.solver, bar.update)
-        for axis, n in enumerate(size, start=2):
-            state = state.narrow(axis, 0, n)
-        return self.generator.space.restored(state)
+        return self.generator.space.restored(_without_padding(state, size))
+
+
+def _without_padding(z: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    for axis, n in enumerate(size, start=2):
+        z = z.narrow(axis, 0, n)
+    return z
 
 
 class SaveSampled(Transform):

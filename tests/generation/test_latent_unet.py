@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.networks.nets import DiffusionModelUNet
 
-from scripts.generation.latent_unet import LatentUNet, coordinates, posterior_mean
+from scripts.generation.latent_unet import LatentUNet, coordinates, posterior
 from tests.generation.runs import leave_start
 
 ARGUMENTS = {"spatial_dims": 3, "latent_channels": 4, "condition_size": 5, "channels": [8, 16]}
@@ -78,12 +78,22 @@ def test_a_gain_that_has_learned_nothing_is_the_best_linear_estimate_of_each_val
         assert found == pytest.approx(best, abs=0.05)
 
 
-def test_posterior_mean_is_that_of_bayes_rule():
+def test_posterior_is_that_of_bayes_rule():
     noisy, mean, log_ratio = torch.randn(3, 1, 4, 3, 3, 3, dtype=torch.float64)
     time, amplitude = torch.full((1, 1, 1, 1, 1), 0.3, dtype=torch.float64), AMPLITUDE.double().reshape(-1, 1, 1, 1)
     precision, seen = 1 / (amplitude.square() * log_ratio.exp()), (0.7 / 0.3) ** 2
-    expected = (precision * mean + seen * noisy / 0.7) / (precision + seen)
-    assert torch.allclose(posterior_mean(noisy, time, amplitude, mean, log_ratio), expected)
+    found, deviation = posterior(noisy, time, amplitude, mean, log_ratio)
+    assert torch.allclose(found, (precision * mean + seen * noisy / 0.7) / (precision + seen))
+    assert torch.allclose(deviation, 1 / (precision + seen).sqrt())
+
+
+def test_with_little_noise_the_residual_is_the_noise():
+    """So a network needs not reproduce what it sees to remove the noise from it."""
+    clean, noise = torch.randn(2, 1, 4, 3, 3, 3)
+    time = torch.full((1, 1, 1, 1, 1), 0.01)
+    noisy = (1 - time) * clean + time * noise
+    mean, deviation = posterior(noisy, time, torch.ones(1, 4, 1, 1, 1), torch.zeros_like(noisy), torch.zeros_like(noisy))
+    assert (mean - deviation * noise - clean).abs().max() < 0.05 * (mean - clean).abs().max()
 
 
 def test_gain_is_finite_at_both_ends_and_in_half_precision():

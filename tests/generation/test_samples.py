@@ -94,6 +94,36 @@ def test_same_seed_gives_the_same_bytes_and_another_one_others(samples, generato
     assert len(set(images)) == 4
 
 
+class WildOutside(torch.nn.Module):
+    """A network whose predictions of the padding are far from any latent."""
+
+    def __init__(self, network: LatentUNet, size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.network, self.size = network, size
+
+    def forward(self, x: torch.Tensor, **told: torch.Tensor) -> torch.Tensor:
+        prediction = self.network(x, **told)
+        wild = torch.full_like(prediction, 1e4)
+        inside = (..., *(slice(n) for n in self.size))
+        wild[inside] = prediction[inside]
+        return wild
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_what_the_network_makes_of_the_padding_does_not_matter(generator, weights, tmp_path, prediction):
+    paths = {"ckpt_dir": generator, "autoencoder": weights, "output_dir": tmp_path}
+    inferer = workflow("generate.json", "generating", "infer", device="cpu", amp=False, **paths).parser.get_parsed_content(
+        "inferer"
+    )
+    inferer.generator.flow.prediction = prediction
+    network, size = inferer.generator.network, (4, 5, 3)
+    noise = torch.randn(1, 8, 4, 6, 4, generator=torch.Generator().manual_seed(0))
+    told = {"context": torch.zeros(1, network.arguments["condition_size"]), "latent_size": torch.tensor([size])}
+    plain, wild = (inferer.sample(noise, each, **told) for each in (network, WildOutside(network, size)))
+    assert plain.shape[2:] == size and plain.std() > 0.01
+    assert torch.equal(plain, wild)
+
+
 def command(generator: Path, weights: Path, output_dir: Path, **keys) -> list[str]:
     paths = {"ckpt_dir": generator, "autoencoder": weights, "output_dir": output_dir}
     keys = {**paths, "device": "cpu", "amp": "false", "num_samples": 3, "num_inference_steps": 3, **keys}
