@@ -22,7 +22,7 @@ from scripts.generation.latent_space import LatentSpace, spacing_of
 from scripts.generation.solvers import draw_noise
 from scripts.layers.factors import padded_size
 
-__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_space", "padded"]
+__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_space"]
 
 Item = dict[str, str]
 logger = logging.getLogger(__name__)
@@ -158,15 +158,15 @@ class LatentCollate:
         largest = [max(sizes) for sizes in zip(*(z.shape[1:] for z in latents))]
         size = padded_size(largest, [self.multiple] * len(largest))
         return {
-            Keys.IMAGE: torch.cat([padded(z[None], size) for z in latents]),
+            Keys.IMAGE: torch.stack([_padded(z, size, "replicate") for z in latents]),
             "noise": torch.stack([draw_noise((len(z), *size), item["seed"]) for z, item in zip(latents, items)]),
-            "mask": torch.cat([padded(torch.ones_like(z[None, :1]), size, "constant") for z in latents]),
+            "mask": torch.stack([_padded(torch.ones_like(z[:1]), size, "constant") for z in latents]),
             "extent": torch.tensor([[n / padded for n, padded in zip(z.shape[1:], size)] for z in latents]),
             **{key: [item[key] for item in items] for key in ("volume", "seed", "file")},
         }
 
 
-def padded(z: torch.Tensor, size: Sequence[int], mode: str = "replicate") -> torch.Tensor:
-    """``BxCxHxWxD`` padded at the end of each axis to ``size``, by repeating its last voxels."""
-    padding = [side for n, whole in zip(reversed(z.shape[2:]), reversed(size)) for side in (0, whole - n)]
-    return F.pad(z, padding, mode=mode)
+def _padded(z: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:
+    """``CxHxWxD`` padded at the end of each axis."""
+    padding = [side for n, padded in zip(reversed(z.shape[1:]), reversed(size)) for side in (0, padded - n)]
+    return F.pad(z[None], padding, mode=mode)[0]

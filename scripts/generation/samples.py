@@ -21,12 +21,12 @@ from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.restored_volumes import nifti_bytes, restore
 from scripts.generation.generator import Generator
-from scripts.generation.latent_data import padded
 from scripts.generation.latent_space import LatentSpace, ranges
 from scripts.generation.latent_unet import NUM_TIMESTEPS
 from scripts.generation.solvers import SOLVERS, draw_noise, integrate
 from scripts.generation.validation import FlowInferer
 from scripts.layers.factors import padded_size
+from scripts.layers.resampling import pad_to_multiple
 from scripts.training.repeatable_batches import derive_seed
 
 __all__ = ["DrawStartd", "SampleInferer", "SaveSampled", "plan_samples"]
@@ -248,7 +248,7 @@ class SampleInferer(Inferer):
             context = torch.cat([context, self.generator.space.conditions.nothing()[None].to(device)])
         count = len(context)
         extent = extent.expand(count, -1)
-        flow = self.generator.flow
+        flow, multiples = self.generator.flow, [self.generator.network.multiple] * len(size)
 
         def velocity(state: torch.Tensor, time: float) -> torch.Tensor:
             timesteps = torch.full((count,), NUM_TIMESTEPS * time, device=device)
@@ -258,7 +258,7 @@ class SampleInferer(Inferer):
                 told, plain = prediction.chunk(2)
                 prediction = plain + self.guidance_scale * (told - plain)
             clean = state + time * flow.velocity(prediction, state, time)
-            return (padded(_without_padding(clean, size), state.shape[2:]) - state) / time
+            return (pad_to_multiple(_without_padding(clean, size), multiples) - state) / time
 
         num_values = float(noise.shape[1] * np.prod(size))
         times = flow.sampling_times(self.num_inference_steps, num_values)

@@ -88,7 +88,7 @@ def test_posterior_is_that_of_bayes_rule():
 
 
 def test_with_little_noise_the_residual_is_the_noise():
-    """So a network needs not reproduce what it sees to remove the noise from it."""
+    """So a network need not reproduce what it sees to remove the noise from it."""
     clean, noise = torch.randn(2, 1, 4, 3, 3, 3)
     time = torch.full((1, 1, 1, 1, 1), 0.01)
     noisy = (1 - time) * clean + time * noise

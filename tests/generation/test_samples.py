@@ -112,9 +112,8 @@ class WildOutside(torch.nn.Module):
 @pytest.mark.parametrize("prediction", ["x", "v"])
 def test_what_the_network_makes_of_the_padding_does_not_matter(generator, weights, tmp_path, prediction):
     paths = {"ckpt_dir": generator, "autoencoder": weights, "output_dir": tmp_path}
-    inferer = workflow("generate.json", "generating", "infer", device="cpu", amp=False, **paths).parser.get_parsed_content(
-        "inferer"
-    )
+    flow = workflow("generate.json", "generating", "infer", device="cpu", amp=False, **paths)
+    inferer = flow.parser.get_parsed_content("inferer")
     inferer.generator.flow.prediction = prediction
     network, size = inferer.generator.network, (4, 5, 3)
     noise = torch.randn(1, 8, 4, 6, 4, generator=torch.Generator().manual_seed(0))
