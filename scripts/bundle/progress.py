@@ -33,10 +33,11 @@ class ProgressBar(tqdm):
 
     Args:
         args: arguments of ``tqdm``.
-        kwargs: ditto.
+        disable: whether to show nothing.
+        kwargs: further arguments of ``tqdm``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, disable: bool = False, **kwargs: Any) -> None:
         self._closed = threading.Event()
         self._drawn = 0.0
         self._above = contextlib.ExitStack()
@@ -46,7 +47,7 @@ class ProgressBar(tqdm):
         else:
             kwargs |= {"file": _Lines(sys.stderr), "ncols": 100, "mininterval": SECONDS_IN_FILE}
             seconds += SECONDS_IN_FILE  # where steps are short, they draw the bar
-        super().__init__(*args, disable=idist.get_rank() > 0, **kwargs)  # type: ignore[call-overload]
+        super().__init__(*args, disable=disable or idist.get_rank() > 0, **kwargs)  # type: ignore[call-overload]
         if self.disable:
             return
         if sys.stderr.isatty():

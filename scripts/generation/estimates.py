@@ -267,7 +267,7 @@ def _sampling_cost(plan: GeneratorPlan, device: str) -> InferenceCost:
             with autocast(plan.amp_dtype):
                 prediction = network(state.expand(2, *state.shape[1:]), torch.full((2,), time), context)
             told, plain = prediction.float().chunk(2)
-            return plan.flow.velocity(plain + (told - plain), state, time)
+            return (plan.flow.clean(plain + (told - plain), state, time) - state) / time
 
         with tracker, casting_rules(device):
             tracker.track(*weights, noise)

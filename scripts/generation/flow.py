@@ -105,9 +105,9 @@ class RectifiedFlow:
         t = _per_item(times, clean)
         return FlowTarget(clean, noise, (1 - t) * clean + t * noise, times, mask)
 
-    def velocity(self, prediction: torch.Tensor, noisy: torch.Tensor, time: float) -> torch.Tensor:
-        """The velocity towards the clean latent, from what the network predicts at a time above 0."""
-        return prediction if self.prediction == "v" else (prediction - noisy) / time
+    def clean(self, prediction: torch.Tensor, noisy: torch.Tensor, time: float) -> torch.Tensor:
+        """The clean latent, from what the network predicts of a noisy one at a time above 0."""
+        return noisy + time * prediction if self.prediction == "v" else prediction
 
     def velocity_error(self, prediction: torch.Tensor, target: FlowTarget) -> torch.Tensor:
         """What the velocity misses, ``BxCxHxWxD`` in float32."""

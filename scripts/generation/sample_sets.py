@@ -104,8 +104,8 @@ def draw_samples(
         told = {key: volume["conditions"][key] for key in keys if key in volume["conditions"]}
         plan = {"index": index, "seed": seed, "conditions": told}
         item = start({PLAN: json.dumps({**plan, "spatial_size": volume["size"], "spacing": volume["spacing"]})})
-        noise, context, latent_size = (item[key][None] for key in (Keys.IMAGE, "context", "latent_size"))
-        z = inferer.sample(noise, generator.network, context, latent_size).cpu()
+        noise, *told_to_network = (item[key][None] for key in (Keys.IMAGE, "context", "latent_size", "noise_seed"))
+        z = inferer.sample(noise, generator.network, *told_to_network).cpu()
         drawn.add(space.normalised(z)[0], {**volume, "conditions": told})
     return drawn
 

@@ -180,9 +180,11 @@ class DrawStartd(Transform):
         size = padded_size(latent_size, [self.network.multiple] * len(latent_size))
         shape = (self.space.latent_channels, *size)
         told = self.space.conditions.vector(plan["conditions"], plan["spatial_size"], plan["spacing"])
+        seed = derive_seed(plan["seed"], plan["index"])
         return {
             **data,
-            Keys.IMAGE: draw_noise(shape, derive_seed(plan["seed"], plan["index"])),
+            Keys.IMAGE: draw_noise(shape, seed),
+            "noise_seed": torch.tensor(seed),
             "context": told,
             "latent_size": torch.tensor(latent_size),
         }
@@ -201,6 +203,7 @@ class SampleInferer(Inferer):
         guidance_scale: ditto.
         amp: whether the network of the generator uses mixed precision. The state is float32 in any case.
         amp_dtype: ``"bfloat16"`` or ``"float16"``.
+        progress: whether to show a bar of the steps of each sample.
     """
 
     def __init__(
@@ -213,13 +216,19 @@ class SampleInferer(Inferer):
         guidance_scale: float,
         amp: bool,
         amp_dtype: str,
+        progress: bool = False,
     ) -> None:
         self.generator, self.autoencoder, self.decoder = generator, autoencoder, decoder
         self.num_inference_steps, self.solver, self.guidance_scale = num_inference_steps, solver, guidance_scale
-        self.predict = FlowInferer(amp, amp_dtype)
+        self.predict, self.progress = FlowInferer(amp, amp_dtype), progress
 
     def __call__(  # type: ignore[override]
-        self, inputs: torch.Tensor, network: Any, context: torch.Tensor, latent_size: torch.Tensor
+        self,
+        inputs: torch.Tensor,
+        network: Any,
+        context: torch.Tensor,
+        latent_size: torch.Tensor,
+        noise_seed: torch.Tensor,
     ) -> torch.Tensor:
         """
         Args:
@@ -227,15 +236,23 @@ class SampleInferer(Inferer):
             network: of the generator.
             context: vector of conditions, ``1xK``.
             latent_size: size of the latent without padding, ``1x3``.
+            noise_seed: of the noise that the solver adds, ``1``.
 
         Returns:
             the volume in the range of the autoencoder, ``1xCxHxWxD`` on the device of ``inputs``, in sizes that are
             multiples of the total factor.
         """
-        latent = self.sample(inputs, network, context, latent_size)
+        latent = self.sample(inputs, network, context, latent_size, noise_seed)
         return self.decoder(latent.to(inputs.device), self.autoencoder)
 
-    def sample(self, noise: torch.Tensor, network: Any, context: torch.Tensor, latent_size: torch.Tensor) -> torch.Tensor:
+    def sample(
+        self,
+        noise: torch.Tensor,
+        network: Any,
+        context: torch.Tensor,
+        latent_size: torch.Tensor,
+        noise_seed: torch.Tensor,
+    ) -> torch.Tensor:
         """
         The latent as the autoencoder knows it, without padding. In training the padding repeats the last voxels, and the
         loss leaves it out: what is predicted of it is arbitrary, so it is filled again at each step.
@@ -257,13 +274,14 @@ class SampleInferer(Inferer):
             if count > 1:
                 told, plain = prediction.chunk(2)
                 prediction = plain + self.guidance_scale * (told - plain)
-            clean = state + time * flow.velocity(prediction, state, time)
-            return (pad_to_multiple(_without_padding(clean, size), multiples) - state) / time
+            clean = _without_padding(flow.clean(prediction, state, time), size)
+            return (pad_to_multiple(clean, multiples) - state) / time
 
         num_values = float(noise.shape[1] * np.prod(size))
-        times = flow.sampling_times(self.num_inference_steps, num_values)
-        with ProgressBar(total=self.num_inference_steps, desc="sampling", unit="step", leave=False) as bar:
-            state = integrate(velocity, noise, times, self.solver, bar.update)
+        steps = self.num_inference_steps
+        times = flow.sampling_times(steps, num_values)
+        with ProgressBar(total=steps, desc="sampling", unit="step", leave=False, disable=not self.progress) as bar:
+            state = integrate(velocity, noise, times, self.solver, int(noise_seed), bar.update)
         return self.generator.space.restored(_without_padding(state, size))
 
 

@@ -112,3 +112,9 @@ def test_file_that_cannot_be_read_does_not_stop_the_bar(output):
     engine._process_function = lambda engine, batch: {}
     engine.run()
     assert handler.bar.n == 1
+
+
+def test_a_bar_that_is_disabled_writes_nothing(output):
+    with ProgressBar(range(3), disable=True) as bar:
+        assert list(bar) == [0, 1, 2]
+    assert output.getvalue() == ""

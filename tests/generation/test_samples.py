@@ -117,7 +117,8 @@ def test_what_the_network_makes_of_the_padding_does_not_matter(generator, weight
     inferer.generator.flow.prediction = prediction
     network, size = inferer.generator.network, (4, 5, 3)
     noise = torch.randn(1, 8, 4, 6, 4, generator=torch.Generator().manual_seed(0))
-    told = {"context": torch.zeros(1, network.arguments["condition_size"]), "latent_size": torch.tensor([size])}
+    context = torch.zeros(1, network.arguments["condition_size"])
+    told = {"context": context, "latent_size": torch.tensor([size]), "noise_seed": torch.tensor([0])}
     plain, wild = (inferer.sample(noise, each, **told) for each in (network, WildOutside(network, size)))
     assert plain.shape[2:] == size and plain.std() > 0.01
     assert torch.equal(plain, wild)

@@ -22,13 +22,14 @@ def gaussian_velocity(state: torch.Tensor, time: float) -> torch.Tensor:
     return MEAN + slope * (state - (1 - time) * MEAN)
 
 
+@pytest.mark.parametrize("solver", ["stochastic", "midpoint"])
 @pytest.mark.parametrize("num_steps", [10, 30, 1000])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_samples_of_a_gaussian_have_its_mean_and_deviation(num_steps, shift):
+def test_samples_of_a_gaussian_have_its_mean_and_deviation(num_steps, shift, solver):
     flow = RectifiedFlow("v", shift)
-    noise = draw_noise((100_000,), seed=0)
+    noise = draw_noise((1_000_000 if solver == "stochastic" and num_steps < 1000 else 100_000,), seed=0)
     noise = (noise - noise.mean()) / noise.std()  # no error but the solver's
-    sample = integrate(gaussian_velocity, noise, flow.sampling_times(num_steps, 1))
+    sample = integrate(gaussian_velocity, noise, flow.sampling_times(num_steps, 1), solver)
     assert sample.mean().item() == pytest.approx(MEAN, rel=0.01)
     assert sample.std().item() == pytest.approx(DEVIATION, rel=0.01)
 
@@ -62,12 +63,30 @@ def test_a_perfect_prediction_of_either_kind_leads_to_the_latent(prediction, sol
     flow = RectifiedFlow(prediction)
     told = clean if prediction == "x" else clean - noise
     times = flow.sampling_times(7, clean.numel())
-    sample = integrate(lambda state, time: flow.velocity(told, state, time), noise, times, solver)
+    sample = integrate(lambda state, time: (flow.clean(told, state, time) - state) / time, noise, times, solver)
     assert torch.allclose(sample, clean, atol=1e-5)
 
 
+def test_noise_that_a_stochastic_step_adds_depends_on_the_seed_and_goes_away():
+    clean, noise = draw_noise((1, 4, 6, 6, 6), 1), draw_noise((1, 4, 6, 6, 6), 2)
+    times, seen = RectifiedFlow("x").sampling_times(7, clean.numel()), []
+    for seed in (0, 0, 1):
+        states = {}
+
+        def velocity(state, time, states=states):
+            states[time] = state
+            deviation = ((state - (1 - time) * clean) / time).std().item()
+            assert deviation == pytest.approx(noise.std().item(), rel=0.05)  # as much noise as the time says
+            return (clean - state) / time
+
+        sample = integrate(velocity, noise, times, "stochastic", seed)
+        assert torch.allclose(sample, clean, atol=1e-5)
+        seen.append(states[min(states)])
+    assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2], atol=1e-3)
+
+
 def test_unknown_solvers_and_predictions_are_refused():
-    with pytest.raises(ValueError, match="`solver` is 'heun'; it must be one of midpoint, euler"):
+    with pytest.raises(ValueError, match="`solver` is 'heun'; it must be one of midpoint, stochastic, euler"):
         integrate(gaussian_velocity, torch.zeros(1), [1.0, 0.0], "heun")
     with pytest.raises(ValueError, match="`prediction` is 'epsilon'"):
         RectifiedFlow("epsilon")
