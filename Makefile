@@ -70,6 +70,8 @@ weights: data/clinical/dataset.json
 		--further_repeats 40 --procedural_volumes 16 --epochs 11 --val_interval 11 --seed 1
 	$(CODEC_16X) --output_dir $(WEIGHTS)/16x_third --pretrained $(WEIGHTS)/16x_second/checkpoints/model.pt --mse_weight 30 \
 		--further_repeats 48 --head_patches 20 --procedural_volumes 12 --epochs 26 --val_interval 13 --seed 2
+	$(CODEC_16X) --output_dir $(WEIGHTS)/16x_fourth --pretrained $(WEIGHTS)/16x_third/checkpoints/model.pt --mse_weight 100 \
+		--further_repeats 60 --head_patches 12 --procedural_volumes 8 --repeats 1 --epochs 40 --val_interval 5 --seed 3
 
 lint: .venv/installed
 	$(BIN)/ruff check .
