@@ -105,7 +105,7 @@ class RectifiedFlow:
         t = _per_item(times, clean)
         return FlowTarget(clean, noise, (1 - t) * clean + t * noise, times, mask)
 
-    def clean(self, prediction: torch.Tensor, noisy: torch.Tensor, time: float) -> torch.Tensor:
+    def clean(self, prediction: torch.Tensor, noisy: torch.Tensor, time: float | torch.Tensor) -> torch.Tensor:
         """The clean latent, from what the network predicts of a noisy one at a time above 0."""
         return noisy + time * prediction if self.prediction == "v" else prediction
 
@@ -117,9 +117,8 @@ class RectifiedFlow:
 
     def clean_error(self, prediction: torch.Tensor, target: FlowTarget) -> torch.Tensor:
         """What the clean latent misses, ``BxCxHxWxD`` in float32."""
-        if self.prediction == "v":
-            return _per_item(target.times, target.clean) * self.velocity_error(prediction, target)
-        return prediction.float() - target.clean
+        times = _per_item(target.times, target.clean)
+        return self.clean(prediction.float(), target.noisy, times) - target.clean
 
     def loss(self, prediction: torch.Tensor, target: FlowTarget) -> torch.Tensor:
         """Mean square error of the velocity, of each latent without its padding, averaged over the batch."""
