@@ -3,6 +3,7 @@
 from scripts.generation.conditions import Conditions
 from scripts.generation.flow import RectifiedFlow
 from scripts.generation.generator import Generator, describe, load_autoencoder, load_generator
+from scripts.generation.guidance import Guidance, load_guide
 from scripts.generation.latent_data import LatentCollate, ReadLatentd, latent_lists, learn_space
 from scripts.generation.latent_space import LatentSpace
 from scripts.generation.latent_unet import LatentUNet
@@ -20,6 +21,7 @@ __all__ = [
     "FlowInferer",
     "FlowPrepareBatch",
     "Generator",
+    "Guidance",
     "LatentCollate",
     "LatentSpace",
     "LatentUNet",
@@ -36,6 +38,7 @@ __all__ = [
     "learn_space",
     "load_autoencoder",
     "load_generator",
+    "load_guide",
     "load_pretrained_generator",
     "plan_samples",
 ]

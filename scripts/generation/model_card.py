@@ -90,8 +90,15 @@ def _example(seen: Mapping[str, Any]) -> str | float:
 
 def _sampling(metrics: Mapping[str, Any] | None) -> str:
     """Options of the command line with which the evaluation has sampled."""
-    names = ("num_inference_steps", "solver", "guidance_scale")
-    return "".join(f" --{name} {metrics['settings'][name]}" for name in names) if metrics else ""
+    if metrics is None:
+        return ""
+    settings = metrics["settings"]
+    options = {name: settings[name] for name in ("num_inference_steps", "solver", "guidance_scale")}
+    if settings["guidance_interval"] != [0.0, 1.0]:
+        options["guidance_interval"] = f'"{settings["guidance_interval"]}"'
+    if settings["guide_sha256"] is not None:
+        options["guide"] = "GUIDE"
+    return "".join(f" --{name} {value}" for name, value in options.items())
 
 
 def _close(metrics: Mapping[str, Any] | None) -> float | None:

@@ -21,6 +21,7 @@ from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.restored_volumes import nifti_bytes, restore
 from scripts.generation.generator import Generator
+from scripts.generation.guidance import Guidance
 from scripts.generation.latent_space import LatentSpace, ranges
 from scripts.generation.latent_unet import NUM_TIMESTEPS
 from scripts.generation.solvers import SOLVERS, draw_noise, integrate
@@ -44,7 +45,7 @@ def plan_samples(
     seed: int,
     num_inference_steps: int,
     solver: str,
-    guidance_scale: float,
+    guidance: Guidance,
     conditions: Mapping[str, Any],
     spatial_size: int | Sequence[int] | None,
     spacing: float | Sequence[float] | None,
@@ -62,8 +63,7 @@ def plan_samples(
         seed: of the run; a sample depends on it and on its number.
         num_inference_steps: steps from noise to latent.
         solver: see :py:func:`scripts.generation.integrate`.
-        guidance_scale: 1 follows the conditions as training did, more exaggerates them (Ho and Salimans,
-            https://arxiv.org/abs/2207.12598).
+        guidance: see :py:class:`scripts.generation.Guidance`.
         conditions: by name; what is missing is left to the generator.
         spatial_size: voxels along each axis, or one number for all, or None.
         spacing: mm along each axis, or one number for all, or None.
@@ -75,7 +75,7 @@ def plan_samples(
     Raises:
         ValueError: for a setting that cannot be, a condition that training did not see, or volumes too small to make.
     """
-    _check(generator, num_samples, num_inference_steps, solver, guidance_scale)
+    _check(num_samples, num_inference_steps, solver)
     space = generator.space
     told = space.conditions.checked(conditions)
     size = _checked_geometry(space, "spatial_size", spatial_size)
@@ -93,7 +93,7 @@ def plan_samples(
             "spatial_size": list(size or drawn["size"]),
             "spacing": list(map(float, step or drawn["spacing"])),
             "conditions": told,
-            "guidance_scale": float(guidance_scale),
+            **guidance.settings,
             "num_inference_steps": num_inference_steps,
             "solver": solver,
             "amp_dtype": amp_dtype,
@@ -120,19 +120,12 @@ def _warn_of_others(output_dir: Path, missing: Sequence[Mapping[str, str]], num_
         )
 
 
-def _check(generator: Generator, num_samples: int, num_inference_steps: int, solver: str, guidance_scale: float) -> None:
+def _check(num_samples: int, num_inference_steps: int, solver: str) -> None:
     for name, value in (("num_samples", num_samples), ("num_inference_steps", num_inference_steps)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` is {value!r}; it must be a positive integer.")
     if solver not in SOLVERS:
         raise ValueError(f"`solver` is {solver!r}; it must be one of {', '.join(SOLVERS)}.")
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or guidance_scale < 0:
-        raise ValueError(f"`guidance_scale` is {guidance_scale!r}; it must be a number from 0 on.")
-    if guidance_scale != 1 and generator.condition_dropout == 0:
-        raise ValueError(
-            f"`guidance_scale` is {guidance_scale}, which compares with what the generator makes when it is told nothing; "
-            "it was trained with `condition_dropout` 0 and knows no such case. Set it to 1."
-        )
 
 
 def _checked_geometry(space: LatentSpace, name: str, value: Any) -> Sequence[Any] | None:
@@ -200,7 +193,7 @@ class SampleInferer(Inferer):
         decoder: inferer that calls it, such as :py:class:`scripts.inference.StreamingInferer`.
         num_inference_steps: see :py:func:`plan_samples`.
         solver: ditto.
-        guidance_scale: ditto.
+        guidance: ditto.
         amp: whether the network of the generator uses mixed precision. The state is float32 in any case.
         amp_dtype: ``"bfloat16"`` or ``"float16"``.
         progress: whether to show a bar of the steps of each sample.
@@ -213,13 +206,13 @@ class SampleInferer(Inferer):
         decoder: Inferer,
         num_inference_steps: int,
         solver: str,
-        guidance_scale: float,
+        guidance: Guidance,
         amp: bool,
         amp_dtype: str,
         progress: bool = False,
     ) -> None:
         self.generator, self.autoencoder, self.decoder = generator, autoencoder, decoder
-        self.num_inference_steps, self.solver, self.guidance_scale = num_inference_steps, solver, guidance_scale
+        self.num_inference_steps, self.solver, self.guidance = num_inference_steps, solver, guidance
         self.predict, self.progress = FlowInferer(amp, amp_dtype), progress
 
     def __call__(  # type: ignore[override]
@@ -261,20 +254,15 @@ class SampleInferer(Inferer):
         noise, context = noise.to(device), context.to(device)
         size = latent_size[0].tolist()
         extent = torch.tensor([[n / padded for n, padded in zip(size, noise.shape[2:])]], device=device)
-        if self.guidance_scale != 1:  # the network is asked for both at once, which takes no longer for a small latent
-            context = torch.cat([context, self.generator.space.conditions.nothing()[None].to(device)])
-        count = len(context)
-        extent = extent.expand(count, -1)
         flow, multiples = self.generator.flow, [self.generator.network.multiple] * len(size)
 
         def velocity(state: torch.Tensor, time: float) -> torch.Tensor:
-            timesteps = torch.full((count,), NUM_TIMESTEPS * time, device=device)
-            states = state.expand(count, *state.shape[1:])
-            prediction = self.predict(states, network, timesteps=timesteps, context=context, extent=extent)
-            if count > 1:
-                told, plain = prediction.chunk(2)
-                prediction = plain + self.guidance_scale * (told - plain)
-            clean = _without_padding(flow.clean(prediction, state, time), size)
+            def predict(states: torch.Tensor, network: Any, context: torch.Tensor) -> torch.Tensor:
+                timesteps = torch.full((len(context),), NUM_TIMESTEPS * time, device=device)
+                known = {"timesteps": timesteps, "context": context, "extent": extent.expand(len(context), -1)}
+                return self.predict(states, network, **known)
+
+            clean = _without_padding(self.guidance.clean(predict, network, state, time, context), size)
             return (pad_to_multiple(clean, multiples) - state) / time
 
         num_values = float(noise.shape[1] * np.prod(size))

@@ -26,7 +26,10 @@ from scripts.generation.model_card import write_card
 __all__ = ["share_generator"]
 
 MAX_METRICS = 2**26  # bytes; an evaluation describes each sample
-SETTINGS = ("num_samples", "seed", "val_fraction", "num_inference_steps", "solver", "guidance_scale", "amp", "amp_dtype")
+SETTINGS = (
+    *("num_samples", "seed", "val_fraction", "num_inference_steps", "solver"),
+    *("guidance_scale", "guidance_interval", "guide_sha256", "amp", "amp_dtype"),
+)
 ROW = {"type": "object", "additionalProperties": {"type": ["number", "null"]}, "description": "numbers by name"}
 METRICS = {  # schema of the part of an evaluation that is shared; the rest has paths and describes held-out volumes
     "type": "object",

@@ -220,6 +220,7 @@ def test_what_cannot_be_is_refused_by_name(generator, weights, tmp_path):
         ({"spatial_size": [16, 16]}, "`spatial_size` is .*; it must be 3 positive integers"),
         ({"spatial_size": 2}, r"`spatial_size` \[2, 2, 2\] is too small for this generator, which needs at least"),
         ({"guidance_scale": -1}, "`guidance_scale` is -1"),
+        ({"guidance_interval": 0.5}, "`guidance_interval` is 0.5"),
     ]:
         with pytest.raises(RuntimeError) as error:
             generate(generator, weights, tmp_path, **keys)
