@@ -1,5 +1,5 @@
 # make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
-# make generate: train a small generator on the latents of synthetic heads, and make new ones.
+# make generate: train a small generator on the latents of synthetic heads, and make new ones with the shipped one, guided by it.
 # make gpu: everything that this bundle claims of GPUs, run and measured on the one that is there; ARGS="--device cpu" runs it small.
 # make quality: train every row of the quality tables.   make weights: train the shipped weights again, from nothing, in hours.
 # make release: the bundle as one file to share, in dist/.   make lint: the checks of style and types.
@@ -14,7 +14,8 @@ DEVICE ?= cpu
 GENERATOR := eval/generator
 HEADS := '$$scripts.data.prepare_demonstration_heads(@bundle_root + "/data/heads")'
 DIFFUSION := configs/train_diffusion.json
-SAMPLING := --num_inference_steps 15 --guidance_scale 1.5 --channels_last true
+SAMPLING := --num_inference_steps 15 --guide $(GENERATOR)/checkpoints/model.pt --guidance_scale 1.5 \
+	--guidance_interval "[0,0.6]" --channels_last true
 
 CODEC := OMP_NUM_THREADS=1 $(BIN)/python -m monai.bundle run training $(CONFIGS) --num_workers 0 --resume true --config_file
 RECIPE := 'configs/synthetic_patches.json','configs/shipped_weights.json'
@@ -36,10 +37,10 @@ generate: .venv/installed
 		--channels "[64,64,64]" --latent_gamma 0.75 --batch_size 4 --optimizer#_target_ scripts.training.Muon --lr 0.002 \
 		--ema_decay 0.99 --epochs 16 --val_interval 16 --channels_last true --resume true $(ARGS)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
-		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --num_samples 64 $(SAMPLING)
+		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --weights models/generator/model.pt --num_samples 64 $(SAMPLING)
 	for skull in whole stripped; do \
 		$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \
-			--ckpt_dir $(GENERATOR)/checkpoints --output_dir $(GENERATOR)/samples/$$skull \
+			--ckpt_dir models/generator --output_dir $(GENERATOR)/samples/$$skull \
 			--num_samples 2 --conditions "{'skull': '$$skull'}" $(SAMPLING) || exit 1; \
 	done
 

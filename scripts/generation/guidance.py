@@ -15,9 +15,7 @@ from scripts.generation.latent_space import LatentSpace
 
 __all__ = ["Guidance", "load_guide"]
 
-SAME = (
-    0.05  # of a channel's deviation, and of a number's; statistics of other volumes of the same kind agree as well as that
-)
+SAME = 0.05  # of a deviation: statistics of other volumes of the same kind agree as well as that
 Predict = Callable[..., torch.Tensor]
 
 
@@ -50,9 +48,7 @@ class Guidance:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
             raise ValueError(f"`guidance_scale` is {scale!r}; it must be a number from 0 on.")
         if not _is_interval(interval):
-            raise ValueError(
-                f"`guidance_interval` is {interval!r}; it must be two times, such as [0, 0.6], between 0 and 1."
-            )
+            raise ValueError(f"`guidance_interval` is {interval!r}; it must be two times, such as [0, 0.6].")
         if scale == 1 and guide is not None:
             raise ValueError(
                 "`guidance_scale` is 1, with which a `guide` has no influence. Set it to 1.5, or leave out the guide."
@@ -122,8 +118,8 @@ def load_guide(path: str | None, generator: Generator, device: Any, memory_forma
     differing = _differing(guide, generator)
     if differing:
         raise ValueError(
-            f"{path} cannot guide this generator: {', '.join(differing)} differ. Train a guide on the same latents, with the "
-            "same `latent_gamma` and `condition_keys`, for a shorter time or with a smaller network."
+            f"{path} cannot guide this generator: {', '.join(differing)} differ. Train a guide on the same latents, with "
+            "the same `latent_gamma` and `condition_keys`, for a shorter time or with a smaller network."
         )
     guide.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
     return guide
