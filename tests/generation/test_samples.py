@@ -211,6 +211,23 @@ def test_conditions_and_guidance_change_the_sample(samples, generator, weights, 
     assert len(set(found)) == 4
 
 
+def test_a_guide_changes_the_sample_where_it_predicts_something_else(samples, generator, weights, tmp_path):
+    known = load_generator(str(generator / "model.pt"))
+    for name, parameter in known.network.named_parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    save_weights(known.network, tmp_path / "guide.pt", describe(known.space, known.flow, known.condition_dropout))
+    made = {}
+    for name, guide in (("same", generator / "model.pt"), ("other", tmp_path / "guide.pt")):
+        keys = {"guide": str(guide), "guidance_scale": 2, "guidance_interval": [0, 0.8]}
+        generate(generator, weights, tmp_path / name, num_samples=1, **keys)
+        made[name] = content_of(tmp_path / name)
+        settings = json.loads(made[name]["sample_0000.json"])
+        assert settings["guide_sha256"] == load_generator(str(guide)).sha256
+        assert (settings["guidance_scale"], settings["guidance_interval"]) == (2, [0, 0.8])
+    plain = content_of(samples)["sample_0000.nii.gz"]
+    assert made["same"]["sample_0000.nii.gz"] == plain != made["other"]["sample_0000.nii.gz"]
+
+
 def test_what_cannot_be_is_refused_by_name(generator, weights, tmp_path):
     for keys, words in [
         ({"conditions": {"sex": "X"}}, "sex 'X'; training saw F, M"),

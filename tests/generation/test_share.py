@@ -176,6 +176,22 @@ def test_card_says_what_the_run_recorded(folder, bundle):
     assert not re.search(r"\n\n\n|\{[{%]|\bNone\b", card)
 
 
+def test_card_says_what_guided_the_samples(folder, bundle, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    keys = {"device": "cpu", "amp": False, "num_samples": 3, "num_inference_steps": 2, "val_fraction": SHARE}
+    keys |= {"guide": str(run / "checkpoints/model.pt"), "guidance_scale": 2, "guidance_interval": [0, 0.6]}
+    paths = {"dataset_dir": folder / "latents", "output_dir": run, "autoencoder": folder / "bundle/models/model.pt"}
+    workflow(("train_diffusion.json", "evaluate_diffusion.json"), "evaluating", "train", **paths, **keys).run()
+    share_generator(str(run))
+    card, sha256 = text_of(bundle, "README.md"), json.loads((run / "checkpoints/model.json").read_text())["sha256"]
+    assert "`guidance_scale` 2.0 at times from 0.0 to 0.6.\n" in card
+    assert f"guided this one: its weights, of which the SHA-256 begins with {sha256[:12]}, are not in this bundle." in card
+    assert '--guidance_scale 2.0 --guidance_interval "[0.0, 0.6]" --guide GUIDE\n' in card
+    assert not re.search(r"\n\n\n|\{[{%]|\bNone\b", card) and str(tmp_path) not in text_of(
+        bundle, "README.md", "metrics.json"
+    )
+
+
 def test_nothing_that_is_shared_names_a_file_or_describes_a_held_out_volume(folder, bundle):
     share_generator(str(folder / "run"))
     files = sorted(path.name for path in (bundle / "models/generator").iterdir())
