@@ -188,12 +188,11 @@ class SampleInferer(Inferer):
     From noise to a volume: along the flow to a latent, and through the autoencoder's decoder.
 
     Args:
-        generator: whose network, on its device, is called.
+        guidance: of the generator, see :py:func:`plan_samples`.
         autoencoder: that decodes, on its device.
         decoder: inferer that calls it, such as :py:class:`scripts.inference.StreamingInferer`.
         num_inference_steps: see :py:func:`plan_samples`.
         solver: ditto.
-        guidance: ditto.
         amp: whether the network of the generator uses mixed precision. The state is float32 in any case.
         amp_dtype: ``"bfloat16"`` or ``"float16"``.
         progress: whether to show a bar of the steps of each sample.
@@ -201,17 +200,16 @@ class SampleInferer(Inferer):
 
     def __init__(
         self,
-        generator: Generator,
+        guidance: Guidance,
         autoencoder: AutoencoderKL,
         decoder: Inferer,
         num_inference_steps: int,
         solver: str,
-        guidance: Guidance,
         amp: bool,
         amp_dtype: str,
         progress: bool = False,
     ) -> None:
-        self.generator, self.autoencoder, self.decoder = generator, autoencoder, decoder
+        self.generator, self.autoencoder, self.decoder = guidance.generator, autoencoder, decoder
         self.num_inference_steps, self.solver, self.guidance = num_inference_steps, solver, guidance
         self.predict, self.progress = FlowInferer(amp, amp_dtype), progress
 
