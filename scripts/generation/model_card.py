@@ -59,6 +59,7 @@ def write_card(
         example={key: _example(seen) for key, seen in space.conditions.description["keys"].items()},
         factors=space.factors,
         flow=generator.flow.arguments,
+        guided=_guided(metrics),
         known=space.description,
         license=license,
         metrics=metrics,
@@ -94,11 +95,17 @@ def _sampling(metrics: Mapping[str, Any] | None) -> str:
         return ""
     settings = metrics["settings"]
     options = {name: settings[name] for name in ("num_inference_steps", "solver", "guidance_scale")}
-    if settings["guidance_interval"] != [0.0, 1.0]:
+    if _guided(metrics):
         options["guidance_interval"] = f'"{settings["guidance_interval"]}"'
     if settings["guide_sha256"] is not None:
         options["guide"] = "GUIDE"
     return "".join(f" --{name} {value}" for name, value in options.items())
+
+
+def _guided(metrics: Mapping[str, Any] | None) -> str:
+    """Between which times the samples were guided, where that is not at all of them."""
+    low, high = metrics["settings"]["guidance_interval"] if metrics else (0, 1)
+    return "" if (low, high) == (0, 1) else f"{low} to {high}"
 
 
 def _close(metrics: Mapping[str, Any] | None) -> float | None:

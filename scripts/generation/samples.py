@@ -39,13 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 def plan_samples(
-    generator: Generator,
+    guidance: Guidance,
     output_dir: str,
     num_samples: int,
     seed: int,
     num_inference_steps: int,
     solver: str,
-    guidance: Guidance,
     conditions: Mapping[str, Any],
     spatial_size: int | Sequence[int] | None,
     spacing: float | Sequence[float] | None,
@@ -57,13 +56,12 @@ def plan_samples(
     Size and spacing of a sample are drawn from those of the training volumes, together, unless they are given.
 
     Args:
-        generator: that makes them.
+        guidance: with the generator that makes them, see :py:class:`scripts.generation.Guidance`.
         output_dir: folder of the samples, ``sample_0000.nii.gz`` and so on.
         num_samples: how many the folder is to hold.
         seed: of the run; a sample depends on it and on its number.
         num_inference_steps: steps from noise to latent.
         solver: see :py:func:`scripts.generation.integrate`.
-        guidance: see :py:class:`scripts.generation.Guidance`.
         conditions: by name; what is missing is left to the generator.
         spatial_size: voxels along each axis, or one number for all, or None.
         spacing: mm along each axis, or one number for all, or None.
@@ -76,7 +74,7 @@ def plan_samples(
         ValueError: for a setting that cannot be, a condition that training did not see, or volumes too small to make.
     """
     _check(num_samples, num_inference_steps, solver)
-    space = generator.space
+    generator, space = guidance.generator, guidance.generator.space
     told = space.conditions.checked(conditions)
     size = _checked_geometry(space, "spatial_size", spatial_size)
     step = _checked_geometry(space, "spacing", spacing)
