@@ -34,7 +34,7 @@ generate: .venv/installed
 		--dataset_dir $(HEADS) --output_dir $(GENERATOR)/latents
 	$(BIN)/python -m monai.bundle run training --config_file $(DIFFUSION) $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --condition_keys "['skull']" \
-		--channels "[64,64,64]" --latent_gamma 0.75 --batch_size 4 --optimizer#_target_ scripts.training.Muon --lr 0.002 \
+		--channels "[64,64,64]" --batch_size 4 --optimizer#_target_ scripts.training.Muon --lr 0.002 \
 		--ema_decay 0.99 --epochs 16 --val_interval 16 --channels_last true --resume true $(ARGS)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --weights models/generator/model.pt --num_samples 64 $(SAMPLING)

@@ -190,7 +190,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(latents, uninterrupted
 
 OTHERS = [
     ({"condition_keys": "age"}, "`condition_keys` is ['age', 'sex'] there and ['age'] here"),
-    ({"latent_gamma": 0.5}, "`latent_gamma` is 1.0 there and 0.5 here"),
+    ({"latent_gamma": 0.5}, "`latent_gamma` is 0.75 there and 0.5 here"),
     ({"prediction": "v"}, "`prediction` is 'gain' there and 'v' here"),
     ({"timestep_shift": 2}, "`timestep_shift` is None there and 2 here"),
 ]
