@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import ignite.distributed as idist
 from ignite.engine import Events
+from monai.data import MetaTensor
 from monai.engines import Evaluator
 from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
@@ -93,9 +94,9 @@ class _Lines:
 
 class VolumeProgress:
     """
-    Evaluator handler that shows a progress bar over the volumes, with the name and the size of the current one. It appears
-    before the first volume, where Ignite's ``ProgressBar`` waits for the second. In a distributed run the first process
-    shows its own share.
+    Evaluator handler that shows a progress bar over the volumes, with the name and, where it is read from a file, the size
+    of the current one. It appears before the first volume, where Ignite's ``ProgressBar`` waits for the second. In a
+    distributed run the first process shows its own share.
 
     Args:
         desc: what stands before the bar.
@@ -119,7 +120,7 @@ class VolumeProgress:
         image = batch.get(Keys.IMAGE)
         if image is None:  # a file that cannot be read
             return
-        size = by(image.shape[2:])
+        size = by(image.shape[2:]) if isinstance(image, MetaTensor) else ""  # the noise of a sample says nothing of its size
         names = getattr(image, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ) or batch.get("path", [])
         name = Path(names[0] if isinstance(names, (list, tuple)) and names else str(names or "")).name
         self.bar.set_postfix_str(f"{name} {size}".strip(), refresh=False)

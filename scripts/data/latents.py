@@ -283,7 +283,7 @@ def without_whole_latents(
     if len(missing) < len(items):
         logger.info(f"{len(items) - len(missing)} of {len(items)} volumes are encoded already")
     if changed:
-        logger.info(f"{changed} of them have new conditions or lists (participants.tsv, dataset.json), which are now stored")
+        logger.info(f"new conditions or lists (participants.tsv, dataset.json) are now stored for {changed} of them")
     if others:
         logger.warning(
             f"{others} latents in {output_dir} were made with other weights than {weights} and are replaced; give each "

@@ -233,7 +233,9 @@ def _standardised(seen: Mapping[str, float], value: Any) -> float:
 def _checked_class(key: str, value: Any, seen: Mapping[str, Any]) -> str:
     name = str(value).lower() if isinstance(value, bool) else str(value)
     if name not in seen["classes"]:
-        raise ValueError(f"`conditions` asks for {key} {value!r}; training saw {', '.join(seen['classes'])}.")
+        raise ValueError(
+            f"`conditions` asks for {key} {value!r}; it must be one that training saw: {', '.join(seen['classes'])}."
+        )
     return name
 
 
@@ -243,7 +245,8 @@ def _checked_number(key: str, value: Any, seen: Mapping[str, float]) -> float:
     outside = max(seen["lowest"] - value, value - seen["highest"])
     words = f"`conditions` asks for {key} {value:g}; training saw {seen['lowest']:g} to {seen['highest']:g}"
     if outside > seen["deviation"]:
-        raise ValueError(f"{words}, and a generator knows nothing of what lies so far outside.")
+        low, high = seen["lowest"] - seen["deviation"], seen["highest"] + seen["deviation"]
+        raise ValueError(f"{words}; it must be from {low:.4g} to {high:.4g}, beyond which a generator knows nothing.")
     if outside > 0:
         logger.warning(f"{words}: expect less of what lies outside")
     return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Guidance:
 
     Raises:
         ValueError: for a scale below 0 or an interval that is none, for a generator that was never told nothing, and for a
-            guide without a scale that would use it.
+            guide or an interval without a scale that would use it.
     """
 
     def __init__(
@@ -48,10 +49,18 @@ class Guidance:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
             raise ValueError(f"`guidance_scale` is {scale!r}; it must be a number from 0 on.")
         if not _is_interval(interval):
-            raise ValueError(f"`guidance_interval` is {interval!r}; it must be two times, such as [0, 0.6].")
+            raise ValueError(
+                f"`guidance_interval` is {interval!r}; it must be two times from 0 to 1, the lower one first, such as "
+                "[0, 0.6]."
+            )
         if scale == 1 and guide is not None:
             raise ValueError(
                 "`guidance_scale` is 1, with which a `guide` has no influence. Set it to 1.5, or leave out the guide."
+            )
+        if scale == 1 and tuple(interval) != (0, 1):
+            raise ValueError(
+                "`guidance_scale` is 1, with which `guidance_interval` has no influence. Set it to 1.5, or leave out the "
+                "interval."
             )
         if scale != 1 and guide is None and generator.condition_dropout == 0:
             raise ValueError(
@@ -110,15 +119,20 @@ def load_guide(path: str | None, generator: Generator, device: Any, memory_forma
 
     Raises:
         FileNotFoundError: when there are no weights, or nothing beside them.
-        ValueError: when a file is damaged, or the guide sees latents or conditions in another way.
+        ValueError: when a file is damaged, the guide is the generator itself, or it sees latents or conditions in another
+            way.
     """
     if path is None:
         return None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`guide` is {path}; it must be a file of weights, such as eval/guide/checkpoints/model.pt.")
     guide = load_generator(path)
+    if guide.sha256 == generator.sha256:
+        raise ValueError(f"`guide` is {path}, which has the weights that it is to guide. It must be a worse generator.")
     differing = _differing(guide, generator)
     if differing:
         raise ValueError(
-            f"{path} cannot guide this generator: {', '.join(differing)} differ. Train a guide on the same latents, with "
+            f"{path} cannot guide this generator: {'; '.join(differing)}. Train a guide on the same latents, with "
             "the same `latent_gamma` and `condition_keys`, for a shorter time or with a smaller network."
         )
     guide.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -129,13 +143,20 @@ def _differing(guide: Generator, generator: Generator) -> list[str]:
     """What a guide must have in common, for one noisy latent and one vector of conditions to say the same to both."""
     there, here = guide.space, generator.space
     if there.description["autoencoder"]["sha256"] != here.description["autoencoder"]["sha256"]:
-        return ["the autoencoders that made the latents"]
+        return ["the autoencoders that made the latents differ"]
+    entries = there.conditions.entries, here.conditions.entries
     found = {
-        "statistics of the latents' channels": _statistics_agree(there, here),
-        "conditions": _entries_agree(there.conditions.entries, here.conditions.entries),
-        "multiples of the latents' sizes": generator.network.multiple % guide.network.multiple == 0,
+        "statistics of the latents' channels" + _both("latent_gamma", there, here): _statistics_agree(there, here),
+        "conditions" + _both("condition_keys", there, here): _entries_agree(*entries),
+        "multiples of the latents' sizes differ": generator.network.multiple % guide.network.multiple == 0,
     }
     return [name for name, agree in found.items() if not agree]
+
+
+def _both(key: str, there: LatentSpace, here: LatentSpace) -> str:
+    """A setting of both trainings, if it is what differs."""
+    values = [{**each.description, "condition_keys": list(each.conditions.keys)}[key] for each in (there, here)]
+    return " differ" if values[0] == values[1] else f" differ (`{key}` is {values[0]} there and {values[1]} here)"
 
 
 def _statistics_agree(there: LatentSpace, here: LatentSpace) -> bool:

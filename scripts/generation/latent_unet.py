@@ -71,10 +71,11 @@ class LatentUNet(nn.Module):
                 "one for each."
             )
         for width, attends in zip(channels, [*attention_levels[:-1], True]):
-            if width % norm_num_groups or (attends and width % num_head_channels):
+            multiple = math.lcm(norm_num_groups, num_head_channels if attends else 1)
+            if width % multiple:
                 raise ValueError(
-                    f"`channels` has {width}; it must be a multiple of `norm_num_groups` {norm_num_groups}, and with "
-                    f"attention of `num_head_channels` {num_head_channels}."
+                    f"`channels` has {width}; {'with' if attends else 'without'} attention it must be a multiple of "
+                    f"{multiple} (`norm_num_groups` {norm_num_groups}, `num_head_channels` {num_head_channels})."
                 )
         self.arguments: dict[str, Any] = {
             "spatial_dims": spatial_dims,

@@ -70,12 +70,13 @@ def _for_conditions(generator: Generator, space: LatentSpace) -> dict[str, torch
     columns = state[READS_CONDITIONS]
     none = torch.zeros_like(columns[:, 0])
     state[READS_CONDITIONS] = torch.stack([columns[:, before.index(each)] if each in before else none for each in now], 1)
-    _log("conditions that have no influence yet", set(now) - set(before))
-    _log("conditions of the weights that have no counterpart here", set(before) - set(now))
+    _log(logging.INFO, "conditions that have no influence yet", set(now) - set(before))
+    lost = "conditions of the weights that are lost, because `condition_keys` or the latents here do not have them"
+    _log(logging.WARNING, lost, set(before) - set(now))
     return state
 
 
-def _log(words: str, entries: set[tuple[Any, ...]]) -> None:
+def _log(level: int, words: str, entries: set[tuple[Any, ...]]) -> None:
     names = {" ".join(entry) if len(entry) == 2 else entry[0] for entry in entries}  # with its class
     if names:
-        logger.info(f"{words}: {', '.join(sorted(names))}")
+        logger.log(level, f"{words}: {', '.join(sorted(names))}")

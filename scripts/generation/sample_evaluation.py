@@ -207,11 +207,15 @@ class SampleEvaluation:
             )
         if len(self.held_out) < FEW:
             self.notes.append(
-                f"There are {len(self.held_out)} held-out volumes. With few, distances between distributions are rough and "
-                "the test finds only large differences; with one, they are not defined."
+                f"Few volumes are held out: {len(self.held_out)}. With fewer than {FEW}, distances between distributions "
+                "are rough, the test finds only large differences, and no limit tells which samples are close to a training "
+                "volume; with one, distances are not defined. A larger val_fraction in training and here holds out more."
             )
         if len({tuple(each["preprocessed_shape"]) for each in self.descriptions}) > 1:
-            self.notes.append("Volumes differ in size. A latent is compared only with training latents of its own size.")
+            self.notes.append(
+                "Volumes differ in size. A latent is compared only with training latents of its own size, and there is no "
+                "Gaussian with the covariance of a size that fewer than two training latents have."
+            )
         for note in self.notes:
             logger.warning(note)
 
@@ -336,9 +340,9 @@ def _difference(volumes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _limit(held_out: Sequence[Nearest | None]) -> float | None:
-    """Distance below which 5 % of held-out volumes are from a training volume."""
+    """Distance below which 5 % of held-out volumes are from a training volume, if there are enough to tell."""
     distances = [each.distance for each in held_out if each is not None]
-    return float(np.quantile(distances, CLOSE)) if distances else None
+    return float(np.quantile(distances, CLOSE)) if len(distances) >= FEW else None
 
 
 def _closeness(nearest: Sequence[Nearest | None], limit: float | None) -> dict[str, float | None]:

@@ -71,6 +71,11 @@ def share_generator(run_dir: str, data_source: str = "", license: str = "") -> s
         ValueError: when a file is damaged, the two do not belong together, or the autoencoder in ``models`` is another one.
     """
     weights = Path(run_dir, "checkpoints", "model.pt")
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"there are no weights at {weights}. `run_dir` is {run_dir}; it must be the `output_dir` of a training with "
+            "configs/train_diffusion.json."
+        )
     generator = load_generator(str(weights))
     _refuse_other_autoencoder(generator)
     metrics = _metrics(Path(run_dir, "evaluation", "metrics.json"), generator)
@@ -91,6 +96,9 @@ def share_generator(run_dir: str, data_source: str = "", license: str = "") -> s
         (folder / OF_EVALUATION).unlink(missing_ok=True)
     for name, each in content.items():
         write_atomically(each, folder / name)
+    for name, value in (("data_source", data_source), ("license", license)):
+        if not value:
+            logger.warning(f"`{name}` is not given, and the card says so. Set --{name} before others use the weights.")
     evaluated = "with its scores" if metrics else "not evaluated"
     return f"{folder}: {', '.join(sorted(content))}; {len(content['model.pt']) / MIB:.1f} MiB of weights, {evaluated}"
 

@@ -106,6 +106,24 @@ def test_volumes_are_named_with_their_sizes_while_they_are_worked_on(output):
     assert "volumes: 100%" in output.getvalue()
 
 
+def test_noise_of_a_sample_has_no_size_of_its_own(output):
+    def slow(inputs, network):
+        assert wait_for(lambda: "sample_0000.nii.gz" in output.getvalue())
+        return inputs
+
+    SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=[
+            {"image": torch.zeros(1, 1, 6, 7, 8), "label": torch.zeros(1), "path": ["/out/sample_0000.nii.gz"]}
+        ],
+        network=torch.nn.Identity(),
+        inferer=slow,
+        decollate=False,
+        val_handlers=[VolumeProgress()],
+    ).run()
+    assert "6x7x8" not in output.getvalue()
+
+
 def test_file_that_cannot_be_read_does_not_stop_the_bar(output):
     handler = VolumeProgress()
     engine = SupervisedEvaluator(torch.device("cpu"), [{"path": ["bad.nii"]}], torch.nn.Identity(), val_handlers=[handler])

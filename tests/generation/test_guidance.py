@@ -124,8 +124,9 @@ def test_samples_say_what_guided_them(generator):
         ({"scale": True}, "`guidance_scale` is True"),
         ({"scale": float("nan")}, "`guidance_scale` is nan"),
         ({"interval": 0.5}, r"`guidance_interval` is 0.5; it must be two times"),
-        ({"interval": [0.6, 0.2]}, r"`guidance_interval` is \[0.6, 0.2\]"),
+        ({"interval": [0.6, 0.2]}, r"`guidance_interval` is \[0.6, 0.2\].* the lower one first"),
         ({"interval": [0, 2]}, r"`guidance_interval` is \[0, 2\]"),
+        ({"interval": [0, 0.6]}, "`guidance_scale` is 1, with which `guidance_interval` has no influence"),
         ({"guide": made(1)}, "`guidance_scale` is 1, with which a `guide` has no influence"),
     ],
 )
@@ -175,7 +176,14 @@ def test_a_guide_of_the_same_kind_of_latents_is_read(generator, tmp_path, change
         ({"channel_mean": [0.1, 1.0, -1.0, 2.0]}, "statistics of the latents' channels differ"),
         ({"channel_deviation": [1.0, 2.2, 0.5, 0.1]}, "statistics of the latents' channels differ"),
         ({"channel_amplitude": [1.0, 1.0, 1.0, 1.0]}, "statistics of the latents' channels differ"),
-        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"age": AGE}}}, "conditions differ"),
+        (
+            {"channel_amplitude": [1.0] * 4, "latent_gamma": 0.0},
+            r"channels differ \(`latent_gamma` is 0.0 there and 0.5 here\)",
+        ),
+        (
+            {"conditions": {"geometry": [NUMBER] * 6, "keys": {"age": AGE}}},
+            r"conditions differ \(`condition_keys` is \['age'\] there and \['age', 'sex'\] here\)",
+        ),
         ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"sex": SEX, "age": AGE}}}, "conditions differ"),
         ({"conditions": with_numbers(52.0, 10.0)}, "conditions differ"),
         ({"channels": (8, 8, 8)}, "multiples of the latents' sizes differ"),
@@ -189,6 +197,14 @@ def test_a_guide_that_sees_something_else_is_refused(generator, tmp_path, change
     path = saved(tmp_path, made(1, **changes))
     with pytest.raises(ValueError, match=re.escape(path) + " cannot guide this generator: .*" + words):
         load_guide(path, generator, "cpu", torch.contiguous_format)
+
+
+def test_what_is_no_guide_is_told_by_its_name(generator, tmp_path):
+    path = saved(tmp_path, generator)
+    with pytest.raises(ValueError, match="`guide` is .* has the weights that it is to guide"):
+        load_guide(path, load_generator(path), "cpu", torch.contiguous_format)
+    with pytest.raises(FileNotFoundError, match="`guide` is .*; it must be a file of weights"):
+        load_guide(str(tmp_path), generator, "cpu", torch.contiguous_format)
 
 
 def test_constant_numbers_may_differ_by_their_rounding(generator, tmp_path):

@@ -57,7 +57,7 @@ def test_padding_of_one_latent_in_a_batch_leaves_the_other_alone(network):
 def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="`attention_levels` has 1 entries for 2 levels"):
         LatentUNet(**{**ARGUMENTS, "attention_levels": [True]})
-    with pytest.raises(ValueError, match="`channels` has 10; it must be a multiple of `norm_num_groups` 4"):
+    with pytest.raises(ValueError, match="`channels` has 10; with attention it must be a multiple of 8"):
         LatentUNet(**{**ARGUMENTS, "channels": [8, 10]})
 
 

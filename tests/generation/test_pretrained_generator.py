@@ -58,6 +58,7 @@ def test_other_conditions_change_nothing_before_the_first_step(folder, tmp_path,
     network, space, rectified = (flow.parser.get_parsed_content(name) for name in ("network_def", "space", "flow"))
     load_pretrained_generator(network.eval(), str(folder / "model.pt"), space, rectified)
     assert "`latent_gamma` is 1; the weights" in caplog.text
+    assert [r.levelname for r in caplog.records if "that are lost" in r.message] == ["WARNING"]  # of men
     z = torch.randn(1, 8, 8, 8, 8)
     assert torch.equal(space.normalised(z), before.space.normalised(z))
     x, timesteps = torch.randn(1, 8, 8, 8, 8), torch.tensor([300.0])

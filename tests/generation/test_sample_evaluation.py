@@ -73,9 +73,10 @@ def test_memorised_volumes_are_found_also_mirrored_ones():
     assert other_size is None
     differences = (training - held_out[0]).flatten(1).square().mean(1).sqrt()
     assert 0.1 < real[0].distance <= float(differences.min()) + 1e-4  # mirrored ones may be nearer
-    assert _closeness([copy, mirrored_copy, real[0], other_size], _limit(real))["close"] == pytest.approx(2 / 3, abs=0.34)
-    assert _closeness([copy, mirrored_copy], _limit(real))["close"] == 1
-    assert _closeness([copy], _limit([None]))["close"] is None
+    limit = _limit(real * 4)
+    assert _closeness([copy, mirrored_copy, real[0], other_size], limit)["close"] == pytest.approx(2 / 3, abs=0.34)
+    assert _closeness([copy, mirrored_copy], limit)["close"] == 1
+    assert _closeness([copy], _limit([*real * 3, None, None]))["close"] is None  # 18 do not tell where 5 % of them begin
 
 
 def test_training_volume_is_not_compared_with_itself():
@@ -150,7 +151,7 @@ def test_samples_have_sizes_and_conditions_of_held_out_volumes(evaluation):
     for sample in evaluation["samples"]:
         assert sample["size"] == [20, 20, 20] and sample["spacing"] == [1, 1.5, 2]
         assert sample["conditions"]["sex"] in "FM" and Path(sample["nearest"]).is_file()
-    assert any("2 held-out volumes" in note for note in evaluation["notes"])
+    assert any("held out: 2" in note for note in evaluation["notes"])
     assert not any("not the one" in note for note in evaluation["notes"])
     assert (evaluation["left_out"] is None) == bool(SLICES)
 

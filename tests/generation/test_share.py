@@ -160,11 +160,12 @@ def test_card_says_what_the_run_recorded(folder, bundle):
         "8 channels, downsampled by 4 x 4 x 4",
         f"Steps: {known['trained']['iteration']}, epochs: 2; validation loss {known['trained']['best_metric']:.4g}",
         "3 samples beside 2 held-out volumes, 2 steps of `midpoint`, `guidance_scale` 1.0",
-        "There are 2 held-out volumes",
+        "Few volumes are held out: 2",
         "--num_inference_steps 2 --solver midpoint --guidance_scale 1.0",
         "All samples are synthetic.",
         "Not for diagnosis",
-        f"{100 * sets['samples']['close']:.1f} % are closer to a training volume",
+        "How often this one does has not been measured.",  # too few volumes are held out
+        """--condition_keys "['age', 'sex']"\n```\n""",
         "# License\n\nCC0-1.0",
     ):
         assert words in card, words
@@ -176,14 +177,24 @@ def test_card_says_what_the_run_recorded(folder, bundle):
     assert not re.search(r"\n\n\n|\{[{%]|\bNone\b", card)
 
 
+def test_card_says_how_many_samples_are_close_to_training_volumes(folder, bundle, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    metrics = json.loads((run / "evaluation/metrics.json").read_text())
+    metrics["sets"]["samples"]["close"] = 0.25
+    (run / "evaluation/metrics.json").write_text(json.dumps(metrics))
+    share_generator(str(run))
+    assert "Of the samples 25.0 % are closer to a training volume" in text_of(bundle, "README.md")
+
+
 def test_card_says_what_guided_the_samples(folder, bundle, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run")
     keys = {"device": "cpu", "amp": False, "num_samples": 3, "num_inference_steps": 2, "val_fraction": SHARE}
-    keys |= {"guide": str(run / "checkpoints/model.pt"), "guidance_scale": 2, "guidance_interval": [0, 0.6]}
+    guide = changed_run(folder, tmp_path / "guide") / "checkpoints"
+    keys |= {"guide": str(guide / "model.pt"), "guidance_scale": 2, "guidance_interval": [0, 0.6]}
     paths = {"dataset_dir": folder / "latents", "output_dir": run, "autoencoder": folder / "bundle/models/model.pt"}
     workflow(("train_diffusion.json", "evaluate_diffusion.json"), "evaluating", "train", **paths, **keys).run()
     share_generator(str(run))
-    card, sha256 = text_of(bundle, "README.md"), json.loads((run / "checkpoints/model.json").read_text())["sha256"]
+    card, sha256 = text_of(bundle, "README.md"), json.loads((guide / "model.json").read_text())["sha256"]
     assert "`guidance_scale` 2.0 at times from 0.0 to 0.6.\n" in card
     assert f"guided this one: its weights, of which the SHA-256 begins with {sha256[:12]}, are not in this bundle." in card
     assert '--guidance_scale 2.0 --guidance_interval "[0.0, 0.6]" --guide GUIDE\n' in card
@@ -217,8 +228,10 @@ def changed_run(folder: Path, to: Path) -> Path:
 
 def test_evaluation_of_other_weights_is_left_out(folder, bundle, tmp_path, caplog):
     share_generator(str(folder / "run"))
-    assert "not evaluated" in share_generator(str(changed_run(folder, tmp_path / "run")))
+    assert "not evaluated" in share_generator(str(changed_run(folder, tmp_path / "run")), license="CC0-1.0")
     assert "is of other weights and is left out" in caplog.text
+    said = caplog.text.rpartition("left out")[2]
+    assert "`data_source` is not given" in said and "`license` is not given" not in said
     assert not (bundle / "models/generator/metrics.json").exists()
     card = text_of(bundle, "README.md")
     assert "Not evaluated." in card and "has not been measured" in card and "Steps:" not in card
@@ -235,7 +248,7 @@ def test_what_does_not_belong_together_is_refused(folder, bundle, tmp_path):
     shutil.copy(folder / "run/checkpoints/model.json", run / "checkpoints/model.json")
     with pytest.raises(ValueError, match="is not the file that .* describes"):
         share_generator(str(run))
-    with pytest.raises(FileNotFoundError, match="there are no weights at"):
+    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*nowhere.*\. `run_dir` is .*nowhere;"):
         share_generator(str(tmp_path / "nowhere"))
     share_generator(str(folder / "run"))
     (bundle / "models/generator/README.md").rename(tmp_path / "README.md")
