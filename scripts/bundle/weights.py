@@ -154,13 +154,17 @@ def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[
     return state if state.keys() == keys else named_as_here(state)
 
 
-def read_weights(path: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> tuple[Any, dict[str, Any] | None]:
+def read_weights(
+    path: str | Path, schema: Mapping[str, Any] = DESCRIPTION, wanted: str = ""
+) -> tuple[Any, dict[str, Any] | None]:
     """
     Read a file of weights. No code in it is run.
 
     Args:
         path: of the weights.
         schema: what the JSON file beside them must hold; by default, the description of an autoencoder.
+        wanted: a sentence for the error where there are none, with the argument that names them if it is neither
+            ``ckpt_dir`` nor ``pretrained``.
 
     Returns:
         what the file holds, on the CPU, and the arguments of its network from the JSON file beside it, None without one.
@@ -171,7 +175,7 @@ def read_weights(path: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> t
     """
     path = Path(path)
     if not path.is_file():
-        advice = f"{_advice(path)}, or set `ckpt_dir` or `pretrained` to others."
+        advice = f"{wanted} {_advice(path)}." if wanted else f"{_advice(path)}, or set `ckpt_dir` or `pretrained` to others."
         raise FileNotFoundError(f"there are no weights at {path}. {advice}")
     content = path.read_bytes()
     description = read_description(path, schema)

@@ -164,12 +164,13 @@ def describe(space: LatentSpace, flow: RectifiedFlow, condition_dropout: float) 
     return {"latents": space.description, "flow": flow.arguments, "condition_dropout": condition_dropout}
 
 
-def load_generator(path: str) -> Generator:
+def load_generator(path: str, wanted: str = "") -> Generator:
     """
     Read a generator.
 
     Args:
         path: of its weights; the JSON file beside them tells the rest.
+        wanted: see :py:func:`scripts.bundle.weights.read_weights`.
 
     Raises:
         FileNotFoundError: when there are no weights, or nothing beside them.
@@ -184,7 +185,7 @@ def load_generator(path: str) -> Generator:
         raise FileNotFoundError(
             f"{path} has no {Path(path).with_suffix('.json').name} beside it, without which it is useless."
         )
-    content, arguments = read_weights(path, DESCRIPTION)
+    content, arguments = read_weights(path, DESCRIPTION, wanted)
     description = read_description(path, DESCRIPTION)
     assert description is not None and arguments is not None
     network = LatentUNet(**arguments)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from scripts.bundle.weights import what_differs
 from scripts.generation.conditions import LEAST_DEVIATION
 from scripts.generation.generator import Generator, load_generator
 from scripts.generation.latent_space import LatentSpace
@@ -124,16 +124,17 @@ def load_guide(path: str | None, generator: Generator, device: Any, memory_forma
     """
     if path is None:
         return None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`guide` is {path}; it must be a file of weights, such as eval/guide/checkpoints/model.pt.")
-    guide = load_generator(path)
+    wanted = f"`guide` is {path}; it must be a file of weights, such as eval/guide/checkpoints/model.pt."
+    guide = load_generator(path, wanted)
     if guide.sha256 == generator.sha256:
         raise ValueError(f"`guide` is {path}, which has the weights that it is to guide. It must be a worse generator.")
     differing = _differing(guide, generator)
     if differing:
+        details = what_differs(_settings(guide.space), _settings(generator.space))
         raise ValueError(
-            f"{path} cannot guide this generator: {'; '.join(differing)}. Train a guide on the same latents, with "
-            "the same `latent_gamma` and `condition_keys`, for a shorter time or with a smaller network."
+            f"{path} cannot guide this generator: {', '.join(differing)} differ{f' ({details})' * bool(details)}. Train a "
+            "guide on the same latents, with the same `latent_gamma` and `condition_keys`, for a shorter time or with a "
+            "smaller network."
         )
     guide.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
     return guide
@@ -143,20 +144,18 @@ def _differing(guide: Generator, generator: Generator) -> list[str]:
     """What a guide must have in common, for one noisy latent and one vector of conditions to say the same to both."""
     there, here = guide.space, generator.space
     if there.description["autoencoder"]["sha256"] != here.description["autoencoder"]["sha256"]:
-        return ["the autoencoders that made the latents differ"]
-    entries = there.conditions.entries, here.conditions.entries
+        return ["the autoencoders that made the latents"]
     found = {
-        "statistics of the latents' channels" + _both("latent_gamma", there, here): _statistics_agree(there, here),
-        "conditions" + _both("condition_keys", there, here): _entries_agree(*entries),
-        "multiples of the latents' sizes differ": generator.network.multiple % guide.network.multiple == 0,
+        "statistics of the latents' channels": _statistics_agree(there, here),
+        "conditions": _entries_agree(there.conditions.entries, here.conditions.entries),
+        "multiples of the latents' sizes": generator.network.multiple % guide.network.multiple == 0,
     }
     return [name for name, agree in found.items() if not agree]
 
 
-def _both(key: str, there: LatentSpace, here: LatentSpace) -> str:
-    """A setting of both trainings, if it is what differs."""
-    values = [{**each.description, "condition_keys": list(each.conditions.keys)}[key] for each in (there, here)]
-    return " differ" if values[0] == values[1] else f" differ (`{key}` is {values[0]} there and {values[1]} here)"
+def _settings(space: LatentSpace) -> dict[str, Any]:
+    """What a user has set in a training, which may be why something differs."""
+    return {"latent_gamma": space.description["latent_gamma"], "condition_keys": space.conditions.keys}
 
 
 def _statistics_agree(there: LatentSpace, here: LatentSpace) -> bool:

@@ -71,12 +71,8 @@ def share_generator(run_dir: str, data_source: str = "", license: str = "") -> s
         ValueError: when a file is damaged, the two do not belong together, or the autoencoder in ``models`` is another one.
     """
     weights = Path(run_dir, "checkpoints", "model.pt")
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"there are no weights at {weights}. `run_dir` is {run_dir}; it must be the `output_dir` of a training with "
-            "configs/train_diffusion.json."
-        )
-    generator = load_generator(str(weights))
+    wanted = f"`run_dir` is {run_dir}; it must be the `output_dir` of a training with configs/train_diffusion.json."
+    generator = load_generator(str(weights), wanted)
     _refuse_other_autoencoder(generator)
     metrics = _metrics(Path(run_dir, "evaluation", "metrics.json"), generator)
     description: Any = read_description(weights, DESCRIPTION)

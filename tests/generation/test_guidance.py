@@ -205,6 +205,11 @@ def test_what_is_no_guide_is_told_by_its_name(generator, tmp_path):
         load_guide(path, load_generator(path), "cpu", torch.contiguous_format)
     with pytest.raises(FileNotFoundError, match="`guide` is .*; it must be a file of weights"):
         load_guide(str(tmp_path), generator, "cpu", torch.contiguous_format)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint_00000007.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"`guide` is .*\. The training run there has not written model\.pt yet"):
+        load_guide(str(run / "model.pt"), generator, "cpu", torch.contiguous_format)
 
 
 def test_constant_numbers_may_differ_by_their_rounding(generator, tmp_path):
