@@ -2,7 +2,7 @@
 
     python -m benchmarks.cost [--size 96] [--inference_size 256] [--device cpu]
 
-Prints the tables of docs/performance.md in Markdown, in the default precision of the device, which the first line names. All
+Prints the tables of docs/results/cost.md in Markdown, in the default precision of the device, which the first line names. All
 ratios of a table are measured in one run on one machine.
 """
 

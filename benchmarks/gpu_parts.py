@@ -266,7 +266,7 @@ def planned_step(name: str, machine: Machine) -> Row:
 
 
 def cost(machine: Machine) -> Iterator[Row]:
-    """The cost tables of docs/performance.md: a training step of each network, and of one with the config's switches."""
+    """The cost tables of docs/results/cost.md: a training step of each network, and of one with the config's switches."""
     size = machine.size(96, 16)
     networks = [MONAI, "initial 2, [2,2]"] if machine.small else [MONAI, *FACTORS]
     switches = {"channels_last": SWITCHES["channels_last"]} if machine.small else SWITCHES

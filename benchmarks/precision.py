@@ -2,7 +2,7 @@
 
     python -m benchmarks.precision [--limit 60] [--precisions "[float32,bfloat16]"]
 
-Prints the table of docs/performance.md in Markdown, with rows for each instruction set that this processor has:
+Prints the table of docs/results/precision.md in Markdown, with rows for each instruction set that this processor has:
 `ONEDNN_MAX_CPU_ISA` and `ATEN_CPU_CAPABILITY` make it use a smaller one. Each number is from a separate process. An
 operation that would take longer than the limit is measured on a cube of half or a quarter of the edge, which the cell names.
 """

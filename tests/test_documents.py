@@ -30,7 +30,7 @@ from tests.conftest import ROOT, save_volume
 from tests.test_architecture import ORDER
 from tests.training.test_training import small_network
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_OPTION = re.compile(r"`(--[a-z_#]+(?: [^`]*)?)`")
 COMMENT = re.compile(r"(^|\s)#.*")  # a # within a word is part of a key
@@ -205,7 +205,7 @@ def test_make_weights_starts_from_nothing_and_each_further_part_from_weights_tha
     assert len(made) == len(set(made)) == 6
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_options_in_the_text_are_keys_with_values_that_are_allowed(document):
     others = OF_MONAI | {name for f in COMMANDS.values() for name in inspect.signature(f).parameters}
     for inline in INLINE_OPTION.findall(BLOCK.sub("", document.read_text())):
@@ -214,7 +214,7 @@ def test_options_in_the_text_are_keys_with_values_that_are_allowed(document):
         config("configs/train.json", keys)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     for link in LINK.findall(document.read_text()):
         file, _, anchor = link.partition("#")
