@@ -2,8 +2,8 @@
 
     python -m benchmarks.cost [--size 96] [--inference_size 256] [--device cpu]
 
-Prints the tables of docs/results/cost.md in Markdown, in the default precision of the device, which the first line names. All
-ratios of a table are measured in one run on one machine.
+Prints the tables of docs/results/cost.md in Markdown, in the default precision of the device, which the first line names.
+All ratios of a table are measured in one run on one machine.
 """
 
 from __future__ import annotations

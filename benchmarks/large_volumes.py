@@ -2,7 +2,7 @@
 
     python -m benchmarks.large_volumes
 
-Prints tables of docs/results/cost.md in Markdown, under the rules of CUDA's mixed precision. No GPU is needed, and nothing is
+Prints tables of docs/results/cost.md in Markdown, under the rules of CUDA's mixed precision. No GPU is needed, nothing is
 allocated.
 """
 
