@@ -1,23 +1,39 @@
-"""Checks of JSON files, and of other content that was written earlier, before anything in them is used.
-
-What a file must hold is a JSON schema, declared beside the code that uses it. Error messages quote its ``"description"`` as
-what the value must be.
-"""
+"""Values from outside (JSON files, checkpoints, the command line), checked against type annotations before they are used."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import re
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 from jsonschema.validators import extend
 
-__all__ = ["SHA256", "problem_of_content", "read_json", "shortened"]
+__all__ = [
+    "SHA256",
+    "Count",
+    "Must",
+    "PositiveFloat",
+    "PositiveInt",
+    "Sha256",
+    "Share",
+    "checked",
+    "problem_of_content",
+    "read_dataclass",
+    "read_json",
+    "shortened",
+]
+
+T = TypeVar("T")
 
 MAX_BYTES = 2**20  # of a file that describes another one; such files have some thousand
 SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "a SHA-256 in hexadecimal"}
@@ -25,8 +41,151 @@ SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "a SHA-2
 _short = reprlib.Repr()
 _short.maxlist = _short.maxtuple = 8
 _short.maxdict = 4
+_short.maxlevel = 2
 _short.maxstring = _short.maxother = 80
 shortened = _short.repr  # of a value that may be of any size
+WORDS: dict[Any, str] = {
+    **{int: "an integer", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"},
+    **{dict: "an object", list: "a list", tuple: "a list"},
+}
+
+
+@dataclass(frozen=True)
+class Must:
+    """
+    Condition of an annotated value, as in ``Annotated[int, Must("an even integer", lambda n: n % 2 == 0)]``.
+
+    Args:
+        be: what the value must be, for the error.
+        holds: function that says whether a value of the annotated type is that.
+    """
+
+    be: str
+    holds: Callable[[Any], Any]
+
+
+PositiveInt = Annotated[int, Must("a positive integer", lambda n: n > 0)]
+Count = Annotated[int, Must("an integer from 0 on", lambda n: n >= 0)]
+PositiveFloat = Annotated[float, Must("a positive number", lambda x: x > 0)]
+Share = Annotated[float, Must("a number from 0 to 1", lambda x: 0 <= x <= 1)]
+Sha256 = Annotated[str, Must("a SHA-256 in hexadecimal", re.compile("[0-9a-f]{64}").fullmatch)]
+
+
+def read_dataclass(path: str | Path, cls: type[T], max_bytes: int = MAX_BYTES) -> T:
+    """
+    Read a JSON object and check it against the annotations of a dataclass, see :py:func:`checked`.
+
+    Args:
+        path: file.
+        cls: frozen dataclass. Its ``__post_init__`` may raise a ValueError, for values that contradict each other.
+        max_bytes: size of the largest file that is read.
+
+    Raises:
+        OSError: when the file cannot be opened.
+        ValueError: when it is no JSON, or not what ``cls`` says, with the file, the field and what was found.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        text = file.read(max_bytes + 1)
+    if len(text) > max_bytes:
+        raise ValueError(f"{path} has more than {max_bytes} bytes, which no such file has.")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter for deeply nested brackets
+        raise ValueError(f"{path} is damaged, or not JSON ({error}).") from error
+    try:
+        return checked(content, cls)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def checked(value: Any, kind: Any, name: str = "", expected: str | None = None) -> Any:
+    """
+    A value from outside, checked against a type annotation.
+
+    Args:
+        value: what was found.
+        kind: ``int``, ``float`` (finite, or an integer, which is converted), ``bool`` (which is no number), ``str``,
+            ``None``, ``Any``; ``list``, ``tuple`` (made of a list) and ``dict`` of them; ``Literal``, unions, and
+            ``Annotated`` with :py:class:`Must`; or a dataclass, which is made of a dictionary: fields with a default may be
+            missing in it, and keys that are no field are ignored.
+        name: field or argument, for the error.
+        expected: what the value must be, for the error. Without it, ``kind`` in words.
+
+    Raises:
+        ValueError: when it is something else, with the place, such as ```affine[0][1]```, and what was found there.
+    """
+    arguments = get_args(kind)
+    base: Any = NoneType if kind is None else get_origin(kind) or kind
+    expected = expected or _in_words(kind)
+    if base is Any:
+        return value
+    if base is Annotated:
+        value = checked(value, arguments[0], name, expected)
+        fits = all(condition.holds(value) for condition in arguments[1:])
+    elif base in (Union, UnionType):
+        kinds = [each for each in arguments if each is not NoneType]
+        if value is None and NoneType in arguments:
+            return None
+        for each in kinds[:-1]:
+            with contextlib.suppress(ValueError):
+                return checked(value, each, name, expected)
+        return checked(value, kinds[-1], name, expected)
+    elif base is Literal:
+        fits = any(value == each and type(value) is type(each) for each in arguments)
+    elif base is float:
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    elif base is int:
+        fits = type(value) is int and abs(value) < 2**63
+    elif base is tuple:
+        fits = isinstance(value, (list, tuple)) and len(value) == (len(arguments) if _is_fixed(arguments) else len(value))
+    else:
+        fits = isinstance(value, dict if is_dataclass(base) else base)
+    if not fits:
+        raise ValueError(f"{f'`{name}`' if name else 'the content'} is {shortened(value)}; it must be {expected}.")
+    if is_dataclass(base):
+        return _checked_fields(value, base, name)
+    if base is dict and arguments:
+        return {key: checked(each, arguments[1], f"{name}.{key}".lstrip(".")) for key, each in value.items()}
+    if base in (list, tuple):
+        kinds = list(arguments) if _is_fixed(arguments) else [(*arguments, Any)[0]] * len(value)
+        return base(checked(each, kinds[i], f"{name}[{i}]") for i, each in enumerate(value))
+    return float(value) if base is float else value
+
+
+def _is_fixed(arguments: tuple[Any, ...]) -> bool:
+    """Whether the arguments of a tuple's annotation say its length."""
+    return len(arguments) > 1 and arguments[-1] is not ...
+
+
+def _checked_fields(value: dict[str, Any], cls: Any, name: str) -> Any:
+    kinds = _hints(cls)
+    found = {}
+    for field in fields(cls):
+        place = f"{name}.{field.name}".lstrip(".")
+        if field.name in value:
+            found[field.name] = checked(value[field.name], kinds[field.name], place)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"`{place}` is missing.")
+    return cls(**found)
+
+
+def _in_words(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return arguments[-1].be
+    if origin in (Union, UnionType):
+        return " or ".join(map(_in_words, arguments))
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is tuple and _is_fixed(arguments):
+        return f"a list of {len(arguments)}"
+    return WORDS.get(origin or kind, "an object")
+
+
+@functools.lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
 
 
 def read_json(path: str | Path, schema: Mapping[str, Any], advice: str, max_bytes: int = MAX_BYTES) -> Any:
