@@ -30,7 +30,7 @@ from tests.conftest import ROOT, save_volume
 from tests.test_architecture import ORDER
 from tests.training.test_training import small_network
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_OPTION = re.compile(r"`(--[a-z_#]+(?: [^`]*)?)`")
 COMMENT = re.compile(r"(^|\s)#.*")  # a # within a word is part of a key
