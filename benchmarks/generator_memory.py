@@ -21,9 +21,9 @@ from monai.networks.blocks.selfattention import SABlock
 from scripts.bundle.config import ROOT
 from scripts.bundle.machine import GIB
 from scripts.bundle.text_table import table
-from scripts.generation.estimates import GeneratorEstimate, estimate_generator, plan_generator
 from scripts.planning.estimates import with_margin
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
+from scripts.planning.generator_estimates import GeneratorEstimate, estimate_generator, plan_generator
 from scripts.planning.training_costs import FakeStep, TrainingCost, step_cost
 
 PRESETS = ("8x", "16x", "32x")

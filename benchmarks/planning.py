@@ -24,8 +24,8 @@ from benchmarks.tables import print_table
 from scripts.bundle.config import ROOT
 from scripts.bundle.machine import MIB
 from scripts.bundle.precision import choose_precision
-from scripts.generation.estimates import GeneratorPlan, estimate_generator, plan_generator
 from scripts.layers.factors import by
+from scripts.planning.generator_estimates import GeneratorPlan, estimate_generator, plan_generator
 from scripts.planning.training_costs import TrainingCost, training_cost
 
 # glibc keeps freed blocks of up to 32 MiB; returned at once, they show what is in use

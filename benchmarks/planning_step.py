@@ -13,8 +13,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.inference_peak import peak_bytes, resident
-from scripts.generation.estimates import GeneratorPlan, latent_batch, step_trainer
-from scripts.generation.latent_unet import LatentUNet
+from scripts.diffusion.latent_unet import LatentUNet
+from scripts.planning.generator_estimates import GeneratorPlan, latent_batch, step_trainer
 from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.resumable_trainer import ResumableTrainer

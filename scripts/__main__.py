@@ -19,12 +19,12 @@ from typing import Any
 import fire
 
 from scripts.bundle.config import ROOT
-from scripts.generation.estimate_tables import generator_table, generator_verdict
-from scripts.generation.estimates import GeneratorEstimate, estimate_generator, is_generator, plan_generator
 from scripts.inference.slab_costs import slab_table
 from scripts.planning import tables
 from scripts.planning.config_keys import TRAIN, read_plan
 from scripts.planning.estimates import Estimate, estimate_plan
+from scripts.planning.generator_estimates import GeneratorEstimate, estimate_generator, is_generator, plan_generator
+from scripts.planning.generator_tables import generator_table, generator_verdict
 from scripts.planning.recommendations import (
     FACTOR_KEYS,
     Recommendation,

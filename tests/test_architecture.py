@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 SCRIPTS = ROOT / "scripts"
-ORDER = ["layers", "autoencoderkl", "bundle", "data", "training", "evaluation", "planning", "inference", "generation"]
+ORDER = ["layers", "autoencoderkl", "bundle", "data", "training", "diffusion", "planning", "inference", "evaluation"]
 
 
 def imported(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""The generator that a release carries, as ``python -m scripts.generation.share`` leaves it in ``models/generator``."""
+"""The generator that a release carries, as ``python -m scripts.diffusion.share`` leaves it in ``models/generator``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METADATA = {  # schema of what a generator adds to configs/metadata.json
     "properties": {name: {"type": "object", "description": "an object"} for name in (DATA_FORMAT, SCORES)},
     "description": "what a generator adds to configs/metadata.json",
 }
-ADVICE = "Write it with `python -m scripts.generation.share`"
+ADVICE = "Write it with `python -m scripts.diffusion.share`"
 
 
 def shared_generator(root: Path, autoencoder: str) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["table"]
+__all__ = ["summary_table", "table"]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -13,3 +13,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def summary_table(sets: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The numbers of an evaluation of samples, by set, as a Markdown table with a row for each."""
+    rows = [
+        [metric, *("-" if (v := row[metric]) is None else f"{v:.3g}" for row in sets.values())] for metric in sets["samples"]
+    ]
+    return table(["", *sets], rows)

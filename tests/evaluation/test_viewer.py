@@ -20,7 +20,7 @@ from scripts.evaluation.pictures import panels_of
 from scripts.evaluation.viewer import view_of
 from scripts.evaluation.worst_volumes import WorstVolumes
 from tests.conftest import head_like, save_volume
-from tests.generation.runs import AUTOENCODER, make_weights, workflow
+from tests.diffusion.runs import AUTOENCODER, make_weights, workflow
 
 viewer_page = pytest.importorskip("tests.evaluation.viewer_page", reason="needs selenium")
 PLANES = viewer_page.PLANES

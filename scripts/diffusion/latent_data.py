@@ -1,0 +1,172 @@
+"""Latents that `encoding` wrote, as a generator is trained on them: lists, loading, and batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.transforms import Transform
+from monai.utils import ensure_tuple
+from monai.utils.enums import CommonKeys as Keys
+
+from scripts.bundle.weights import what_differs
+from scripts.data.latents import all_latents, read_description, read_latent
+from scripts.data.volume_lists import split_by_subject
+from scripts.diffusion.latent_space import LatentSpace, spacing_of
+from scripts.diffusion.solvers import draw_noise
+from scripts.layers.factors import padded_size
+
+__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_space"]
+
+Item = dict[str, str]
+logger = logging.getLogger(__name__)
+
+
+def latent_lists(dataset_dir: str, val_fraction: float, seed: int, max_volumes: int | None = None) -> dict[str, list[Item]]:
+    """
+    The latents below a folder, for training and for validation: as the ``dataset.json`` of the volumes said, otherwise by
+    a split that is the one of the autoencoder's training on the same volumes, with the same fraction and seed.
+
+    Args:
+        dataset_dir: folder that `encoding` wrote to.
+        val_fraction: share of the subjects for validation, where no ``dataset.json`` had a validation list.
+        seed: of the split.
+        max_volumes: keep so many of each list; None for all.
+
+    Returns:
+        ``{"training": [{"image": path}, ...], "validation": [...]}``.
+
+    Raises:
+        FileNotFoundError: when there is no latent, or none that ``dataset.json`` lists for training.
+        ValueError: for latents of more than one autoencoder, by name, and when there is nothing to split.
+    """
+    descriptions = {path: read_description(Path(path)) for path in all_latents(dataset_dir)}
+    _refuse_mixture(descriptions)
+    # the split looks at the paths of the volumes
+    items = [{"image": each["source"], "latent": path} for path, each in descriptions.items()]
+    listed = {path: each["dataset_list"] for path, each in descriptions.items() if each.get("dataset_list")}
+    if listed:
+        lists = {name: [item for item in items if listed.get(item["latent"]) == name] for name in ("training", "validation")}
+        left_out = len(items) - sum(map(len, lists.values()))
+        if left_out:
+            logger.info(f"{dataset_dir}: left out {left_out} latents of volumes that dataset.json does not list")
+        if not lists["training"]:
+            raise FileNotFoundError(f"{dataset_dir!r} has no latent of a volume that dataset.json lists for training.")
+    if not listed or not lists["validation"]:
+        lists = split_by_subject(lists["training"] if listed else items, ".", val_fraction, seed)
+    return {name: [{"image": item["latent"]} for item in items][:max_volumes] for name, items in lists.items()}
+
+
+def learn_space(items: Sequence[Item], latent_gamma: float, condition_keys: str | Sequence[str]) -> LatentSpace:
+    """
+    What the JSON files beside latents say, see :py:meth:`LatentSpace.learn`.
+
+    Args:
+        items: of the training list.
+        latent_gamma: see :py:class:`LatentSpace`.
+        condition_keys: names of the conditions to use, or the name of one.
+    """
+    descriptions = [read_description(Path(item["image"])) for item in items]
+    space = LatentSpace.learn(descriptions, latent_gamma, ensure_tuple(condition_keys))
+    logger.info(space.summary())
+    return space
+
+
+def _refuse_mixture(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+    first, expected = next(iter(descriptions.items()))
+    for path, description in descriptions.items():
+        if "image_scale" not in description:
+            raise ValueError(
+                f"{path} was encoded by an earlier version, which noted less than a generator needs; encode again."
+            )
+        details = what_differs(description["network"], expected["network"])
+        if not details and description["weights_sha256"] != expected["weights_sha256"]:
+            hashes = [each["weights_sha256"][:12] for each in (description, expected)]
+            details = f"the SHA-256 of its weights begins with {hashes[0]} instead of {hashes[1]}"
+        if details:
+            raise ValueError(
+                f"{path} is of another autoencoder than {first}: {details}. A generator needs the latents of one: encode "
+                "all volumes with the same weights, into a folder of their own."
+            )
+
+
+class ReadLatentd(Transform):
+    """
+    Read a latent and what is known of its volume.
+
+    Args:
+        space: of the latents.
+        key: of the path, and then of the latent, ``CxHxWxD``.
+
+    Raises:
+        ValueError: when called, for a latent that is damaged.
+    """
+
+    def __init__(self, space: LatentSpace, key: str = Keys.IMAGE) -> None:
+        self.key = key
+        network = space.description["autoencoder"]["network"]
+        self.kind = (space.factors, space.latent_channels, network["out_channels"])
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        path = Path(data[self.key])
+        description = read_description(path)
+        volume = {
+            "conditions": description["conditions"],
+            "size": description["preprocessed_shape"],
+            "spacing": spacing_of(description),
+        }
+        seed = int.from_bytes(hashlib.sha256(description["source"].encode()).digest()[:4], "big")
+        return {
+            **data,
+            self.key: read_latent(path, description, *self.kind),
+            "volume": json.dumps(volume),
+            "seed": seed,
+            "file": str(path),
+        }
+
+
+class LatentCollate:
+    """
+    Make a batch of latents, which may differ in size: each is padded at its end, by repeating its last voxels, to the
+    largest of the batch and to what the network divides. The noise of each comes from its own seed, so that it does not
+    depend on what else is in the batch.
+
+    Args:
+        multiple: number that padded sizes are multiples of.
+    """
+
+    def __init__(self, multiple: int) -> None:
+        self.multiple = multiple
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """
+        Args:
+            samples: dictionaries as :py:class:`ReadLatentd` makes them, or lists of them.
+
+        Returns:
+            ``image`` and ``noise`` ``BxCxHxWxD``, ``mask`` ``Bx1xHxWxD`` (1 in the volume), ``extent`` ``Bx3`` (share of
+            each axis that is volume), and lists of the rest.
+        """
+        items = [item for sample in samples for item in (sample if isinstance(sample, list) else [sample])]
+        latents = [item[Keys.IMAGE] for item in items]
+        largest = [max(sizes) for sizes in zip(*(z.shape[1:] for z in latents))]
+        size = padded_size(largest, [self.multiple] * len(largest))
+        return {
+            Keys.IMAGE: torch.stack([_padded(z, size, "replicate") for z in latents]),
+            "noise": torch.stack([draw_noise((len(z), *size), item["seed"]) for z, item in zip(latents, items)]),
+            "mask": torch.stack([_padded(torch.ones_like(z[:1]), size, "constant") for z in latents]),
+            "extent": torch.tensor([[n / padded for n, padded in zip(z.shape[1:], size)] for z in latents]),
+            **{key: [item[key] for item in items] for key in ("volume", "seed", "file")},
+        }
+
+
+def _padded(z: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:
+    """``CxHxWxD`` padded at the end of each axis."""
+    padding = [side for n, padded in zip(reversed(z.shape[1:]), reversed(size)) for side in (0, padded - n)]
+    return F.pad(z[None], padding, mode=mode)[0]

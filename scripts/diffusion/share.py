@@ -1,0 +1,155 @@
+"""A trained generator as files to share, which ``make release`` carries.
+
+    python -m scripts.diffusion.share --run_dir eval/diffusion
+
+The files are made of what the run recorded. They hold no picture, no volume and no name of a file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from scripts.bundle.config import ROOT
+from scripts.bundle.files import content_hash, write_atomically
+from scripts.bundle.json_files import SHA256, read_json
+from scripts.bundle.machine import MIB
+from scripts.bundle.shared_generator import DATA_FORMAT, FOLDER, OF_EVALUATION, SCORES
+from scripts.bundle.weights import read_description
+from scripts.diffusion.generator import DESCRIPTION, Generator, load_generator
+from scripts.diffusion.model_card import write_card
+
+__all__ = ["share_generator"]
+
+MAX_METRICS = 2**26  # bytes; an evaluation describes each sample
+SETTINGS = (
+    *("num_samples", "seed", "val_fraction", "num_inference_steps", "solver"),
+    *("guidance_scale", "guidance_interval", "guide_sha256", "amp", "amp_dtype"),
+)
+ROW = {"type": "object", "additionalProperties": {"type": ["number", "null"]}, "description": "numbers by name"}
+METRICS = {  # schema of the part of an evaluation that is shared; the rest has paths and describes held-out volumes
+    "type": "object",
+    "required": ["weights_sha256", "training_volumes", "held_out_volumes", "settings", "notes", "sets"],
+    "properties": {
+        "weights_sha256": SHA256,
+        "training_volumes": {"type": "integer", "description": "an integer"},
+        "held_out_volumes": {"type": "integer", "description": "an integer"},
+        "settings": {"type": "object", "required": list(SETTINGS), "description": "the settings of an evaluation"},
+        "notes": {"type": "array", "items": {"type": "string"}, "description": "a list of texts"},
+        "sets": {
+            "type": "object",
+            "required": ["samples", "held_out"],
+            "additionalProperties": ROW,
+            "description": "the numbers of each set",
+        },
+    },
+    "description": "what an evaluation of samples wrote",
+}
+logger = logging.getLogger(__name__)
+
+
+def share_generator(run_dir: str, data_source: str = "", license: str = "") -> str:
+    """
+    Check a run of ``configs/train_diffusion.json`` and write its generator to ``models/generator``: ``model.pt`` and
+    ``model.json``; ``README.md``, the model card; ``metrics.json``, if the weights were evaluated; and ``metadata.json``,
+    which ``make release`` adds to ``configs/metadata.json``.
+
+    Args:
+        run_dir: ``output_dir`` of the run.
+        data_source: where the training volumes are from, for the card.
+        license: of the generator's weights, for the card.
+
+    Returns:
+        what was written, for a person to read.
+
+    Raises:
+        FileNotFoundError: when there are no weights, or no JSON file beside them.
+        ValueError: when a file is damaged, the two do not belong together, or the autoencoder in ``models`` is another one.
+    """
+    weights = Path(run_dir, "checkpoints", "model.pt")
+    wanted = f"`run_dir` is {run_dir}; it must be the `output_dir` of a training with configs/train_diffusion.json."
+    generator = load_generator(str(weights), wanted)
+    _refuse_other_autoencoder(generator)
+    metrics = _metrics(Path(run_dir, "evaluation", "metrics.json"), generator)
+    description: Any = read_description(weights, DESCRIPTION)
+    known = {name: description[name] for name in DESCRIPTION["properties"] if name in description}  # type: ignore[attr-defined]
+    known = {**known, "sha256": generator.sha256, "sha256_before": generator.sha256}
+    files = {
+        "model.json": json.dumps(known, indent=2),
+        "metadata.json": json.dumps(_metadata(generator, metrics), indent=2),
+        "README.md": write_card(generator, known.get("trained"), metrics, str(data_source), str(license)),
+    }
+    if metrics is not None:
+        files[OF_EVALUATION] = json.dumps(metrics, indent=2)
+    content = {name: text.encode() for name, text in files.items()} | {"model.pt": weights.read_bytes()}
+    folder = ROOT / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    if metrics is None:  # those that are there are of other weights
+        (folder / OF_EVALUATION).unlink(missing_ok=True)
+    for name, each in content.items():
+        write_atomically(each, folder / name)
+    for name, value in (("data_source", data_source), ("license", license)):
+        if not value:
+            logger.warning(f"`{name}` is not given, and the card says so. Set --{name} before others use the weights.")
+    evaluated = "with its scores" if metrics else "not evaluated"
+    return f"{folder}: {', '.join(sorted(content))}; {len(content['model.pt']) / MIB:.1f} MiB of weights, {evaluated}"
+
+
+def _refuse_other_autoencoder(generator: Generator) -> None:
+    path = ROOT / "models" / "model.pt"
+    expected = generator.space.description["autoencoder"]["sha256"]
+    found = content_hash(path.read_bytes()) if path.is_file() else "nothing"
+    if found != expected:
+        raise ValueError(
+            f"the generator needs the autoencoder whose SHA-256 begins with {expected[:12]}; that of {path} begins with "
+            f"{found[:12]}. Put model.pt and model.json of the autoencoder that encoded the training volumes into models/."
+        )
+
+
+def _metrics(path: Path, generator: Generator) -> dict[str, Any] | None:
+    """What may be shared of the evaluation; None without one of these weights."""
+    if not path.is_file():
+        logger.warning(f"there is no {path}: the card will have no scores. docs/generation.md says how to evaluate.")
+        return None
+    found = read_json(path, METRICS, advice="evaluate again, or remove it", max_bytes=MAX_METRICS)
+    if found["weights_sha256"] != generator.sha256:
+        logger.warning(f"{path} is of other weights and is left out. Evaluate again to have scores in the card.")
+        return None
+    found["settings"] = {name: found["settings"][name] for name in SETTINGS}
+    return {name: found[name] for name in METRICS["properties"]}  # type: ignore[attr-defined]
+
+
+def _metadata(generator: Generator, metrics: dict[str, Any] | None) -> dict[str, Any]:
+    """Input and output of the network in the terms of MONAI's schema, and scores."""
+    arguments = generator.network.arguments
+    axes = arguments["spatial_dims"]
+    latent = {
+        "type": "latent",
+        "format": "latent",
+        "num_channels": arguments["latent_channels"],
+        "spatial_shape": [f"{generator.network.multiple}*n"] * axes,
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": False,
+    }
+    vector = {**latent, "type": "vector", "format": "vector", "spatial_shape": []}
+    inputs = {
+        "image": {**latent, "channel_def": {"0": "noisy latent"}},
+        "timesteps": {**vector, "type": "timestep", "format": "timestep", "num_channels": 1, "value_range": [0, 1000]},
+        "context": {**vector, "num_channels": arguments["condition_size"]},
+        "extent": {**vector, "num_channels": axes, "value_range": [0, 1]},
+    }
+    predicts = "velocity" if generator.flow.prediction == "v" else "clean latent"
+    data_format = {"inputs": inputs, "outputs": {"pred": {**latent, "channel_def": {"0": predicts}}}}
+    sets = metrics["sets"] if metrics else {}
+    scores = {name: {metric: value for metric, value in row.items() if value is not None} for name, row in sets.items()}
+    return {DATA_FORMAT: data_format, SCORES: scores}
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    fire.Fire(share_generator)

@@ -1,0 +1,162 @@
+"""What an evaluation of samples leaves behind: its numbers as JSON and as CSV, and a report to look at."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.bundle.files import write_atomically
+from scripts.bundle.text_table import summary_table
+from scripts.evaluation.html_pages import Column, extents, render_page
+from scripts.evaluation.viewer import View
+
+__all__ = ["write_report"]
+
+TEMPLATE = Path(__file__).with_name("sample_report.html.jinja")
+LABELS = {
+    "samples": ("samples", "of the generator, with sizes, spacings and conditions of the held-out volumes"),
+    "held_out": ("held-out volumes", "decoded latents that training did not see: what samples should be like"),
+    "training": ("training volumes", "decoded latents of the training half: as near to the held-out ones as samples can be"),
+    "covariance_gaussian": (
+        "Gaussian, covariance",
+        "random sums of training latents, with their mean and full covariance; a generator must be much better",
+    ),
+    "gaussian": ("Gaussian", "independent values with the deviation of each channel: noise"),
+}
+MMD = (
+    "squared maximum mean discrepancy to the held-out volumes, Gaussian kernel, unbiased: about 0 for the same distribution"
+)
+P = "share of random divisions that differ as much as these two sets; below 0.05 they are not of one distribution"
+FRECHET = "Fréchet distance to the held-out volumes; depends on the number of volumes, compare rows of equal numbers"
+COARSE = "on coarse latents (size, position, shape)"
+CHANNELS = "on mean and deviation of each latent channel over the volume (how much detail of each kind there is)"
+LOCAL = "on local means, deviations and edges of decoded volumes (what tissue looks like)"
+SLICES = "on features of slices in three planes by a network trained on photographs (what they look like)"
+COLUMNS = {
+    "number": Column("number", "d", "volumes of the set"),
+    "mmd2_coarse": Column("MMD², coarse", ".4f", f"{MMD}; {COARSE}"),
+    "p_coarse": Column("p", ".3f", P),
+    "frechet_coarse": Column("Fréchet, coarse", ".4g", f"{FRECHET}; {COARSE}"),
+    "mmd2_channels": Column("MMD², channels", ".4f", f"{MMD}; {CHANNELS}"),
+    "p_channels": Column("p", ".3f", P),
+    "frechet_channels": Column("Fréchet, channels", ".4g", f"{FRECHET}; {CHANNELS}"),
+    "mmd2_local": Column("MMD², local", ".4f", f"{MMD}; {LOCAL}"),
+    "p_local": Column("p", ".3f", P),
+    "frechet_local": Column("Fréchet, local", ".4g", f"{FRECHET}; {LOCAL}"),
+    "mmd2_slices": Column("MMD², slices", ".4f", f"{MMD}; {SLICES}"),
+    "p_slices": Column("p", ".3f", P),
+    "frechet_slices": Column("Fréchet, slices", ".4g", f"{FRECHET}; {SLICES}"),
+    "ms_ssim": Column(
+        "pairwise MS-SSIM", ".3f", "how alike the volumes of a set are; above the held-out ones' is too little variety"
+    ),
+    "nearest": Column(
+        "distance to training",
+        ".3f",
+        "median over the set of the distance to the nearest training latent, mirrored ones included, in deviations",
+    ),
+    "close": Column(
+        "closer than held-out",
+        ".1%",
+        "share closer to a training latent than 95 % of held-out ones are; 5 % is to be expected",
+    ),
+    "spectrum": Column("spectrum, dB", ".2f", "mean difference of the power spectrum from the held-out volumes'"),
+    "fine_detail": Column(
+        "fine detail, dB", "+.2f", "power in the upper half of frequencies: less is blurred, more is noisy"
+    ),
+    "grid_energy": Column(
+        "grid energy",
+        ".3f",
+        "how much the detail varies with the position in the latent's blocks; above the held-out ones' is blocky",
+    ),
+}
+OBEYED = (
+    "share that is nearest to the mean training volume of its {}; held-out volumes say how well that tells classes apart"
+)
+WIDTH, HEIGHT = 640, 220  # of the chart of spectra
+logger = logging.getLogger(__name__)
+
+
+def write_report(
+    evaluation: Mapping[str, Any],
+    pictures: Mapping[int, Mapping[str, Mapping[str, bytes]]],
+    views: Mapping[int, View],
+    output_dir: Path,
+) -> None:
+    """
+    Write ``metrics.json``, ``metrics.csv`` and ``report.html``, and log the numbers.
+
+    Args:
+        evaluation: the content of ``metrics.json``, see :py:class:`scripts.evaluation.SampleEvaluation`.
+        pictures: panels of the samples that are shown, by their index.
+        views: for those of them of which all slices are shown, the sample and its nearest training volume.
+        output_dir: the folder; it is made.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    files = {
+        "metrics.csv": _table(evaluation["sets"]),
+        "metrics.json": json.dumps(evaluation, indent=2),
+        "report.html": _page(evaluation, pictures, views),
+    }
+    for name, content in files.items():
+        write_atomically(content.encode(), output_dir / name)
+    logger.info(f"samples beside real volumes and Gaussians:\n{summary_table(evaluation['sets'])}")
+    if evaluation["left_out"]:
+        logger.info(evaluation["left_out"])
+    logger.info(f"report: {output_dir / 'report.html'}")
+
+
+def _table(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    rows = [{"set": name, **row} for name, row in sets.items()]
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _page(
+    evaluation: Mapping[str, Any], pictures: Mapping[int, Mapping[str, Mapping[str, bytes]]], views: Mapping[int, View]
+) -> str:
+    shown = [sample for sample in evaluation["samples"] if sample["index"] in pictures]
+    return render_page(
+        TEMPLATE,
+        evaluation=evaluation,
+        labels=LABELS,
+        columns={metric: _column(metric) for metric in evaluation["sets"]["samples"]},
+        shown=shown,
+        pictures=pictures,
+        views=views,
+        extents={sample["index"]: extents(sample["size"], sample["spacing"]) for sample in shown},
+        chart=_chart(evaluation["spectra"]),
+    )
+
+
+def _column(metric: str) -> Column:
+    if metric in COLUMNS:
+        return COLUMNS[metric]
+    condition = metric.removeprefix("obeyed_")
+    return Column(f"{condition} obeyed", ".1%", OBEYED.format(condition))
+
+
+def _chart(spectra: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
+    """Lines of the differences from the held-out spectrum, in pixels, and the range of the vertical axis in dB."""
+    real = spectra["held_out"]
+    lines = {
+        name: [(band, a - b) for band, (a, b) in enumerate(zip(each, real)) if a is not None and b is not None]
+        for name, each in spectra.items()
+        if name != "held_out"
+    }
+    limit = max(1.0, *(math.ceil(abs(value)) for line in lines.values() for _, value in line))
+    places = {
+        name: " ".join(
+            f"{(band + 0.5) / len(real) * WIDTH:.1f},{(1 - value / limit) * HEIGHT / 2:.1f}" for band, value in line
+        )
+        for name, line in lines.items()
+    }
+    return {"lines": places, "limit": limit, "width": WIDTH, "height": HEIGHT}

@@ -1,0 +1,219 @@
+"""Guidance: by a generator that is told nothing, or by a worse one that is told the same."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+
+from scripts.bundle.weights import save_weights
+from scripts.diffusion.conditions import Conditions
+from scripts.diffusion.flow import RectifiedFlow
+from scripts.diffusion.generator import Generator, describe, load_generator
+from scripts.diffusion.guidance import Guidance, load_guide
+from scripts.diffusion.latent_space import LatentSpace
+from scripts.diffusion.latent_unet import LatentUNet
+from tests.conftest import ROOT
+from tests.diffusion.runs import leave_start
+
+CHANNELS = 4
+AUTOENCODER = json.loads((ROOT / "models/model.json").read_text())["network"]
+NUMBER = {"mean": 3.0, "deviation": 1e-15, "lowest": 3.0, "highest": 3.0}
+AGE = {"mean": 50.0, "deviation": 10.0, "lowest": 30.0, "highest": 70.0}
+SEX = {"classes": {"F": 3, "M": 4}}
+TIME = 0.4
+
+
+def described(**changes) -> dict:
+    return {
+        "autoencoder": {"network": AUTOENCODER, "sha256": "a" * 64},
+        "volumes": 7,
+        "latent_gamma": 0.5,
+        "channel_mean": [0.0, 1.0, -1.0, 2.0],
+        "channel_deviation": [1.0, 2.0, 0.5, 0.1],
+        "channel_amplitude": [1.7, 1.0, 0.5, 0.4],
+        "conditions": {"geometry": [NUMBER] * 6, "keys": {"age": AGE, "sex": SEX}},
+        "geometries": [{"size": [16] * 3, "spacing": [1.0] * 3, "count": 7}],
+        **{"intensity_low": [0.0], "intensity_high": [1.0], "data_type": "<i2", "scl_slope": 1.0, "scl_inter": 0.0},
+        **changes,
+    }
+
+
+def made(seed: int, prediction: str = "x", dropout: float = 0.1, channels: tuple = (8, 8), **changes) -> Generator:
+    torch.manual_seed(seed)
+    space = LatentSpace(described(**changes))
+    sizes = {"channels": list(channels), "attention_levels": [False] * len(channels), "norm_num_groups": 4}
+    network = LatentUNet(3, CHANNELS, len(space.conditions), num_head_channels=4, **sizes).eval()
+    leave_start(network)
+    return Generator(network, space, RectifiedFlow(prediction), dropout, "b" * 64)
+
+
+def asked(states: torch.Tensor, network: torch.nn.Module, context: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network(states, torch.full((len(context),), 1000 * TIME), context)
+
+
+@pytest.fixture
+def generator() -> Generator:
+    return made(0)
+
+
+@pytest.fixture
+def state() -> torch.Tensor:
+    return torch.randn(1, CHANNELS, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def context(generator) -> torch.Tensor:
+    return generator.space.conditions.vector({"age": 61, "sex": "M"}, [16] * 3, [1.0] * 3)[None]
+
+
+def clean(guidance: Guidance, state: torch.Tensor, context: torch.Tensor, time: float = TIME) -> torch.Tensor:
+    return guidance.clean(asked, guidance.generator.network, state, time, context)
+
+
+def test_without_a_scale_the_prediction_stays_what_it_is(generator, state, context):
+    assert torch.equal(clean(Guidance(generator), state, context), asked(state, generator.network, context))
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_it_is_taken_further_from_what_the_generator_makes_when_told_nothing(state, context, prediction):
+    generator = made(0, prediction)
+    told, untold = (
+        generator.flow.clean(asked(state, generator.network, each), state, TIME)
+        for each in (context, generator.space.conditions.nothing()[None])
+    )
+    assert (told - untold).abs().max() > 0.01
+    found = clean(Guidance(generator, 2.5), state, context)
+    assert torch.allclose(found, told + 1.5 * (told - untold), atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v"])
+def test_it_is_taken_further_from_what_a_guide_makes_that_is_told_the_same(generator, state, context, prediction):
+    guide = made(1, prediction)  # which may predict something else than the generator
+    told = asked(state, generator.network, context)
+    worse = guide.flow.clean(asked(state, guide.network, context), state, TIME)
+    found = clean(Guidance(generator, 1.75, guide=guide), state, context)
+    assert torch.allclose(found, told + 0.75 * (told - worse), atol=1e-5)
+    assert (found - told).abs().max() > 0.01
+
+
+def test_there_is_none_outside_of_the_interval(generator, state, context):
+    told = asked(state, generator.network, context)
+    guidance = Guidance(generator, 2.0, [0.3, 0.6], made(1))
+    for time, guided in ((0.29, False), (0.3, True), (0.6, True), (0.61, False)):
+        assert torch.equal(clean(guidance, state, context, time), told) is not guided
+
+
+def test_samples_say_what_guided_them(generator):
+    plain = {"guidance_scale": 1.0, "guidance_interval": [0.0, 1.0], "guide_sha256": None}
+    assert Guidance(generator).settings == plain and Guidance(generator).networks == [generator.network]
+    guide = made(1)
+    guidance = Guidance(generator, 2, [0, 0.5], guide)
+    assert guidance.settings == {"guidance_scale": 2.0, "guidance_interval": [0.0, 0.5], "guide_sha256": "b" * 64}
+    assert guidance.networks == [generator.network, guide.network]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"scale": -1}, "`guidance_scale` is -1"),
+        ({"scale": True}, "`guidance_scale` is True"),
+        ({"scale": float("nan")}, "`guidance_scale` is nan"),
+        ({"interval": 0.5}, r"`guidance_interval` is 0.5; it must be two times"),
+        ({"interval": [0.6, 0.2]}, r"`guidance_interval` is \[0.6, 0.2\].* the lower one first"),
+        ({"interval": [0, 2]}, r"`guidance_interval` is \[0, 2\]"),
+        ({"interval": [0, 0.6]}, "`guidance_scale` is 1, with which `guidance_interval` has no influence"),
+        ({"guide": made(1)}, "`guidance_scale` is 1, with which a `guide` has no influence"),
+    ],
+)
+def test_what_cannot_be_is_refused(generator, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Guidance(generator, **arguments)
+
+
+def test_a_generator_that_was_never_told_nothing_needs_a_guide(state, context):
+    generator = made(0, dropout=0)
+    with pytest.raises(ValueError, match="trained with `condition_dropout` 0 .* or give a `guide`"):
+        Guidance(generator, 1.5)
+    assert clean(Guidance(generator, 1.5, guide=made(1)), state, context).isfinite().all()
+
+
+def saved(folder, guide: Generator) -> str:
+    path = folder / "model.pt"
+    save_weights(guide.network, path, describe(guide.space, guide.flow, guide.condition_dropout))
+    return str(path)
+
+
+def with_numbers(mean: float, deviation: float) -> dict:
+    return {"geometry": [NUMBER] * 6, "keys": {"age": {**AGE, "mean": mean, "deviation": deviation}, "sex": SEX}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"channels": (8,)},
+        {"channel_mean": [0.01, 1.0, -1.0, 2.0], "channel_deviation": [1.01, 2.0, 0.5, 0.1], "volumes": 9},
+        {"conditions": with_numbers(50.1, 10.2)},
+    ],
+)
+def test_a_guide_of_the_same_kind_of_latents_is_read(generator, tmp_path, changes):
+    path = saved(tmp_path, made(1, **changes))
+    found = load_guide(path, generator, "cpu", torch.channels_last_3d)
+    assert found is not None and found.sha256 == load_generator(path).sha256
+    weight = next(p for p in found.network.parameters() if p.dim() == 5 and p.shape[1] > 1 and p.shape[2] > 1)
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert load_guide(None, generator, "cpu", torch.contiguous_format) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"channel_mean": [0.1, 1.0, -1.0, 2.0]}, "statistics of the latents' channels differ"),
+        ({"channel_deviation": [1.0, 2.2, 0.5, 0.1]}, "statistics of the latents' channels differ"),
+        ({"channel_amplitude": [1.0, 1.0, 1.0, 1.0]}, "statistics of the latents' channels differ"),
+        (
+            {"channel_amplitude": [1.0] * 4, "latent_gamma": 0.0},
+            r"channels differ \(`latent_gamma` is 0.0 there and 0.5 here\)",
+        ),
+        (
+            {"conditions": {"geometry": [NUMBER] * 6, "keys": {"age": AGE}}},
+            r"conditions differ \(`condition_keys` is \['age'\] there and \['age', 'sex'\] here\)",
+        ),
+        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"sex": SEX, "age": AGE}}}, "conditions differ"),
+        ({"conditions": with_numbers(52.0, 10.0)}, "conditions differ"),
+        ({"channels": (8, 8, 8)}, "multiples of the latents' sizes differ"),
+        (
+            {"autoencoder": {**described()["autoencoder"], "sha256": "c" * 64}},
+            "the autoencoders that made the latents differ",
+        ),
+    ],
+)
+def test_a_guide_that_sees_something_else_is_refused(generator, tmp_path, changes, words):
+    path = saved(tmp_path, made(1, **changes))
+    with pytest.raises(ValueError, match=re.escape(path) + " cannot guide this generator: .*" + words):
+        load_guide(path, generator, "cpu", torch.contiguous_format)
+
+
+def test_what_is_no_guide_is_told_by_its_name(generator, tmp_path):
+    path = saved(tmp_path, generator)
+    with pytest.raises(ValueError, match="`guide` is .* has the weights that it is to guide"):
+        load_guide(path, load_generator(path), "cpu", torch.contiguous_format)
+    with pytest.raises(FileNotFoundError, match="`guide` is .*; it must be a file of weights"):
+        load_guide(str(tmp_path), generator, "cpu", torch.contiguous_format)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint_00000007.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"`guide` is .*\. The training run there has not written model\.pt yet"):
+        load_guide(str(run / "model.pt"), generator, "cpu", torch.contiguous_format)
+
+
+def test_constant_numbers_may_differ_by_their_rounding(generator, tmp_path):
+    description = copy.deepcopy(described())
+    description["conditions"]["geometry"][1] = {**NUMBER, "mean": 3.0 + 1e-12, "deviation": 0.0}
+    assert Conditions(description["conditions"]).entries != generator.space.conditions.entries
+    assert load_guide(saved(tmp_path, made(1, **description)), generator, "cpu", torch.contiguous_format) is not None

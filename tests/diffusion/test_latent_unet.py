@@ -1,0 +1,124 @@
+"""The generator's network: MONAI's, told where it is and what it is to make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.networks.nets import DiffusionModelUNet
+
+from scripts.diffusion.latent_unet import LatentUNet, coordinates, posterior
+from tests.diffusion.runs import leave_start
+
+ARGUMENTS = {"spatial_dims": 3, "latent_channels": 4, "condition_size": 5, "channels": [8, 16]}
+ARGUMENTS |= {"attention_levels": [False, True], "norm_num_groups": 4, "num_head_channels": 8}
+
+
+@pytest.fixture
+def network() -> LatentUNet:
+    torch.manual_seed(0)
+    network = LatentUNet(**ARGUMENTS).eval()
+    leave_start(network)
+    return network
+
+
+def test_arguments_build_the_same_network(network):
+    assert isinstance(network.unet, DiffusionModelUNet)
+    again = LatentUNet(**network.arguments)
+    assert again.arguments == network.arguments and again.multiple == 2
+    again.load_state_dict(network.state_dict())
+
+
+def test_output_depends_on_time_conditions_and_place(network):
+    x, timesteps = torch.zeros(1, 4, 8, 8, 8), torch.tensor([500.0])
+    context = torch.randn(1, 5)
+    output = network(x, timesteps, context)
+    assert output.shape == x.shape
+    assert not torch.allclose(output, network(x, timesteps + 300, context), atol=1e-3)
+    assert not torch.allclose(output, network(x, timesteps, -context), atol=1e-3)
+    inner = output[0, :, 3:5, 3:5, 3:5]  # borders apart, a network without coordinates makes the same everywhere
+    assert inner.std(dim=(1, 2, 3)).max() > 1e-3
+
+
+def test_position_runs_over_the_volume_and_not_over_its_padding():
+    whole = coordinates(torch.zeros(1, 4, 6, 6, 6), None)
+    assert whole.shape == (1, 9, 6, 6, 6)
+    assert whole[0, 0, :, 0, 0].tolist() == pytest.approx([-5 / 6, -3 / 6, -1 / 6, 1 / 6, 3 / 6, 5 / 6])
+    padded = coordinates(torch.zeros(1, 4, 8, 6, 8), torch.tensor([[6 / 8, 1, 6 / 8]]))
+    assert torch.allclose(padded[:, :, :6, :, :6], whole, atol=1e-5)
+
+
+def test_padding_of_one_latent_in_a_batch_leaves_the_other_alone(network):
+    x, timesteps, context = torch.randn(2, 4, 8, 8, 8), torch.tensor([100.0, 900.0]), torch.randn(2, 5)
+    extent = torch.tensor([[1.0, 1.0, 1.0], [0.75, 1.0, 1.0]])
+    both = network(x, timesteps, context, extent)
+    assert torch.allclose(both[:1], network(x[:1], timesteps[:1], context[:1]), atol=1e-5)
+
+
+def test_arguments_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="`attention_levels` has 1 entries for 2 levels"):
+        LatentUNet(**{**ARGUMENTS, "attention_levels": [True]})
+    with pytest.raises(ValueError, match="`channels` has 10; with attention it must be a multiple of 8"):
+        LatentUNet(**{**ARGUMENTS, "channels": [8, 10]})
+
+
+AMPLITUDE = torch.tensor([2.0, 1.0, 0.5, 0.1])
+
+
+def test_a_gain_that_has_learned_nothing_is_the_best_linear_estimate_of_each_value():
+    """With the last layer at zero; of Gaussian values, no factor of the noisy latent comes closer to the clean one."""
+    torch.manual_seed(0)
+    network = LatentUNet(**ARGUMENTS, gain=True, amplitude=AMPLITUDE).eval()
+    clean = torch.randn(1, 4, 16, 16, 16) * AMPLITUDE.reshape(-1, 1, 1, 1)
+    for time in (0.1, 0.5, 0.9):
+        noisy = (1 - time) * clean + time * torch.randn_like(clean)
+        with torch.no_grad():
+            estimate = network(noisy, torch.tensor([1000 * time]), torch.zeros(1, 5))
+        best = [(x @ y / (y @ y)).item() for x, y in zip(clean[0].flatten(1), noisy[0].flatten(1))]
+        found = (estimate / noisy)[0].flatten(1).median(1).values.tolist()
+        assert found == pytest.approx(best, abs=0.05)
+
+
+def test_posterior_is_that_of_bayes_rule():
+    noisy, mean, log_ratio = torch.randn(3, 1, 4, 3, 3, 3, dtype=torch.float64)
+    time, amplitude = torch.full((1, 1, 1, 1, 1), 0.3, dtype=torch.float64), AMPLITUDE.double().reshape(-1, 1, 1, 1)
+    precision, seen = 1 / (amplitude.square() * log_ratio.exp()), (0.7 / 0.3) ** 2
+    found, deviation = posterior(noisy, time, amplitude, mean, log_ratio)
+    assert torch.allclose(found, (precision * mean + seen * noisy / 0.7) / (precision + seen))
+    assert torch.allclose(deviation, 1 / (precision + seen).sqrt())
+
+
+def test_with_little_noise_the_residual_is_the_noise():
+    """So a network need not reproduce what it sees to remove the noise from it."""
+    clean, noise = torch.randn(2, 1, 4, 3, 3, 3)
+    time = torch.full((1, 1, 1, 1, 1), 0.01)
+    noisy = (1 - time) * clean + time * noise
+    mean, deviation = posterior(noisy, time, torch.ones(1, 4, 1, 1, 1), torch.zeros_like(noisy), torch.zeros_like(noisy))
+    assert (mean - deviation * noise - clean).abs().max() < 0.05 * (mean - clean).abs().max()
+
+
+def test_gain_is_finite_at_both_ends_and_in_half_precision():
+    network = LatentUNet(**ARGUMENTS, gain=True, amplitude=AMPLITUDE).eval()
+    x, ends, context = torch.randn(2, 4, 8, 8, 8), torch.tensor([0.0, 1000.0]), torch.randn(2, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(network(x, ends, context)[0], x[0], atol=1e-2)  # without noise there is nothing to estimate
+        leave_start(network)
+        estimate = network(x, ends, context)
+    assert estimate.dtype == torch.float32 and estimate.isfinite().all()
+
+
+def test_weights_bring_their_amplitude():
+    trained = LatentUNet(**ARGUMENTS, gain=True, amplitude=AMPLITUDE)
+    loaded = LatentUNet(**trained.arguments)
+    loaded.load_state_dict(trained.state_dict())
+    assert loaded.amplitude.flatten().tolist() == AMPLITUDE.tolist()
+
+
+def test_channels_last_changes_nothing():
+    network = LatentUNet(**ARGUMENTS, gain=True, amplitude=AMPLITUDE).eval()
+    leave_start(network)
+    x, time, context = torch.randn(1, 4, 8, 8, 8), torch.tensor([300.0]), torch.randn(1, 5)
+    with torch.no_grad():
+        expected = network(x, time, context)
+        network.to(memory_format=torch.channels_last_3d)
+        found = network(x.contiguous(memory_format=torch.channels_last_3d), time, context)
+    assert torch.allclose(found, expected, atol=1e-4)

@@ -1,0 +1,267 @@
+"""A generator is shared, released, downloaded and used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import verify_metadata, verify_net_in_out
+
+from scripts.bundle import release
+from scripts.bundle.files import content_hash
+from scripts.bundle.release import NAME, build_release
+from scripts.bundle.weights import save_weights
+from scripts.diffusion import share
+from scripts.diffusion.generator import describe, load_generator
+from scripts.diffusion.share import share_generator
+from tests.conftest import ROOT, save_volume
+from tests.diffusion.runs import KEYS, encode, generate, make_weights, workflow
+from tests.test_model_zoo import SCHEMA
+
+SHARE = 0.3  # of the volumes that are held out: two of seven
+# what a user does in the downloaded bundle
+WORK = """
+from monai.bundle import run
+
+common = {"logging_file": "configs/logging.conf", "device": "cpu", "amp": False}
+generate = {"num_samples": 2, "num_inference_steps": 2, "conditions": {"sex": "F", "age": 30}}
+run("generating", config_file="configs/generate.json", ckpt_dir="models/generator", output_dir="out", **generate, **common)
+tune = {"channels": [8, 16], "norm_num_groups": 4, "num_head_channels": 8, "condition_keys": ["age", "sex"]}
+run("training", config_file="configs/train_diffusion.json", dataset_dir="../latents", output_dir="tuned", pretrained=True,
+    epochs=1, val_interval=1, num_workers=0, **tune, **common)
+
+from scripts.bundle.release import build_release
+build_release("../again")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A bundle with an autoencoder of its own, latents of seven volumes, and a run on five of them that was evaluated."""
+    folder = tmp_path_factory.mktemp("shared")
+    for name in ("configs", "scripts", "docs"):
+        shutil.copytree(ROOT / name, folder / "bundle" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / "bundle" / name)
+    weights = make_weights(folder / "bundle" / "models")
+    for i in range(7):
+        save_volume(folder / "volumes" / f"sub-{i}" / "T1w.nii.gz", (20, 20, 20), i, np.diag([1.0, 1.5, 2.0, 1.0]))
+    rows = [f"sub-{i}\t{20 + 5 * i}\t{'FM'[i % 2]}" for i in range(7)]
+    (folder / "volumes" / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *rows]))
+    paths = {"dataset_dir": encode(folder / "volumes", folder / "latents", weights), "output_dir": folder / "run"}
+    keys = {**KEYS, "val_fraction": SHARE, "device": "cpu", "condition_keys": ["age", "sex"]}
+    workflow("train_diffusion.json", "training", "train", **paths, **keys).run()
+    keys = {"device": "cpu", "amp": False, "num_samples": 3, "num_inference_steps": 2, "val_fraction": SHARE}
+    overlay = ("train_diffusion.json", "evaluate_diffusion.json")
+    workflow(overlay, "evaluating", "train", autoencoder=weights, **paths, **keys).run()
+    return folder
+
+
+@pytest.fixture
+def bundle(folder, tmp_path, monkeypatch) -> Path:
+    """A copy of the bundle, in which the commands work."""
+    bundle = shutil.copytree(folder / "bundle", tmp_path / NAME)
+    for module in (share, release):
+        monkeypatch.setattr(module, "ROOT", bundle)
+    return bundle
+
+
+def text_of(bundle: Path, *names: str) -> str:
+    return "\n".join((bundle / "models/generator" / name).read_text() for name in names)
+
+
+def test_shared_generator_is_released_downloaded_and_makes_the_same_samples(folder, bundle, tmp_path):
+    build_release(str(tmp_path / "without"))
+    assert "README.md, metadata.json, metrics.json, model.json, model.pt" in share_generator(str(folder / "run"))
+    said = build_release(str(tmp_path / "dist"))
+    (archive,) = (tmp_path / "dist").iterdir()
+    size = sum(path.stat().st_size for path in (bundle / "models/generator").iterdir()) / 2**20
+    assert f"; {size:.1f} MiB of it are the generator in models/generator" in said
+    zipfile.ZipFile(archive).extractall(tmp_path / "downloaded")
+    downloaded = tmp_path / "downloaded" / NAME
+    shutil.copytree(folder / "latents", tmp_path / "downloaded" / "latents")
+    environment = {**os.environ, "PYTHONPATH": "."}
+    job = subprocess.run(
+        [sys.executable, "-c", WORK],
+        cwd=downloaded,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert job.returncode == 0, job.stdout[-5000:]
+    conditions = {"conditions": {"sex": "F", "age": 30}, "num_inference_steps": 2}
+    generate(folder / "run/checkpoints", folder / "bundle/models/model.pt", tmp_path / "own", **conditions)
+    for i in range(2):
+        name = f"sample_{i:04d}.nii.gz"
+        own, theirs = (nib.load(each / name).get_fdata() for each in (tmp_path / "own", downloaded / "out"))
+        assert np.abs(own - theirs).max() <= 1  # int16
+    assert load_generator(str(downloaded / "tuned/checkpoints/model.pt")).space.conditions.keys == ["age", "sex"]
+    assert (tmp_path / "downloaded" / "again" / archive.name).read_bytes() == archive.read_bytes()
+    sums = dict(reversed(line.split("  ")) for line in (downloaded / "models/SHA256SUMS").read_text().splitlines())
+    assert sums["generator/model.pt"] == content_hash((folder / "run/checkpoints/model.pt").read_bytes())
+    without = zipfile.ZipFile(next((tmp_path / "without").iterdir()))
+    assert without.read(f"{NAME}/configs/metadata.json") == (ROOT / "configs/metadata.json").read_bytes()
+    assert not [name for name in without.namelist() if name.startswith(f"{NAME}/models/generator")]
+
+
+def test_metadata_of_the_release_follows_the_schema_and_the_network(folder, bundle, tmp_path):
+    share_generator(str(folder / "run"))
+    build_release(str(tmp_path / "dist"))
+    zipfile.ZipFile(next((tmp_path / "dist").iterdir())).extractall(tmp_path / "downloaded")
+    root = tmp_path / "downloaded" / NAME
+    path = root / "configs/metadata.json"
+    metadata = json.loads(path.read_text())
+    if SCHEMA.is_file():
+        shutil.copy(SCHEMA, tmp_path / "schema.json")  # an existing file is not downloaded
+        verify_metadata(meta_file=str(path), filepath=str(tmp_path / "schema.json"))
+    sets = json.loads((folder / "run/evaluation/metrics.json").read_text())["sets"]
+    assert metadata["eval_metrics"]["generator"]["samples"]["ms_ssim"] == sets["samples"]["ms_ssim"]
+    assert (
+        metadata["eval_metrics"]["mni152_t1"]
+        == json.loads((ROOT / path.relative_to(root)).read_text())["eval_metrics"]["mni152_t1"]
+    )
+    found = metadata["generator_data_format"]
+    told = {"timesteps": torch.tensor([500.0]), "context": torch.zeros(1, found["inputs"]["context"]["num_channels"])}
+    told["extent"] = torch.ones(1, found["inputs"]["extent"]["num_channels"])
+    keys = {"device": "cpu", "n": 2, "extra_forward_args": told, "ckpt_dir": str(root / "models/generator")}
+    keys["_meta_#network_data_format"] = found  # the tool looks at this one
+    verify_net_in_out("network_def", meta_file=str(path), config_file=str(root / "configs/generate.json"), **keys)
+    shutil.rmtree(bundle / "models/generator")  # a downloaded bundle whose generator was removed
+    shutil.copy(path, bundle / "configs/metadata.json")
+    build_release(str(tmp_path / "again"))
+    without = json.loads(zipfile.ZipFile(next((tmp_path / "again").iterdir())).read(f"{NAME}/configs/metadata.json"))
+    assert without == json.loads((ROOT / "configs/metadata.json").read_text())
+
+
+def test_card_says_what_the_run_recorded(folder, bundle):
+    share_generator(str(folder / "run"), data_source="seven ellipsoids", license="CC0-1.0")
+    card = text_of(bundle, "README.md")
+    known = json.loads((folder / "run/checkpoints/model.json").read_text())
+    sets = json.loads((folder / "run/evaluation/metrics.json").read_text())["sets"]
+    assert known["sha256"] in card and known["latents"]["autoencoder"]["sha256"] in card
+    for words in (
+        "Source: seven ellipsoids",
+        "Training volumes: 5",
+        "Size: 20 x 20 x 20 voxels",
+        "Spacing: 1 x 1.5 x 2 mm",
+        "`gain`",
+        "8 channels, downsampled by 4 x 4 x 4",
+        f"Steps: {known['trained']['iteration']}, epochs: 2; validation loss {known['trained']['best_metric']:.4g}",
+        "3 samples beside 2 held-out volumes, 2 steps of `midpoint`, `guidance_scale` 1.0",
+        "Few volumes are held out: 2",
+        "--num_inference_steps 2 --solver midpoint --guidance_scale 1.0",
+        "All samples are synthetic.",
+        "Not for diagnosis",
+        "How often this one does has not been measured.",  # too few volumes are held out
+        """--condition_keys "['age', 'sex']"\n```\n""",
+        "# License\n\nCC0-1.0",
+    ):
+        assert words in card, words
+    ages, sexes = known["latents"]["conditions"]["keys"].values()
+    assert f"`age`: {ages['lowest']:g} to {ages['highest']:g}" in card
+    assert all(f"{name} ({count})" in card for name, count in sexes["classes"].items())
+    row = next(line for line in card.splitlines() if line.startswith("| ms_ssim"))
+    assert f"{sets['samples']['ms_ssim']:.3g}" in row and f"{sets['gaussian']['ms_ssim']:.3g}" in row
+    assert not re.search(r"\n\n\n|\{[{%]|\bNone\b", card)
+
+
+def test_card_says_how_many_samples_are_close_to_training_volumes(folder, bundle, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    metrics = json.loads((run / "evaluation/metrics.json").read_text())
+    metrics["sets"]["samples"]["close"] = 0.25
+    (run / "evaluation/metrics.json").write_text(json.dumps(metrics))
+    share_generator(str(run))
+    assert "Of the samples 25.0 % are closer to a training volume" in text_of(bundle, "README.md")
+
+
+def test_card_says_what_guided_the_samples(folder, bundle, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    keys = {"device": "cpu", "amp": False, "num_samples": 3, "num_inference_steps": 2, "val_fraction": SHARE}
+    guide = changed_run(folder, tmp_path / "guide") / "checkpoints"
+    keys |= {"guide": str(guide / "model.pt"), "guidance_scale": 2, "guidance_interval": [0, 0.6]}
+    paths = {"dataset_dir": folder / "latents", "output_dir": run, "autoencoder": folder / "bundle/models/model.pt"}
+    workflow(("train_diffusion.json", "evaluate_diffusion.json"), "evaluating", "train", **paths, **keys).run()
+    share_generator(str(run))
+    card, sha256 = text_of(bundle, "README.md"), json.loads((guide / "model.json").read_text())["sha256"]
+    assert "`guidance_scale` 2.0 at times from 0.0 to 0.6.\n" in card
+    assert f"guided this one: its weights, of which the SHA-256 begins with {sha256[:12]}, are not in this bundle." in card
+    assert '--guidance_scale 2.0 --guidance_interval "[0.0, 0.6]" --guide GUIDE\n' in card
+    assert not re.search(r"\n\n\n|\{[{%]|\bNone\b", card) and str(tmp_path) not in text_of(
+        bundle, "README.md", "metrics.json"
+    )
+
+
+def test_nothing_that_is_shared_names_a_file_or_describes_a_held_out_volume(folder, bundle):
+    share_generator(str(folder / "run"))
+    files = sorted(path.name for path in (bundle / "models/generator").iterdir())
+    assert files == ["README.md", "metadata.json", "metrics.json", "model.json", "model.pt"]
+    text = text_of(bundle, *files[:-1])
+    for words in (str(folder), "sub-", "nii", 'nearest": "', 'dataset_dir":', "<img", "!["):
+        assert words not in text.replace("as NIfTI", ""), words
+    metrics = json.loads(text_of(bundle, "metrics.json"))
+    evaluated = json.loads((folder / "run/evaluation/metrics.json").read_text())
+    assert "samples" in evaluated and "samples" not in metrics and metrics["sets"] == evaluated["sets"]
+    assert b"sub-" not in (bundle / "models/generator/model.pt").read_bytes()
+
+
+def changed_run(folder: Path, to: Path) -> Path:
+    """A run whose weights are others than those that were evaluated."""
+    run = shutil.copytree(folder / "run", to)
+    known = load_generator(str(folder / "run/checkpoints/model.pt"))
+    with torch.no_grad():
+        next(known.network.parameters()).add_(1)
+    save_weights(known.network, run / "checkpoints/model.pt", describe(known.space, known.flow, known.condition_dropout))
+    return run
+
+
+def test_evaluation_of_other_weights_is_left_out(folder, bundle, tmp_path, caplog):
+    share_generator(str(folder / "run"))
+    assert "not evaluated" in share_generator(str(changed_run(folder, tmp_path / "run")), license="CC0-1.0")
+    assert "is of other weights and is left out" in caplog.text
+    said = caplog.text.rpartition("left out")[2]
+    assert "`data_source` is not given" in said and "`license` is not given" not in said
+    assert not (bundle / "models/generator/metrics.json").exists()
+    card = text_of(bundle, "README.md")
+    assert "Not evaluated." in card and "has not been measured" in card and "Steps:" not in card
+    assert "Source: not stated" in card and not re.search(r"\n\n\n|\bNone\b", card)
+    assert json.loads(text_of(bundle, "metadata.json"))["eval_metrics"] == {}
+
+
+def test_what_does_not_belong_together_is_refused(folder, bundle, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    (run / "checkpoints/model.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.json beside it"):
+        share_generator(str(run))
+    shutil.copytree(changed_run(folder, tmp_path / "other") / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
+    shutil.copy(folder / "run/checkpoints/model.json", run / "checkpoints/model.json")
+    with pytest.raises(ValueError, match="is not the file that .* describes"):
+        share_generator(str(run))
+    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*nowhere.*\. `run_dir` is .*nowhere;"):
+        share_generator(str(tmp_path / "nowhere"))
+    share_generator(str(folder / "run"))
+    (bundle / "models/generator/README.md").rename(tmp_path / "README.md")
+    with pytest.raises(FileNotFoundError, match=r"README\.md is missing.*scripts\.generation\.share"):
+        build_release(str(tmp_path))
+    (tmp_path / "README.md").rename(bundle / "models/generator/README.md")
+    make_weights(bundle / "models", seed=1)
+    with pytest.raises(ValueError, match="was made for another autoencoder"):
+        build_release(str(tmp_path))
+    with pytest.raises(ValueError, match=r"the generator needs the autoencoder .* begins with"):
+        share_generator(str(folder / "run"))
+
+
+def test_bundle_without_a_generator_says_so(folder, bundle):
+    with pytest.raises(FileNotFoundError, match=r"models/generator/model\.pt: this bundle carries no generator"):
+        load_generator(str(bundle / "models/generator/model.pt"))
