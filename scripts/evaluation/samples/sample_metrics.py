@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scripts.evaluation import LargeVolumeMSSSIMMetric
+from scripts.evaluation.metrics import LargeVolumeMSSSIMMetric
 
 __all__ = ["NUM_BANDS", "frechet_distance", "kernel_mmd", "median_distance", "pairwise_ms_ssim", "power_spectrum", "shrunk"]
 
