@@ -172,11 +172,11 @@ class FakeStep(ResumableTrainer):
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [module for _, module in self.pairs()]
+        return [module for _, module in self.optimizers_and_modules()]
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [optimizer for optimizer, _ in self.pairs()]
+        return [optimizer for optimizer, _ in self.optimizers_and_modules()]
 
     @property
     def parameters(self) -> list[nn.Parameter]:

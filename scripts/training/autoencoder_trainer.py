@@ -13,7 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.bundle.precision import dtype_name
 from scripts.training.adversary import Adversary
 from scripts.training.losses import LossTerm, kl_divergence
-from scripts.training.resumable_trainer import Losses, ResumableTrainer
+from scripts.training.resumable_trainer import Output, ResumableTrainer
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.10 has none
@@ -93,42 +93,66 @@ class AutoencoderTrainer(ResumableTrainer):
         adversarial = ("adv_loss", "discriminator_loss") if self.adversary else ()
         return (Keys.LOSS.value, "recon_loss", "kl_loss", *self.loss_terms, *adversarial)
 
-    def compute_losses(self, batchdata: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Losses]:
+    @property
+    def active_adversary(self) -> Adversary | None:
+        """The adversary, once its warm-up is over."""
+        return self.adversary if self.adversary and self.adversary.has_started(self.state.epoch) else None
+
+    def optimizers_and_modules(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Module]]:
+        adversary = self.active_adversary
+        own = super().optimizers_and_modules()
+        return own if adversary is None else [*own, (adversary.optimizer, adversary.discriminator)]
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Output:  # type: ignore[override]
+        adversary = self.active_adversary
+        self.start_batch()
         image, *_ = self.prepare(batchdata)
-        with torch.autocast(**self.autocast):
-            reconstruction, z_mu, z_sigma = self.inferer(image, self.network)
-        self.fire_event(IterationEvents.FORWARD_COMPLETED)
-        pred = reconstruction.float()
+        with self.gradients_shared(self.network):
+            with torch.autocast(**self.autocast):
+                reconstruction, z_mu, z_sigma = self.inferer(image, self.network)
+            self.fire_event(IterationEvents.FORWARD_COMPLETED)
+            losses = self.compute_losses(image, reconstruction.float(), z_mu, z_sigma)
+            self.fire_event(IterationEvents.LOSS_COMPLETED)
+            self.backward(losses[Keys.LOSS])
+        reconstruction = reconstruction.detach()
+        if adversary is not None:
+            with self.gradients_shared(adversary.discriminator):
+                with torch.autocast(**self.autocast):
+                    losses["discriminator_loss"] = adversary.discriminator_loss(image, reconstruction)
+                self.backward(losses["discriminator_loss"])
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+
+        zero = image.new_zeros((), dtype=torch.float32)  # for a loss that is not computed yet
+        losses = {name: losses.get(name, zero).detach() for name in self.loss_names}
+        self.step_or_skip(losses, batchdata.get("file", []))
+        if self.adversary:
+            self.adversary.lr_scheduler.step()
+        self.state.output = [{Keys.IMAGE: image, Keys.PRED: reconstruction, **losses}]
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return self.state.output
+
+    def compute_losses(
+        self, image: torch.Tensor, pred: torch.Tensor, z_mu: torch.Tensor, z_sigma: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """
+        The autoencoder's losses.
+
+        Args:
+            image: ``BxCxHxWxD``.
+            pred: reconstruction, the same shape, in float32.
+            z_mu: mean of the latent, ``B`` times its shape.
+            z_sigma: standard deviation of the latent, the same shape.
+
+        Returns:
+            ``"loss"``, which is minimised, and its parts without their weights.
+        """
         losses = {"recon_loss": self.loss_function(pred, image), "kl_loss": kl_divergence(z_mu, z_sigma)}
         total = losses["recon_loss"] + self.kl_weight * losses["kl_loss"]
         for name, term in self.loss_terms.items():
             losses[name] = term.function(pred, image)
             total = total + term.weight * losses[name]
-        if (adversary := self._opponent()) is not None:
+        if (adversary := self.active_adversary) is not None:
             with torch.autocast(**self.autocast):
                 losses["adv_loss"] = adversary.generator_loss(pred)
             total = total + adversary.weight * losses["adv_loss"]
-        return {Keys.IMAGE: image, Keys.PRED: reconstruction}, {Keys.LOSS: total, **losses}
-
-    def further_backward(self, output: dict[str, torch.Tensor], losses: Losses, last: bool) -> None:
-        if (adversary := self._opponent()) is None:
-            return
-        with self.gradients_shared(adversary.discriminator, last):
-            with torch.autocast(**self.autocast):
-                losses["discriminator_loss"] = adversary.discriminator_loss(output[Keys.IMAGE], output[Keys.PRED])
-            self.backward(losses["discriminator_loss"])
-
-    def pairs(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Module]]:
-        adversary = self._opponent()
-        own = super().pairs()
-        return own if adversary is None else [*own, (adversary.optimizer, adversary.discriminator)]
-
-    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> list[Losses]:  # type: ignore[override]
-        output = super()._iteration(engine, batchdata)
-        if self.adversary:
-            self.adversary.lr_scheduler.step()
-        return output
-
-    def _opponent(self) -> Adversary | None:
-        """The adversary, once its warm-up is over."""
-        return self.adversary if self.adversary and self.adversary.has_started(self.state.epoch) else None
+        return {Keys.LOSS: total, **losses}

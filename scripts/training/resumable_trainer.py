@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from scripts.bundle.precision import autocast_dtype
 from scripts.training.handler_order import check_order
 
-__all__ = ["Losses", "ResumableTrainer", "lr_and_losses"]
+__all__ = ["Output", "ResumableTrainer", "lr_and_losses"]
 
-Losses = dict[str, torch.Tensor]
+Output = list[dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 
@@ -29,19 +29,17 @@ class ResumableTrainer(SupervisedTrainer):
     once, so that a resumed run keeps its scale. A step whose loss or gradient is not finite is skipped.
 
     ``engine.state.output`` is a list of one dict, as MONAI's handlers expect: the image, the prediction, and the losses of
-    the whole batch. The loss is ``loss_function`` of prediction and target; a trainer with further losses overrides
-    :py:meth:`compute_losses` and ``loss_names``, and one with a second network :py:meth:`pairs` and
-    :py:meth:`further_backward` too.
+    the whole batch. A trainer with further losses or networks has an ``_iteration`` of its own, made of the same parts.
 
     Args:
         amp_dtype: ``"bfloat16"``, or ``"float16"`` with a gradient scaler.
-        max_grad_norm: clip gradients to this norm.
-        max_nonfinite_steps: stop with an error after so many steps in a row that are not finite.
+        max_grad_norm: largest norm of the gradients of a network; longer ones are clipped to it.
+        max_nonfinite_steps: number of steps in a row that are not finite after which the run stops with an error.
         kwargs: arguments of ``SupervisedTrainer``; ``amp`` switches mixed precision on, ``accumulation_steps`` counts the
             batches of one optimizer step.
 
     Attributes:
-        exit_code: that ``run`` ends the process with, if it is not 0.
+        exit_code: exit code of the process when ``run`` ends, if it is not 0.
 
     Raises:
         ValueError: for handlers in an order that does not work, see :py:mod:`scripts.training.handler_order`.
@@ -58,7 +56,7 @@ class ResumableTrainer(SupervisedTrainer):
         self.exit_code = 0
         self.nonfinite_steps = 0
         self.batches_of_step: list[tuple[list[str], torch.Tensor]] = []
-        self.finite_losses: Losses = {}
+        self.finite_losses: dict[str, torch.Tensor] = {}
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -67,8 +65,14 @@ class ResumableTrainer(SupervisedTrainer):
 
     @property
     def step_is_complete(self) -> bool:
-        """Whether the optimizer has used all gradients so far, so that none is lost if the run stops here."""
-        return self._accumulation_window()[1]
+        """Whether the optimizer uses the gradients of this batch, so that none is lost if the run stops after it."""
+        position = self._position + 1  # the last step of an epoch may be of fewer batches
+        return position % self.accumulation_steps == 0 or position == self.state.epoch_length
+
+    @property
+    def _position(self) -> int:
+        """The batches of the epoch before this one."""
+        return (self.state.iteration - 1) % self.state.epoch_length
 
     def _register_handlers(self, handlers: Sequence) -> None:
         check_order(handlers)
@@ -79,38 +83,37 @@ class ResumableTrainer(SupervisedTrainer):
         if self.exit_code:
             raise SystemExit(self.exit_code)
 
-    # --- what another trainer overrides ------------------------------------------------------------------------------
-
-    def compute_losses(self, batchdata: dict[str, Any]) -> tuple[dict[str, Any], Losses]:
-        """
-        The forward pass of one batch, which fires ``FORWARD_COMPLETED``.
-
-        Returns:
-            what the output holds besides the losses (``"image"``, ``"pred"``); and the losses, of which ``"loss"`` is the
-            one to minimise.
-        """
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Output:  # type: ignore[override]
+        self.start_batch()
         inputs, targets, args, kwargs = self.prepare(batchdata)
-        with torch.autocast(**self.autocast):
-            pred = self.inferer(inputs, self.network, *args, **kwargs)
-        self.fire_event(IterationEvents.FORWARD_COMPLETED)
-        loss = self.loss_function(pred.float(), targets)
-        return {Keys.IMAGE: inputs, Keys.LABEL: targets, Keys.PRED: pred}, {Keys.LOSS: loss}
+        with self.gradients_shared(self.network):
+            with torch.autocast(**self.autocast):
+                pred = self.inferer(inputs, self.network, *args, **kwargs)
+            self.fire_event(IterationEvents.FORWARD_COMPLETED)
+            loss = self.loss_function(pred.float(), targets)
+            self.fire_event(IterationEvents.LOSS_COMPLETED)
+            self.backward(loss)
+        pred, losses = pred.detach(), {Keys.LOSS.value: loss.detach()}
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
 
-    def further_backward(self, output: dict[str, torch.Tensor], losses: Losses, last: bool) -> None:
-        """
-        Compute the gradients of a second network from the output of the first, detached, and add its losses.
+        self.step_or_skip(losses, batchdata.get("file", []))
+        self.state.output = [{Keys.IMAGE: inputs, Keys.LABEL: targets, Keys.PRED: pred, **losses}]
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return self.state.output
 
-        Args:
-            output: of :py:meth:`compute_losses`.
-            losses: of the batch so far.
-            last: whether this batch is the last of its optimizer step.
-        """
+    # --- the parts of an iteration -----------------------------------------------------------------------------------
 
-    def pairs(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Module]]:
-        """Each optimizer of this step, and the network whose gradients it uses."""
+    def optimizers_and_modules(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Module]]:
+        """Each optimizer of this step, and the network that it trains."""
         return [(self.optimizer, self.network)]
 
-    # --- one iteration -----------------------------------------------------------------------------------------------
+    def start_batch(self) -> None:
+        """Set the network to training, and remove the gradients of the step before where a new one starts."""
+        self.network.train()
+        if self._position % self.accumulation_steps == 0:
+            self.batches_of_step = []
+            for optimizer, _ in self.optimizers_and_modules():
+                optimizer.zero_grad(set_to_none=True)
 
     def prepare(self, batchdata: dict[str, Any]) -> tuple[Any, Any, tuple, dict[str, Any]]:
         """A batch on the trainer's device, by ``prepare_batch``: inputs, targets, and further arguments of the inferer."""
@@ -119,40 +122,29 @@ class ResumableTrainer(SupervisedTrainer):
         inputs, targets = (item.as_tensor() if isinstance(item, MetaTensor) else item for item in (inputs, targets))
         return inputs, targets, args, kwargs
 
+    def gradients_shared(self, network: torch.nn.Module) -> contextlib.AbstractContextManager:
+        """A context in which processes exchange gradients, which they do only for the last batch of a step."""
+        if isinstance(network, DistributedDataParallel) and not self.step_is_complete:
+            return network.no_sync()
+        return contextlib.nullcontext()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of one batch's loss to those of its optimizer step."""
         self.scaler.scale(loss / self.accumulation_steps).backward()
 
-    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> list[Losses]:  # type: ignore[override]
-        first, last = self._accumulation_window()
-        self.network.train()
-        if first:
-            self._start_step()
-        with self.gradients_shared(self.network, last):
-            output, losses = self.compute_losses(batchdata)
-            self.fire_event(IterationEvents.LOSS_COMPLETED)
-            self.backward(losses[Keys.LOSS])
-        output[Keys.PRED] = output[Keys.PRED].detach()
-        self.further_backward(output, losses, last)
-        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+    def step_or_skip(self, losses: dict[str, torch.Tensor], files: list[str]) -> None:
+        """
+        After the last batch of a step, clip the gradients and step, unless they are not finite.
 
-        zero = losses[Keys.LOSS].new_zeros(())  # for a loss that is not computed yet
-        losses = {name: losses.get(name, zero).detach() for name in self.loss_names}
-        self.batches_of_step.append((batchdata.get("file", []), losses[Keys.LOSS]))
-        if last:
-            self._finish_step(losses)
-        self.state.output = [{**output, **losses}]
-        self.fire_event(IterationEvents.MODEL_COMPLETED)
-        return self.state.output
-
-    def _start_step(self) -> None:
-        self.batches_of_step = []
-        for optimizer, _ in self.pairs():
-            optimizer.zero_grad(set_to_none=True)
-
-    def _finish_step(self, losses: Losses) -> None:
+        Args:
+            losses: losses of the batch.
+            files: files of the batch.
+        """
+        self.batches_of_step.append((files, losses[Keys.LOSS]))
+        if not self.step_is_complete:
+            return
         norms = []
-        for optimizer, network in self.pairs():
+        for optimizer, network in self.optimizers_and_modules():
             self.scaler.unscale_(optimizer)
             norms.append(torch.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm))
         # The norms are those of the gradients of all processes, so all agree. A gradient scaler skips steps by itself, and
@@ -160,7 +152,7 @@ class ResumableTrainer(SupervisedTrainer):
         decisive = [loss for _, loss in self.batches_of_step] if self.scaler.is_enabled() else norms
         finite = self.are_finite(decisive)
         if finite or self.scaler.is_enabled():
-            for optimizer, _ in self.pairs():
+            for optimizer, _ in self.optimizers_and_modules():
                 self.scaler.step(optimizer)
             self.scaler.update()
         self._count_nonfinite(finite, losses)
@@ -170,7 +162,7 @@ class ResumableTrainer(SupervisedTrainer):
         """Whether all values are finite. Nothing else in a step reads values; a trainer on fake tensors overrides this."""
         return bool(torch.isfinite(torch.stack(values)).all())
 
-    def _count_nonfinite(self, finite: bool, losses: Losses) -> None:
+    def _count_nonfinite(self, finite: bool, losses: dict[str, torch.Tensor]) -> None:
         if finite:
             self.nonfinite_steps = 0
             self.finite_losses = losses
@@ -189,21 +181,8 @@ class ResumableTrainer(SupervisedTrainer):
                 "`--resume true`."
             )
 
-    @staticmethod
-    def gradients_shared(network: torch.nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """A context in which processes exchange gradients, which they do only for the last batch of a step."""
-        if isinstance(network, DistributedDataParallel) and not last:
-            return network.no_sync()
-        return contextlib.nullcontext()
 
-    def _accumulation_window(self) -> tuple[bool, bool]:
-        """Whether this batch is the first and the last of its optimizer step. The last step of an epoch may be shorter."""
-        position = (self.state.iteration - 1) % self.state.epoch_length
-        last = (position + 1) % self.accumulation_steps == 0 or position + 1 == self.state.epoch_length
-        return position % self.accumulation_steps == 0, last
-
-
-def lr_and_losses(optimizer: torch.optim.Optimizer) -> Callable[[list[Losses]], dict[str, Any]]:
+def lr_and_losses(optimizer: torch.optim.Optimizer) -> Callable[[Output], dict[str, Any]]:
     """The curves that TensorBoard shows of a trainer's output: the learning rate, and every loss."""
     return lambda output: {
         "lr": optimizer.param_groups[0]["lr"],
