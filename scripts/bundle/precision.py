@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import ignite.distributed as idist
@@ -24,9 +21,6 @@ __all__ = [
 LOWER_PRECISIONS = ("bfloat16", "float16")
 PREFERENCE = ("float32", "float16", "bfloat16")  # where processes differ, all use the first that one of them chose
 BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with units for it
-LEAST_GAIN = 1.2  # bfloat16 must be faster by this factor: less is not worth its rounding errors
-TRIAL_SHAPE = (1, 32, 32, 32, 8)  # up to 20480 values (without the last axis) PyTorch uses its own kernel, not oneDNN's
-TRIALS = 5
 logger = logging.getLogger(__name__)
 
 
@@ -97,8 +91,7 @@ def choose_precision(device: str | torch.device) -> Precision:
     The default precision of a device.
 
     - A GPU: bfloat16 from compute capability 8.0 on, which has units for it, otherwise float16 (with a gradient scaler).
-    - A CPU: bfloat16 where a convolution is at least a fifth faster in it, otherwise float32. Most processors without
-      AVX-512 have no fast bfloat16 convolution at all.
+    - A CPU: bfloat16 where oneDNN has convolutions in it, which on x86 is from AVX-512 on; otherwise float32.
     - Any other device: float32.
 
     The processes of a distributed run agree: where their devices differ, all use a precision that is fast on each of them.
@@ -123,12 +116,11 @@ def _precision_of_gpu(device: torch.device) -> Precision:
 
 
 def _precision_of_cpu(device: torch.device) -> Precision:
+    fast = has_convolutions("bfloat16")
     capability = torch.backends.cpu.get_cpu_capability()
-    if not has_convolutions("bfloat16"):
-        return Precision(str(device), False, "bfloat16", f"the processor has no fast bfloat16 convolutions ({capability})")
-    gain = bfloat16_gain()
-    reason = f"a convolution in bfloat16 takes {1 / gain:.2g} times as long as in float32 ({capability})"
-    return Precision(str(device), gain >= LEAST_GAIN, "bfloat16", reason)
+    return Precision(
+        str(device), fast, "bfloat16", f"the processor has {'' if fast else 'no '}fast bfloat16 convolutions ({capability})"
+    )
 
 
 def _precision_of_other(device: torch.device) -> Precision:
@@ -147,47 +139,9 @@ def has_convolutions(name: str) -> bool:
     return bool(getattr(torch.ops.mkldnn, supported[name])())
 
 
-@functools.cache
-def bfloat16_gain() -> float:
-    """
-    How many times faster a small convolution, forward and backward, is in bfloat16 than in float32 on the CPU. The two are
-    timed in turn, several times, and the shortest time of each counts, so that other load affects both alike. It takes less
-    than a second.
-    """
-    steps = [_convolution_step(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    shortest = [float("inf")] * len(steps)
-    for trial in range(1 + TRIALS):
-        for index, step in enumerate(steps):
-            seconds = _seconds(step)
-            if trial > 0:  # the first one compiles the kernels
-                shortest[index] = min(shortest[index], seconds)
-    return shortest[0] / shortest[1]
-
-
-def _convolution_step(dtype: torch.dtype) -> Callable[[], None]:
-    channels = TRIAL_SHAPE[1]
-    # no random numbers: drawing them would change those of the run
-    image = torch.full(TRIAL_SHAPE, 0.5, dtype=dtype, requires_grad=True)
-    weight = torch.full((channels, channels, 3, 3, 3), 0.5, dtype=dtype, requires_grad=True)
-
-    @torch.enable_grad()  # the caller may have turned gradients off
-    def step() -> None:
-        result = torch.nn.functional.conv3d(image, weight, padding=1)
-        torch.autograd.grad(result, (image, weight), result)
-
-    return step
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 def _cost(device: str, name: str) -> str | None:
     """Why a precision is slow on a device, and what to use instead; None where it is not slow."""
     kind = torch.device(device).type
-    advice = "`--amp false` is faster"
     if kind == "cuda" and name == "bfloat16" and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:
         return "the GPU has no units for it and computes slower than in float16; `--amp_dtype float16` is faster"
     if kind != "cpu" or name == "float32":
@@ -195,12 +149,10 @@ def _cost(device: str, name: str) -> str | None:
     if not has_convolutions(name):
         return (
             "the processor has no fast convolutions in it, and PyTorch's reference loop takes several hundred times as long "
-            f"as float32 (400 times in bfloat16 with AVX2, more in float16). A step may take minutes; {advice}"
+            "as float32 (400 times in bfloat16 with AVX2, more in float16). A step may take minutes; `--amp false` is faster"
         )
     if name == "float16":
-        return f"a step takes many times as long as in bfloat16 (20 times where it was measured, with AMX); {advice}"
-    if bfloat16_gain() < LEAST_GAIN:
-        return f"a convolution takes {1 / bfloat16_gain():.2g} times as long as in float32; {advice}"
+        return "a step takes 20 times as long as in bfloat16 (measured with AMX); `--amp false` is faster"
     return None
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
-import torch
 
 from scripts.bundle.precision import Precision
 from scripts.training.checkpoints import find_checkpoints
@@ -35,24 +32,6 @@ def test_precision_of_the_checkpoint_wins_over_that_of_the_device(tmp_path, amp,
 
 def test_without_a_checkpoint_it_is_that_of_the_device(tmp_path):
     assert resumed_precision(str(tmp_path / "nowhere"), "cpu") is OF_THE_DEVICE
-
-
-@pytest.mark.parametrize(
-    "record", [None, "bfloat16", {"amp": "yes", "amp_dtype": "bfloat16"}, {"amp": True, "amp_dtype": "int8"}]
-)
-def test_a_checkpoint_that_does_not_say_it_goes_on_as_the_device_has_it(tmp_path, caplog, record):
-    """A checkpoint as older versions wrote it."""
-    network = small_network()
-    run_with_checkpoints(tmp_path, network, epochs=1)
-    (path,) = find_checkpoints(tmp_path)
-    content = torch.load(path, weights_only=True)
-    del content["precision"]
-    torch.save(content if record is None else {**content, "precision": record}, path)
-    with caplog.at_level(logging.INFO):
-        assert resumed_precision(str(tmp_path), "cpu") is OF_THE_DEVICE
-    assert f"{path} does not record its precision" in caplog.text
-    resumed, _ = run_with_checkpoints(tmp_path, network, epochs=2, resume=True)
-    assert resumed.state.iteration == 6
 
 
 def test_a_damaged_checkpoint_leaves_it_to_the_one_before(tmp_path):
