@@ -1,6 +1,6 @@
 """The bytes by which the reconstruction of one volume raises the peak memory of this process, or of the GPU.
 
-python -m benchmarks.inference_peak "'initial 2, [2,2]'" 256 cpu
+python -m benchmarks.inference_peak "'initial 2, [2,2]'" 256 [--device cpu] [--memory_gb 0.5]
 """
 
 from __future__ import annotations
@@ -12,27 +12,32 @@ import fire
 import torch
 
 from benchmarks.networks import build, total_factors
+from scripts.inference import StreamingInferer
 
 
-def inference_peak(name: str, size: int, device: str = "cpu") -> int:
+def inference_peak(name: str, size: int, device: str = "cpu", memory_gb: float | None = None) -> int:
     """
     Reconstruct a cube in float32, without gradients.
 
     Args:
-        name: of the network, see :py:mod:`benchmarks.networks`.
+        name: name of the network, see :py:mod:`benchmarks.networks`.
         size: edge of the cube, voxels.
         device: where to run.
+        memory_gb: budget in GiB, within which the network runs in slabs; None for one pass.
 
     Returns:
         bytes above the peak of a process that has reconstructed a tiny volume.
     """
     network = build(name).eval().to(device)
+    tiny = torch.rand(1, 1, *[4 * factor for factor in total_factors(network)], device=device)
+    image = torch.rand(1, 1, size, size, size, device="cpu" if memory_gb else device)
     with torch.no_grad():
-        network.reconstruct(
-            torch.rand(1, 1, *[4 * factor for factor in total_factors(network)], device=device)
-        )  # loads the libraries
+        network.reconstruct(tiny)  # loads the libraries
         before = peak_bytes(device)
-        network.reconstruct(torch.rand(1, 1, size, size, size, device=device))
+        if memory_gb is None:
+            network.reconstruct(image)
+        else:
+            StreamingInferer(amp=False, memory_gb=memory_gb)(image, network)
     return peak_bytes(device) - before
 
 

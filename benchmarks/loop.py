@@ -30,18 +30,19 @@ NUM_VOLUMES = 6  # one of them for validation
 WARM_UP = 3
 
 
-def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu") -> float:
+def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu", **keys: Any) -> float:
     """
     Print and return how much longer a step of the trainer takes than one of the plain loop, as a share: the median over
     pairs of successive steps.
 
     Args:
-        epochs: of five steps each.
+        epochs: number of epochs, of five steps each.
         patch_size: edge of a patch, voxels.
         device: where to run.
+        keys: further keys of ``configs/train.json``, such as ``amp``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        flow = training(Path(folder), epochs, patch_size, device)
+        flow = training(Path(folder), epochs, patch_size, device, **keys)
         bare, whole = PlainLoop(flow, patch_size), Stopwatch(device)
         trainer = flow.trainer
         trainer.add_event_handler(Events.GET_BATCH_STARTED, bare.step)
@@ -59,17 +60,15 @@ def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu") -> floa
 
 def save_volumes(folder: Path, number: int, size: int) -> None:
     """Random volumes, cubes of ``size`` voxels, in a new folder."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i in range(number):
         values = np.random.default_rng(i).integers(0, 1000, (size,) * 3, dtype=np.int16)
         nib.save(nib.Nifti1Image(values, np.eye(4)), folder / f"sub-{i}.nii")
 
 
-def training(
-    folder: Path, epochs: int, patch_size: int, device: str, volume_size: int | None = None, **keys: Any
-) -> ConfigWorkflow:
-    """The training workflow of the bundle on random volumes, of the patch's size unless told otherwise."""
-    save_volumes(folder / "volumes", NUM_VOLUMES, volume_size or patch_size)
+def training(folder: Path, epochs: int, patch_size: int, device: str, **keys: Any) -> ConfigWorkflow:
+    """The training workflow of the bundle on random volumes of the patch's size."""
+    save_volumes(folder / "volumes", NUM_VOLUMES, patch_size)
     flow = ConfigWorkflow(
         config_file=str(ROOT / "configs/train.json"),
         meta_file=str(ROOT / "configs/metadata.json"),

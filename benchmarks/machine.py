@@ -6,12 +6,11 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-__all__ = ["described", "now", "instruction_set", "processor"]
+__all__ = ["described", "instruction_set", "processor"]
 
 # a convolution that is large enough for oneDNN, which then prints the instruction set that it uses
 CONVOLUTION = "import torch; torch.nn.functional.conv2d(torch.rand(1, 32, 64, 64), torch.rand(8, 32, 3, 3))"
@@ -30,14 +29,6 @@ def described(device: str, precision: str) -> str:
     threads = torch.get_num_threads()
     plural = "" if threads == 1 else "s"
     return f"{processor()}, {instruction_set()}, {threads} thread{plural}, PyTorch {torch.__version__}, {precision}"
-
-
-def now(device: str) -> float:
-    """
-    Seconds since an arbitrary moment. With one thread on a CPU (``OMP_NUM_THREADS=1``) it is the processor time of this
-    process, so that other load on the machine does not count.
-    """
-    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def processor() -> str:

@@ -4,17 +4,19 @@
     python -m benchmarks.quality train --network 8x --data sample --minutes 20
     python -m benchmarks.quality tables
     python -m benchmarks.quality plot
+    python -m benchmarks.quality linear --network 8x --data clinical
 
 `train` takes a preset's name or `MONAI` and writes a row, the weights and a picture per volume to eval/quality; `rows` does
 so for all rows of quality_rows.json that have no result yet, each by one thread in a separate process; `tables` prints the
 existing rows in Markdown, beside two methods without training: the block-wise cosine transform with as many numbers, and
-trilinear shrinking; `plot` draws them against the memory of training. Training time is the processor time of the training
-process divided by the number of its threads, so that other load on the machine does not count; on a GPU it is wall-clock
-time.
+trilinear shrinking; `plot` draws them against the memory of training; `linear` measures the linear shortcut alone, before
+any training. Training time is the processor time of the training process divided by the number of its threads, so that other
+load on the machine does not count; on a GPU it is wall-clock time.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -36,7 +38,6 @@ from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
 
-from benchmarks.large_volumes import PRESETS, preset
 from benchmarks.machine import described
 from benchmarks.networks import total_factors
 from benchmarks.tables import print_table
@@ -53,7 +54,10 @@ from scripts.evaluation.metrics import (
 )
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
+from scripts.planning.config_keys import read_plan
 from scripts.planning.training_costs import training_cost
+from scripts.training.repeatable_batches import training_patches
+from scripts.training.shortcut_fit import CODE_PATCHES, NEIGHBOUR_PATCHES
 
 RESULTS = Path("eval/quality")
 ROWS = Path(__file__).with_name("quality_rows.json")
@@ -115,7 +119,7 @@ def train(
         "steps": trainer.state.iteration,
         "factors": list(total_factors(trained)),
         "latent_channels": parser.get_parsed_content("network_def#latent_channels"),
-        "volumes": measure_volumes(parser, trained, f"{RESULTS}/{data}-{name}-"),
+        "volumes": dict(measure_volumes(parser, trained, f"{RESULTS}/{data}-{name}-")),
     }
     result_path({"data": data, "name": name}).write_text(json.dumps(row, indent=2))
     print(json.dumps(row), flush=True)
@@ -143,16 +147,6 @@ def train_apart(row: dict[str, Any]) -> None:
 def result_path(row: dict[str, Any]) -> Path:
     """The file of a row's numbers."""
     return RESULTS / f"{row['data']}-{row.get('name') or row['network']}.json"
-
-
-def recipe_of_row(name: str, data: str) -> ConfigParser:
-    """The recipe of a row of ``quality_rows.json``."""
-    listed = {result_path(row): row for row in json.loads(ROWS.read_text())}
-    row = listed.get(result_path({"data": data, "name": name}))
-    if row is None:
-        raise ValueError(f"{ROWS.name} has no row {name!r} trained on {data!r}; it has {', '.join(p.stem for p in listed)}.")
-    overrides = {key: value for key, value in row.items() if key not in ("network", "data", "name", "minutes")}
-    return read_recipe(row["network"], data, **overrides)
 
 
 def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) -> ConfigParser:
@@ -222,9 +216,9 @@ class Budget:
             print(f"{spent:.1%} of the time, {engine.state.iteration} steps", flush=True)
 
 
-def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) -> dict[str, dict[str, float]]:
+def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) -> Iterator[tuple[str, dict[str, float]]]:
     """
-    Reconstruct and measure the validation volumes of a config.
+    Reconstruct and measure the validation volumes of a config, one after the other.
 
     Args:
         parser: of the config.
@@ -232,20 +226,18 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
         pictures: start of the paths of the pictures; None for no pictures.
 
     Returns:
-        all numbers of each volume, by the name of its file.
+        the name of each file, and all numbers of its volume.
     """
     factors, device = list(total_factors(network)), parser["device"]
     get = parser.get_parsed_content
-    volumes = {}
     for name, item in validation_volumes(parser):
         image = item.as_tensor()[None]
         with torch.no_grad(), torch.autocast(device, autocast_dtype(get("amp_dtype")), enabled=get("amp")):
             reconstruction = at_any_size(network.reconstruct, image.to(device), factors).float().clamp(0, 1).cpu()
-        volumes[name] = measure(reconstruction, image, factors, parser.get_parsed_content("network_def#latent_channels"))
         if pictures is not None:
             figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], tuple(float(s) for s in item.pixdim))
             figure.savefig(f"{pictures}{name}.png", dpi=100)
-    return volumes
+        yield name, measure(reconstruction, image, factors, get("network_def#latent_channels"))
 
 
 def validation_volumes(parser: ConfigParser) -> Iterator[tuple[str, MetaTensor]]:
@@ -285,6 +277,47 @@ def numbers_of(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[
     return {**found, "grid": grid_energy(reconstruction, factors)}
 
 
+def linear(network: str = "8x", data: str = "sample", **overrides: Any) -> None:
+    """
+    Print the PSNR of the linear shortcut alone: as initialised, and after each of its two fits. The first row is the
+    block-wise cosine transform with as many numbers.
+
+    Args:
+        network: name of a preset with a linear shortcut.
+        data: ``sample`` or ``clinical``, folders below ``data``.
+        overrides: keys of ``configs/train.json``, such as ``latent_channels``.
+    """
+    found = measure_linear(read_recipe(network, data, **overrides))
+    rows = ([code, *(f"{psnr:.2f} dB" for psnr in by_volume.values())] for code, by_volume in found.items())
+    print_table(["linear code", *next(iter(found.values()))], rows)
+
+
+@torch.no_grad()
+def measure_linear(parser: ConfigParser) -> dict[str, dict[str, float]]:
+    """PSNR by the name of the linear code, then by that of the validation volume; fitted as training does."""
+    set_determinism(seed=parser.get_parsed_content("seed"))
+    network: Any = parser.get_parsed_content("network_def")
+    shortcut, factors = network.shortcut, network.total_downsample_factor
+    images = {name: item.as_tensor()[None] for name, item in validation_volumes(parser)}
+    loader = parser.get_parsed_content("train#dataloader")
+    patches = training_patches(loader.dataset, parser.get_parsed_content("train#sampler"))
+
+    def psnr(code: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        metric: Any = PSNRMetric(max_val=1.0)
+        return {name: metric(code(image).clamp(0, 1), image).item() for name, image in images.items()}
+
+    def code(image: torch.Tensor) -> torch.Tensor:
+        return at_any_size(shortcut, image, factors)
+
+    strongest = psnr(lambda image: block_dct_reconstruction(image, factors, network.latent_channels))
+    found = {"strongest frequencies of each volume": strongest, "lowest frequencies": psnr(code)}
+    shortcut.fit(itertools.islice(patches, CODE_PATCHES))
+    found["principal components"] = psnr(code)
+    shortcut.fit_neighbours(itertools.islice(patches, NEIGHBOUR_PATCHES))
+    found["and neighbours"] = psnr(code)
+    return found
+
+
 def tables() -> None:
     """Print the rows that have been trained."""
     rows = read_rows()
@@ -299,7 +332,7 @@ def tables() -> None:
 
 def plot(path: str = "docs/quality.png") -> None:
     """
-    Draw the rows' quality against the memory that training on 256³ needs, see :py:mod:`benchmarks.large_volumes`.
+    Draw the rows' quality against the planner's memory of training on 256³.
 
     Args:
         path: PNG file.
@@ -308,11 +341,13 @@ def plot(path: str = "docs/quality.png") -> None:
     axes = figure.subplots()
     markers = {"psnr": "o", "dct_psnr": "_", "trilinear_psnr": "x"}
     names = {"psnr": "network", "dct_psnr": "block DCT of equal size", "trilinear_psnr": "trilinear shrinking"}
-    rows = [row for row in read_rows() if row["network"] in (MONAI, *PRESETS)]  # those of another recipe are left out
+    presets = {path.stem: str(path) for path in Path("configs/presets").glob("*.json")}
+    rows = [row for row in read_rows() if row["network"] in (MONAI, *presets)]  # those of another recipe are left out
     volumes = sorted({name for row in rows for name in row["volumes"]})
     highest: dict[str, tuple[float, float]] = {}  # dB and GiB, where a network's name is written
     for row in rows:
-        network = preset(row["network"]) if row["network"] != MONAI else MonaiAutoencoderKL(**monai_arguments())
+        files = ["configs/train.json", presets.get(row["network"], "")]
+        network = MonaiAutoencoderKL(**monai_arguments()) if row["network"] == MONAI else read_plan(files).network
         memory = training_cost(network, (256, 256, 256)).peak / GIB
         for name, volume in row["volumes"].items():
             for key, marker in markers.items():
@@ -361,4 +396,4 @@ def table_row(row: dict[str, Any], volume: dict[str, float]) -> list[str]:
 
 
 if __name__ == "__main__":
-    fire.Fire({"rows": train_rows, "train": train, "tables": tables, "plot": plot})
+    fire.Fire({"rows": train_rows, "train": train, "tables": tables, "plot": plot, "linear": linear})

@@ -39,8 +39,7 @@ def evaluate(pictures: str | None = None, dataset_dir: str | None = None, device
         network = parser.get_parsed_content("network").eval()
         load_weights(network, f"{folder}/model.pt")
         start = f"{pictures}/reconstruction_" if pictures and folder == "models" else None
-        cells = [_row(name, found) for name, found in measure_volumes(parser, network, start).items()]
-        print(f"\n`{folder}`, in parentheses the block cosine transform of equal size:\n")
+        print(f"\n`{folder}`, in parentheses the block cosine transform of equal size:\n", flush=True)
         header = [
             "volume",
             "PSNR",
@@ -52,7 +51,7 @@ def evaluate(pictures: str | None = None, dataset_dir: str | None = None, device
             "trilinear",
             "grid: image, network, DCT",
         ]
-        print_table(header, cells)
+        print_table(header, (_row(name, found) for name, found in measure_volumes(parser, network, start)))
 
 
 def _row(name: str, found: dict[str, float]) -> list[str]:

@@ -10,10 +10,9 @@ from ignite.engine import Engine
 from monai.optimizers import WarmupCosineSchedule
 
 from benchmarks.cost import saved_activations
-from benchmarks.linear_code import measure
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
-from benchmarks.quality import ROWS, Budget, read_recipe, recipe_of_row, result_path
+from benchmarks.quality import ROWS, Budget, measure_linear, read_recipe, result_path
 from tests.conftest import save_volume
 
 
@@ -63,7 +62,7 @@ def test_each_fit_of_the_linear_shortcut_wins_on_volumes_that_it_did_not_see(tmp
     for i in range(4):
         save_volume(tmp_path / f"sub-{i}" / "t1.nii.gz", (48, 40, 44), seed=i)
     parser = read_recipe("8x", "sample", dataset_dir=str(tmp_path), patch_size=[32, 32, 32], val_fraction=0.25)
-    found = measure(parser)
+    found = measure_linear(parser)
     lowest, components, neighbours = (
         sum(found[name].values()) for name in ("lowest frequencies", "principal components", "and neighbours")
     )
@@ -84,11 +83,10 @@ def test_rows_of_quality_are_what_their_names_say_and_overwrite_none():
     assert len({result_path(row) for row in rows}) == len(rows)
     for row in rows:
         name = row.get("name", row["network"])
-        config = recipe_of_row(name, row["data"]).config  # checks the keys
+        overrides = {key: value for key, value in row.items() if key not in ("network", "data", "name", "minutes")}
+        config = read_recipe(row["network"], row["data"], **overrides).config  # checks the keys
         if "[" in name:
             levels = [int(f) for f in name[name.index("[") + 1 : -1].split(",")]
             initial = int(name.split()[1]) if name.startswith("initial") else 1
             assert (config["initial_downsample_factor"], config["downsample_factors"]) == (initial, levels)
             assert config["initial_mode"] == "conv" and not config["linear_shortcut"]
-    with pytest.raises(ValueError, match="no row '9x' trained on 'sample'; it has sample-8x, "):
-        recipe_of_row("9x", "sample")
