@@ -3,9 +3,12 @@ its input."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -13,7 +16,17 @@ from monai.transforms import MapTransform, TraceableTransform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import ImageMetaKey
 
+from scripts.data.missing_voxels import find_missing, pack_missing
+
 __all__ = ["ScaleIntensityWindowd", "intensity_window", "unscaled"]
+
+FEW = 0.1  # percent of the voxels
+FAR = 0.1  # of the window; in clinical CT and MR the minimum is at most 0.01 of it below the 0.1st percentile
+SPARSE = 0.95  # share of voxels with one value; 0.81 in a map of white matter, the sparsest of the ordinary volumes
+MOST_MISSING = 0.99  # of a channel; 0.8 around a brain
+LARGEST = 1e38  # so that differences are float32 numbers too
+LEAST_RANGE = 0.01  # of the window; the brain alone takes 0.04 of -1000 to 1000 HU
+logger = logging.getLogger(__name__)
 
 
 def intensity_window(image: MetaTensor) -> dict[str, Any]:
@@ -25,7 +38,8 @@ def intensity_window(image: MetaTensor) -> dict[str, Any]:
 
     Returns:
         ``low`` and ``high``, lists with an intensity for each channel; ``clipped``, the share of voxels outside, and its
-        parts ``clipped_below`` and ``clipped_above``.
+        parts ``clipped_below`` and ``clipped_above``; ``missing``, the masks of voxels without a measurement, packed by
+        :py:func:`scripts.data.missing_voxels.pack_missing`.
     """
     name = ScaleIntensityWindowd.__name__
     return next(op for op in reversed(image.applied_operations) if op["class"] == name)["extra_info"]
@@ -43,16 +57,20 @@ def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) 
     Returns:
         the same shape, in the units of the file.
     """
-    per_channel = (-1, *[1] * (values.ndim - 1))
-    bottom, top = (values.new_tensor(side).reshape(per_channel) for side in (low, high))
+    bottom, top = (_per_channel(values.new_tensor(side), values) for side in (low, high))
     return values * (top - bottom) + bottom
 
 
 class ScaleIntensityWindowd(MapTransform, TraceableTransform):
     """
     Scale a window of intensities to [0, 1] and clip what lies outside, as MONAI's ``ScaleIntensityRangePercentilesd`` and
-    ``ScaleIntensityRanged`` do. The window and the shares of voxels that were clipped are recorded, for
-    :py:func:`intensity_window`.
+    ``ScaleIntensityRanged`` do, with a window of percentiles that a few voxels cannot decide. Where the lower percentile,
+    such as the minimum, is far below the 0.1st, that one is the lower end. In a sparse volume, nearly all voxels of which
+    have one value, the percentiles are those of the others.
+
+    Voxels without a measurement (:py:func:`scripts.data.missing_voxels.find_missing`) are left out and set to 0. They are
+    recorded in the file's grid, so this comes before the volume is turned or resampled. The window and the shares of voxels
+    that were clipped are recorded too, for :py:func:`intensity_window`.
 
     Args:
         keys: keys of the images, each ``CxHxWxD``.
@@ -61,8 +79,8 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
         allow_missing_keys: do not raise when a key is missing.
 
     Raises:
-        ValueError: for a window that is empty, and, when called, for a volume with values that are not finite or that are
-            all the same.
+        ValueError: for a window that is empty, and, when called, for a channel that is constant or nearly all of whose
+            voxels are missing.
     """
 
     def __init__(
@@ -83,27 +101,90 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key].to(torch.float32)
-            low, high = self._window(image)
-            below, above = ((image < low).float().mean().item(), (image > high).float().mean().item())
-            clipped = {"clipped": below + above, "clipped_below": below, "clipped_above": above}
+            values, name = image.as_tensor(), str(image.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the volume"))
+            missing = find_missing(values)
+            present = ~torch.stack([*missing.values()]).any(0) if missing else None
+            windows = [
+                self._window(
+                    channel,
+                    None if present is None else present[index],
+                    f"{name} (channel {index})" if len(values) > 1 else name,
+                )
+                for index, channel in enumerate(values)
+            ]
+            low, high = (_per_channel(values.new_tensor(side), values) for side in zip(*windows))
             scaled = ((image - low) / (high - low)).clamp_(0, 1)
-            window = {"low": low.flatten().tolist(), "high": high.flatten().tolist(), **clipped}
+            below, above = values < low, values > high
+            if present is not None:
+                scaled.masked_fill_(~present, 0)
+                below, above = below & present, above & present
+                counts = " and ".join(f"{int(mask.sum()):,} voxels of {value}" for value, mask in missing.items())
+                _log_once(logging.INFO, f"{name}: {counts} are left out of the intensity window; they come back as they are")
+            window = {
+                "low": low.flatten().tolist(),
+                "high": high.flatten().tolist(),
+                "clipped_below": below.float().mean().item(),
+                "clipped_above": above.float().mean().item(),
+                "missing": pack_missing(missing),
+            }
+            window["clipped"] = window["clipped_below"] + window["clipped_above"]
             d[key] = self.push_transform(scaled, extra_info=window)
         return d
 
-    def _window(self, image: MetaTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper intensity for each channel, ``Cx1x1x1``."""
-        values = image.as_tensor()
-        name = image.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the volume")
-        if not torch.isfinite(values).all():
-            raise ValueError(f"{name} has voxels that are NaN or infinite; repair it or take it out of `dataset_dir`.")
-        if self.intensity_range is not None:
-            window = torch.tensor(self.intensity_range, dtype=torch.float32).expand(len(values), 2)
+    def _window(self, channel: torch.Tensor, present: torch.Tensor | None, name: str) -> tuple[float, float]:
+        """Lower and upper intensity of the voxels of ``channel`` that are present: all, for None."""
+        if present is not None:
+            share = 1 - present.float().mean().item()
+            if share > MOST_MISSING:
+                raise ValueError(f"{name} is NaN, infinite or padding in {share:.1%} of its voxels.")
+            channel = channel[present]
+        least, greatest = (float(end) for end in channel.aminmax())
+        if least == greatest:
+            raise ValueError(f"{name} is constant ({least:g}).")
+        if self.intensity_range is None:
+            low, high = _percentile_window(channel, self.percentiles, name)
         else:
-            window = torch.stack([torch.as_tensor(percentile(channel, self.percentiles)) for channel in values])
-            if (window[:, 0] == window[:, 1]).any():  # nearly all voxels have the same value
-                window = torch.stack([values.flatten(1).amin(1), values.flatten(1).amax(1)], dim=1)
-            if (window[:, 0] == window[:, 1]).any():
-                raise ValueError(f"{name} is constant ({float(values.flatten()[0])}); take it out of `dataset_dir`.")
-        low, high = window.float().reshape(len(values), 2, *[1] * (values.ndim - 1)).unbind(1)
+            low, high = map(float, self.intensity_range)
+            used = max(0.0, (min(greatest, high) - max(least, low)) / (high - low))
+            if used < LEAST_RANGE:
+                _log_once(
+                    logging.WARNING,
+                    f"{name}: its intensities, {least:g} to {greatest:g}, take {used:.1%} of `intensity_range`, {low:g} to "
+                    f"{high:g}; nearly nothing is left of its contrast",
+                )
+        if max(-low, high) > LARGEST:
+            raise ValueError(f"{name} has intensities from {low:g} to {high:g}; more than {LARGEST:g} are not supported.")
         return low, high
+
+
+def _percentile_window(values: torch.Tensor, percentiles: Sequence[float], name: str) -> tuple[float, float]:
+    """The window of percentiles, as :py:class:`ScaleIntensityWindowd` says; ``name`` is for the log."""
+    lower, upper = percentiles
+    few = min(FEW, 100 - upper)
+    low, inner, background, high = percentile(values, [lower, few, 50.0, upper]).tolist()  # type: ignore
+    sparse = (values == background).float().mean() >= SPARSE
+    if sparse:
+        others = values[values != background].numpy()
+        low, high = (float(np.percentile(others, p, method="lower")) for p in percentiles)
+        inner = float(np.percentile(others, few, method="higher"))
+    far_below = inner - low > FAR * (high - inner)
+    if far_below:
+        low = inner
+    if sparse:
+        low, high = min(low, background), max(high, background)
+    if not low < high:
+        low, high = (float(end) for end in values.aminmax())
+    elif far_below:
+        _log_once(logging.INFO, f"{name}: few voxels are far below the others, and are clipped at {low:g}")
+    return low, high
+
+
+def _per_channel(side: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """A number for each channel, shaped for arithmetic with ``CxHxWxD``."""
+    return side.reshape(-1, *[1] * (channels.ndim - 1))
+
+
+@functools.cache
+def _log_once(level: int, message: str) -> None:
+    """For messages about a file, which is read many times in a training."""
+    logger.log(level, message)

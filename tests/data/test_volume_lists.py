@@ -8,11 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from monai.data import MetaTensor
 
-from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window, unscaled
-from scripts.data.restored_volumes import clipped_shares
 from scripts.data.volume_lists import affordable_cache_rate, describe, find_images, training_and_validation
 from tests.conftest import save_volume
 
@@ -133,54 +129,3 @@ def test_cache_holds_what_fits_into_memory(tmp_path, monkeypatch):
     memory = {"SC_AVPHYS_PAGES": 16_000, "SC_PAGE_SIZE": 1}
     monkeypatch.setattr("os.sysconf", memory.__getitem__)
     assert affordable_cache_rate(items) == pytest.approx(0.5)  # half of 16 kB for 4 x 4 kB
-
-
-# --- the intensity window --------------------------------------------------------------------------------------------
-
-
-def volume(values, name: str = "a.nii") -> dict:
-    return {"image": MetaTensor(torch.as_tensor(values, dtype=torch.float32), meta={"filename_or_obj": name})}
-
-
-def test_window_is_scaled_clipped_and_undone():
-    transform = ScaleIntensityWindowd("image", [0, 100], intensity_range=[-1000, 1000])
-    data = volume([[[-2000.0, -1000.0, 0.0, 500.0]]])
-    scaled = transform(data)
-    assert torch.equal(scaled["image"].as_tensor(), torch.tensor([[[0.0, 0.0, 0.5, 0.75]]]))
-    window = intensity_window(scaled["image"])
-    restored = unscaled(scaled["image"].as_tensor(), window["low"], window["high"])
-    assert torch.equal(restored, torch.tensor([[[-1000.0, -1000.0, 0.0, 500.0]]]))
-
-
-def test_shares_below_and_above_the_window_are_told_apart():
-    scaled = ScaleIntensityWindowd("image", [0, 100], intensity_range=[-1000, 1000])(volume([[[-1024, -1024, 0, 2000, 5]]]))
-    words = clipped_shares(intensity_window(scaled["image"]))
-    assert words == "60.00% of the voxels were outside the intensity window (40.00% below, 20.00% above)"
-
-
-def test_percentiles_are_taken_per_channel():
-    values = torch.stack([torch.linspace(0, 100, 101), torch.linspace(-50, 950, 101)])[:, :, None]
-    scaled = ScaleIntensityWindowd("image", [0, 90])(volume(values))["image"]
-    assert torch.allclose(scaled[:, 90, 0].as_tensor(), torch.ones(2))
-    assert torch.allclose(scaled[:, 45, 0].as_tensor(), torch.full((2,), 0.5))
-    assert scaled.max() == 1
-
-
-def test_volume_that_is_nearly_all_air_falls_back_to_its_range():
-    values = torch.zeros(1, 50, 50, 50)
-    values[0, 0, 0, 0] = 7
-    assert ScaleIntensityWindowd("image", [0, 99.9])(volume(values))["image"].max() == 1
-
-
-@pytest.mark.parametrize("bad, words", [(float("nan"), "NaN or infinite"), (float("inf"), "NaN"), (3.0, "constant")])
-def test_unusable_voxels_are_named_with_their_file(bad, words):
-    values = torch.full((1, 4, 4, 4), 3.0)
-    values[0, 0, 0, 0] = bad
-    with pytest.raises(ValueError, match=rf"bad.nii.*{words}"):
-        ScaleIntensityWindowd("image", [0, 99])(volume(values, "bad.nii"))
-
-
-@pytest.mark.parametrize("name, window", [("percentiles", [99, 1]), ("intensity_range", [5, 5]), ("percentiles", [1])])
-def test_empty_window_is_refused(name, window):
-    with pytest.raises(ValueError, match=name):
-        ScaleIntensityWindowd("image", **{"percentiles": [0, 100], name: window})
