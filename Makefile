@@ -10,6 +10,8 @@ BIN := .venv/bin
 CONFIGS := --meta_file configs/metadata.json --logging_file configs/logging.conf
 ARGS ?=
 DEVICE ?= cpu
+# MONAI warns of running any config, these too
+export PYTHONWARNINGS := ignore:parsing config_file:UserWarning
 
 GENERATOR := eval/generator
 HEADS := '$$scripts.data.prepare_demonstration_heads(@bundle_root + "/data/heads")'

@@ -19,6 +19,7 @@ from typing import Any
 import fire
 
 from scripts.bundle.config import ROOT
+from scripts.bundle.errors import is_of_user
 from scripts.inference.slab_costs import slab_table
 from scripts.planning import tables
 from scripts.planning.config_keys import TRAIN, read_plan
@@ -238,7 +239,9 @@ def main(arguments: Sequence[str]) -> None:
         arguments = [first, "--", "--help"]  # fire would take it for a config key
     try:
         fire.Fire(COMMANDS, command=list(arguments), name="python -m scripts")
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not is_of_user(error):
+            raise
         sys.exit(_bad_request(str(error)))
 
 

@@ -4,7 +4,7 @@ as one file.
 """
 
 from scripts.bundle.config import check_config
-from scripts.bundle.errors import show_reason_last
+from scripts.bundle.errors import short_messages
 from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
 from scripts.bundle.progress import ProgressBar, VolumeProgress
 from scripts.bundle.signals import end_on_signals, leave_signals_to_main
@@ -22,5 +22,5 @@ __all__ = [
     "leave_signals_to_main",
     "load_weights",
     "save_weights",
-    "show_reason_last",
+    "short_messages",
 ]

@@ -1,27 +1,33 @@
-"""After an error, the last line on the terminal is its reason, below MONAI's traceback."""
+"""An error of the user's is one line; any other keeps its stack; warnings say which file they are about."""
 
 from __future__ import annotations
 
+import json
+import logging
+import struct
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigParser
+from monai.data import Dataset
 
-from scripts.bundle.errors import show_reason_last
+from scripts.bundle.errors import SHOW_STACK, short_messages
+from tests.conftest import SMALL
+from tests.processes import bundle_run
 
 
 @pytest.fixture
 def printed(monkeypatch, capsys):
-    """Ends a process with an error, as far as the terminal sees, and returns the last lines of stderr."""
+    """Ends a process with an error, as far as the terminal sees, and returns the lines of stderr."""
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    show_reason_last()
-    hook = sys.excepthook
-    show_reason_last()
-    assert sys.excepthook is hook  # once is enough
+    short_messages()
 
     def end(error: BaseException) -> list[str]:
         sys.excepthook(type(error), error, error.__traceback__)
-        return capsys.readouterr().err.splitlines()
+        return [line for line in capsys.readouterr().err.splitlines() if line]
 
     return end
 
@@ -33,17 +39,99 @@ def error_of(expression: str) -> BaseException:
     return caught.value
 
 
-def test_reason_is_the_last_line_and_the_traceback_stays(printed):
-    lines = printed(error_of("$scripts.data.volume_lists.find_images('nowhere', '*')"))
-    assert lines[-1].startswith("FileNotFoundError: ") and "nowhere" in lines[-1]
-    assert any(line.startswith("RuntimeError: Failed to evaluate") for line in lines[:-1])
+MISSING = "$scripts.data.volume_lists.find_images('nowhere', '*')"
+
+
+def test_error_of_the_users_is_its_reason_alone(printed):
+    first, hint = printed(error_of(MISSING))
+    assert first == "FileNotFoundError: `dataset_dir` is 'nowhere', which is not a folder."
+    assert SHOW_STACK in hint
+
+
+def test_stack_is_shown_on_request(printed, monkeypatch):
+    monkeypatch.setenv(SHOW_STACK, "1")
+    lines = printed(error_of(MISSING))
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("FileNotFoundError: `dataset_dir` is 'nowhere'")
 
 
 def test_reason_is_what_the_bundle_says_about_an_error_below_it(printed, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"no archive")
     lines = printed(error_of(f"$scripts.bundle.weights.read_weights({str(tmp_path / 'model.pt')!r})"))
-    assert lines[-1].startswith(f"ValueError: {tmp_path / 'model.pt'} cannot be loaded")
+    assert lines[0].startswith(f"ValueError: {tmp_path / 'model.pt'} cannot be loaded")
 
 
-def test_error_that_monai_did_not_wrap_is_printed_once(printed):
-    assert "".join(printed(ValueError("plain"))).count("plain") == 1
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "$scripts.data.find_images_of('nowhere')",  # a name that does not exist
+        "$scripts.bundle.load_weights(3, 'models/model.pt')",  # an AttributeError within the bundle
+        "$__import__('torch').zeros(2).reshape(3)",  # an error of a library
+    ],
+)
+def test_stack_of_an_error_in_the_code_stays_above_its_reason(printed, expression):
+    lines = printed(error_of(expression))
+    assert lines[0].startswith("Traceback") and "RuntimeError: Failed to evaluate" not in lines[-1]
+
+
+class Refusing(Dataset):
+    def __init__(self, error: str) -> None:
+        super().__init__([0], transform=lambda _: error_in_worker(error))
+
+
+def error_in_worker(expression: str) -> None:
+    ConfigParser({"imports": ["$import scripts"], "run": expression}).get_parsed_content("run")
+
+
+@pytest.mark.parametrize("expression, is_short", [(MISSING, True), ("$scripts.data.find_images_of('nowhere')", False)])
+def test_error_in_a_worker_of_a_loader_is_as_short(printed, expression, is_short):
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(torch.utils.data.DataLoader(Refusing(expression), num_workers=1, multiprocessing_context="fork")))
+    lines = printed(caught.value)
+    assert (lines[0] == "FileNotFoundError: `dataset_dir` is 'nowhere', which is not a folder.") is is_short
+    assert lines[0].startswith("Traceback") is not is_short
+
+
+NOWHERE = {"dataset_dir": "/nowhere"}
+VERBS = {
+    "training": ("training", ["train.json"], NOWHERE, "`dataset_dir` is '/nowhere'"),
+    "evaluating a run": ("evaluating", ["train.json", "evaluate.json"], NOWHERE, "`dataset_dir` is '/nowhere'"),
+    "evaluating": ("evaluating", ["inference.json"], NOWHERE, "`dataset_dir` is '/nowhere'"),
+    "encoding": ("encoding", ["inference.json"], NOWHERE, "`dataset_dir` is '/nowhere'"),
+    "decoding": ("decoding", ["inference.json"], NOWHERE, "`dataset_dir`"),
+    "generating": ("generating", ["generate.json"], {"ckpt_dir": "/nowhere"}, "/nowhere/model.pt"),
+    "training a generator": ("training", ["train_diffusion.json"], NOWHERE, "`dataset_dir`"),
+    "a misspelt key": ("encoding", ["inference.json"], {"dataset_dirs": "/nowhere"}, "the nearest one is 'dataset_dir'"),
+}
+
+
+@pytest.mark.parametrize("run_id, files, keys, words", VERBS.values(), ids=list(VERBS))
+def test_verb_tells_a_wrong_path_in_one_line(tmp_path, run_id, files, keys, words):
+    run = bundle_run(run_id, *files, check=False, output_dir=str(tmp_path / "out"), device="cpu", **keys)
+    lines = run.stdout.strip().splitlines()
+    assert run.returncode == 1
+    assert words in lines[-2] and "Error: " in lines[-2] and SHOW_STACK in lines[-1]
+    assert "Traceback" not in run.stdout and run.stdout.count(words) == 1
+
+
+def test_error_while_training_is_printed_once_and_nothing_that_no_user_can_act_on(volumes, tmp_path):
+    """It passes the worker of a loader and two engines, whose handlers log it; MONAI's readers warn of decoders."""
+    overlay = tmp_path / "overlay.json"
+    transforms = [{"_target_": "LoadImaged", "keys": "image"}, f"$lambda _: {MISSING[1:]}"]
+    overlay.write_text(json.dumps({"deterministic_transforms": transforms, "cache_rate": 0.0, "fit_shortcut": False}))
+    keys = {**SMALL, "num_workers": "1", "dataset_dir": str(volumes), "output_dir": str(tmp_path), "fast_dev_run": "true"}
+    run = bundle_run("training", "train.json", str(overlay), check=False, **keys)
+    assert run.returncode == 1
+    assert run.stdout.count("which is not a folder") == 1 and "Traceback" not in run.stdout
+    assert "nvImageCodec" not in run.stdout
+
+
+def test_warning_of_nibabel_comes_once_with_its_file(printed, tmp_path, caplog):
+    path = tmp_path / "odd.nii"
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
+    content = bytearray(path.read_bytes())
+    content[254:256] = struct.pack("<h", 77)  # no code of an sform
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            nib.load(path)
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: sform_code 77 not valid; setting to 0"]
