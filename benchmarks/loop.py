@@ -30,7 +30,7 @@ NUM_VOLUMES = 6  # one of them for validation
 WARM_UP = 3
 
 
-def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu", **keys: Any) -> float:
+def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu", **overrides: Any) -> float:
     """
     Print and return how much longer a step of the trainer takes than one of the plain loop, as a share: the median over
     pairs of successive steps.
@@ -39,10 +39,10 @@ def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu", **keys:
         epochs: number of epochs, of five steps each.
         patch_size: edge of a patch, voxels.
         device: where to run.
-        keys: further keys of ``configs/train.json``, such as ``amp``.
+        overrides: further keys of ``configs/train.json``, such as ``amp``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        flow = training(Path(folder), epochs, patch_size, device, **keys)
+        flow = training(Path(folder), epochs, patch_size, device, **overrides)
         bare, whole = PlainLoop(flow, patch_size), Stopwatch(device)
         trainer = flow.trainer
         trainer.add_event_handler(Events.GET_BATCH_STARTED, bare.step)
