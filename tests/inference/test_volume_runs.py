@@ -275,7 +275,7 @@ def test_bad_files_are_named_and_the_good_ones_done(weights, tmp_path):
         lines = str(stopped.value).splitlines()
         assert lines[0] == "could not be done (6):"
         words = {
-            "nan.nii.gz": "NaN or infinite",
+            "nan.nii.gz": "NaN, infinite or padding in 100.0%",
             "series.nii.gz": "3 channels where 1",
             "text.nii.gz": "cannot be read as NIfTI",
             "thin.nii.gz": "a 2D slice",
