@@ -20,7 +20,6 @@ import fire
 
 from scripts.bundle.config import ROOT
 from scripts.bundle.errors import is_of_user
-from scripts.inference.slab_costs import slab_table
 from scripts.planning import tables
 from scripts.planning.config_keys import TRAIN, read_plan
 from scripts.planning.estimates import Estimate, estimate_plan
@@ -36,6 +35,7 @@ from scripts.planning.recommendations import (
 from scripts.planning.request_checks import positive
 from scripts.planning.savings import what_would_fit
 from scripts.planning.self_test import check_all
+from scripts.planning.slab_costs import slab_table
 
 
 def estimate(

@@ -8,7 +8,18 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 SCRIPTS = ROOT / "scripts"
-ORDER = ["layers", "autoencoderkl", "bundle", "data", "training", "diffusion", "planning", "inference", "evaluation"]
+ORDER = [
+    "layers",
+    "autoencoderkl",
+    "bundle",
+    "slabs",
+    "data",
+    "training",
+    "diffusion",
+    "planning",
+    "inference",
+    "evaluation",
+]
 
 
 def imported(path: Path) -> set[str]:

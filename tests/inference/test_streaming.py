@@ -7,9 +7,9 @@ import torch
 
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.progress import ProgressBar
-from scripts.inference import slabs
-from scripts.inference.slabs import stream
 from scripts.inference.streaming import StreamingInferer, available_memory_gb
+from scripts.slabs import slab_run as slabs
+from scripts.slabs.slab_run import stream
 from tests.test_autoencoderkl import build
 
 TINY = 1e-4  # GiB: slabs of a few rows, large maps in files

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.inference.slabs import stream
 from scripts.layers import LinearShortcut
 from scripts.layers.float32_convolutions import keep_in_float32
+from scripts.slabs.slab_run import stream
 from tests.conftest import ROOT
 from tests.test_autoencoderkl import build
 

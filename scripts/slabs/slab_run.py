@@ -26,9 +26,9 @@ from monai.networks.nets.autoencoderkl import AEKLDownsample
 
 from scripts.bundle.machine import GIB, MIB, free_memory
 from scripts.bundle.progress import ProgressBar
-from scripts.inference.feature_maps import FeatureMap, PaddedImage
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock, RMSNorm, SpatialAttention
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
+from scripts.slabs.feature_maps import FeatureMap, PaddedImage
 
 __all__ = ["SlabRun", "stream"]
 

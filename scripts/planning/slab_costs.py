@@ -1,6 +1,6 @@
 """The GPU's memory that a run in slabs needs, and the smallest budget that works, found by running it on fake tensors.
 
-The run is that of :py:mod:`scripts.inference.slabs`, with its network on a fake GPU: what lies in the host's memory is not
+The run is that of :py:mod:`scripts.slabs.slab_run`, with its network on a fake GPU: what lies in the host's memory is not
 counted. Of the slabs of a layer, those in the middle are alike, so one of them is run.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from scripts.bundle.machine import GIB
-from scripts.inference.feature_maps import FeatureMap, PaddedImage
-from scripts.inference.slabs import SlabRun
 from scripts.layers.factors import by, padded_size
 from scripts.planning.allocations import AllocationTracker
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
 from scripts.planning.tables import memory, table
+from scripts.slabs.feature_maps import FeatureMap, PaddedImage
+from scripts.slabs.slab_run import SlabRun
 
 __all__ = ["SlabCost", "least_slab_cost", "slab_cost", "slab_table"]
 
@@ -56,7 +56,7 @@ def slab_cost(
     amp_dtype: torch.dtype | None = torch.bfloat16,
 ) -> SlabCost:
     """
-    Cost of a run in slabs on a GPU, as :py:func:`scripts.inference.slabs.stream` makes it. No GPU is needed.
+    Cost of a run in slabs on a GPU, as :py:func:`scripts.slabs.slab_run.stream` makes it. No GPU is needed.
 
     Args:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`. It is not changed, and may be on the ``meta`` device.

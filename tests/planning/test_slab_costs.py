@@ -7,8 +7,8 @@ import torch
 
 from scripts.__main__ import main
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.inference import slab_costs
-from scripts.inference.slab_costs import least_slab_cost, slab_cost
+from scripts.planning import slab_costs
+from scripts.planning.slab_costs import least_slab_cost, slab_cost
 from tests.conftest import ROOT
 from tests.test_autoencoderkl import build
 
