@@ -70,7 +70,7 @@ def _images(path: Path) -> list[Any]:
 
 
 def _image(file: Path) -> Any:
-    """The data set of a file with its pixels, ``None`` when it holds no image."""
+    """The data set of a file with its pixels, ``None`` when it holds no image, or a segmentation."""
     is_dicom = pydicom.misc.is_dicom(file)
     try:
         image = pydicom.dcmread(file, force=True)
@@ -78,7 +78,7 @@ def _image(file: Path) -> Any:
         if is_dicom:
             raise ValueError(f"holds {file.name}, which cannot be read as DICOM ({error}).") from error
         return None
-    if "Rows" not in image or "SOPClassUID" not in image:
+    if "Rows" not in image or "SOPClassUID" not in image or image.get("Modality") == "SEG":
         return None
     if not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(image.dir()):
         raise ValueError(f"holds {file.name}, an image without pixels; it may be cut short.")
@@ -141,7 +141,9 @@ def _read(images: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"pixels of {', '.join(sorted(kinds))}; only gray values are read")
     is_multiframe = _is_multiframe(images[0])
     frames = _frames(images[0]) if is_multiframe else images
-    missing = [name for name in GEOMETRY if not (frames and all(frame.get(name) for frame in frames))]
+    missing = [name for name in GEOMETRY if not all(frame.get(name) for frame in frames)]
+    if not frames:
+        missing = ["PerFrameFunctionalGroupsSequence"]
     if missing:
         raise ValueError(f"no {' and no '.join(missing)}, so the geometry is unknown; convert it with dcm2niix")
     if len(_stacks(frames)) > 1:

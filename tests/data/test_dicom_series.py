@@ -176,6 +176,7 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path, caplog):
     save_series(tmp_path)
     report = data_set(pydicom.uid.BasicTextSRStorage)
     report.save_as(tmp_path / "report.dcm", enforce_file_format=True)
+    save_series(tmp_path, VOLUME > 500, slices=[3], prefix="S", change=setting("Modality", "SEG"))
     directory = data_set(pydicom.uid.MediaStorageDirectoryStorage)
     directory.DirectoryRecordSequence = []
     directory.save_as(tmp_path / "DICOMDIR", enforce_file_format=True)
@@ -185,7 +186,7 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path, caplog):
     save_series(tmp_path / "sub-folder", -VOLUME)
     with caplog.at_level(logging.INFO):
         assert is_volume(read_dicom(str(tmp_path)))
-    assert "left out 4 files that hold no image" in caplog.text
+    assert "left out 5 files that hold no image" in caplog.text
 
 
 def test_folder_without_an_image_is_refused(tmp_path):
@@ -279,7 +280,9 @@ def test_frames_without_functional_groups_are_refused(tmp_path):
     save_series(
         tmp_path, slices=[0], change=lambda image, k: image.update({"NumberOfFrames": 2, "PixelData": 2 * image.PixelData})
     )
-    with pytest.raises(ValueError, match="2 axial slices.*: no ImagePositionPatient and no .*, so the geometry is unknown"):
+    with pytest.raises(
+        ValueError, match="2 axial slices.*: no PerFrameFunctionalGroupsSequence, so the geometry is unknown"
+    ):
         read_dicom(str(tmp_path))
 
 
