@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 SAME_ORIENTATION = 1e-3  # of direction cosines: 0.25 mm at the edge of 256 mm
 SAME_POSITION = 0.01  # mm
 TOLERANCE = 0.1  # of the distance between slices: how far one may lie from its place
-LISTED = 5  # gaps in an error
+LISTED = 8  # series, gaps or phases in an error
 PHASES = ("EchoTime", "TemporalPositionIdentifier", "TriggerTime", "DiffusionBValue", "AcquisitionNumber", "ImageType")
 LOOSE = {"rtol": 1.0, "perpendicular_tol": 1.0}  # `_step` is stricter, and takes a gantry tilt
 VALUES = {"dtype": np.float32, "apply_real_world_transform": False, "apply_presentation_lut": False}
@@ -48,7 +49,7 @@ def read_dicom(path: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("may be DICOM, which the package highdicom reads: pip install highdicom python-gdcm.")
     stacks = _stacks(_images(Path(path)))
     if len(stacks) > 1:
-        raise ValueError(f"holds {len(stacks)} volumes ({'; '.join(map(_describe, stacks))}); {SEPARATE}.")
+        raise ValueError(f"holds {len(stacks)} volumes ({_some(map(_describe, stacks))}); {SEPARATE}.")
     images = stacks[0]
     try:
         if Path(path).is_file() and not _is_multiframe(images[0]):
@@ -216,10 +217,9 @@ def _step(slices: list[Any]) -> np.ndarray:
         usual = np.median(gaps)
         others = np.flatnonzero(np.abs(gaps - usual) > TOLERANCE * usual)
         listed = [f"{gaps[k]:.4g} mm between {distances[k]:.6g} and {distances[k + 1]:.6g}" for k in others]
-        listed[LISTED:] = [f"{len(listed) - LISTED} more"] if len(listed) > LISTED else []
         raise ValueError(
             f"slices are missing or unevenly placed: {usual:.4g} mm apart along their normal, but "
-            f"{', '.join(listed) or 'not on one line'}; complete the series, or convert it with dcm2niix"
+            f"{_some(listed) or 'not on one line'}; complete the series, or convert it with dcm2niix"
         )
     return step
 
@@ -228,8 +228,13 @@ def _differences(slices: list[Any]) -> str:
     for name in PHASES:
         counts = Counter(str(image.get(name)) for image in slices)
         if 1 < len(counts) < len(slices):
-            return f" and differ in {name} ({', '.join(f'{value}: {count}' for value, count in sorted(counts.items()))})"
+            return f" and differ in {name} ({_some(f'{value}: {count}' for value, count in sorted(counts.items()))})"
     return ""
+
+
+def _some(texts: Iterable[str]) -> str:
+    listed = [*texts]
+    return "; ".join([*listed[:LISTED], *([f"{len(listed) - LISTED} more"] if len(listed) > LISTED else [])])
 
 
 def _first_line(error: Exception) -> str:

@@ -221,7 +221,7 @@ def test_phases_of_a_series_are_refused_with_what_differs(tmp_path):
     save_series(tmp_path, change=setting("EchoTime", 4.6))
     save_series(tmp_path, VOLUME + 1, prefix="J", change=setting("EchoTime", 9.2))
     with pytest.raises(
-        ValueError, match=r"24 slices lie at 12 positions.*differ in EchoTime \(4.6: 12, 9.2: 12\).*dcm2niix"
+        ValueError, match=r"24 slices lie at 12 positions.*differ in EchoTime \(4.6: 12; 9.2: 12\).*dcm2niix"
     ):
         read_dicom(str(tmp_path))
 
@@ -244,7 +244,7 @@ def test_slices_of_two_distances_and_slices_beside_their_line_are_refused(tmp_pa
         image.ImagePositionPatient = [-10 + 5 * (k == 4), -20, 30 + 1.5 * k]
 
     save_series(tmp_path / "far", change=far)
-    with pytest.raises(ValueError, match="1.5 mm apart along their normal, but 4.5 mm between 39 and 43.5, "):
+    with pytest.raises(ValueError, match="1.5 mm apart along their normal, but 4.5 mm between 39 and 43.5; "):
         read_dicom(str(tmp_path / "far"))
     save_series(tmp_path / "aside", change=aside)
     with pytest.raises(ValueError, match="not on one line"):
