@@ -24,8 +24,9 @@ from scripts.bundle.json_files import SHA256, read_json
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import NETWORK, check_arguments
-from scripts.data.conditions import conditions_of, dataset_list_of
-from scripts.data.restored_volumes import DESCRIBED, RECORD, clipped_shares, nifti_bytes, output_path, problem_of_record
+from scripts.data.dataset_tables import conditions_of, dataset_list_of
+from scripts.data.file_names import output_path
+from scripts.data.restored_volumes import DESCRIBED, RECORD, clipped_shares, nifti_bytes, problem_of_record
 from scripts.data.volume_checks import problem_of_claim, unreadable
 
 __all__ = [
@@ -106,7 +107,7 @@ class SaveLatentd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         record = json.loads(data[RECORD])
         z_mu = data[self.key].detach().as_subclass(torch.Tensor).float().cpu()
-        path = output_path(self.output_dir, record["source"], POSTFIX)
+        path = output_path(self.output_dir, record["source"], POSTFIX, record["keep_ending"])
         path.parent.mkdir(parents=True, exist_ok=True)
         factors = self.network.total_downsample_factor
         content = nifti_bytes(z_mu.movedim(0, -1).numpy(), _latent_header(record, factors))
@@ -260,7 +261,7 @@ def without_whole_latents(
     changed = others = 0
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
         source = Path(item["image"])
-        path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX)
+        path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX, item.get("keep_ending", False))
         found = _usable_description(path)
         if (
             found is None

@@ -10,10 +10,8 @@ import itertools
 import json
 import logging
 import math
-import os
-import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -26,10 +24,10 @@ from monai.utils import ImageMetaKey
 
 from scripts.bundle.files import write_atomically
 from scripts.bundle.json_files import shortened
-from scripts.data.conditions import conditions_of, dataset_list_of
+from scripts.data.dataset_tables import conditions_of, dataset_list_of
+from scripts.data.file_names import OUTSIDE, is_nifti, output_path, stays_inside
 from scripts.data.intensity_window import intensity_window, unscaled
 from scripts.data.volume_checks import problem_of_affine, problem_of_memory
-from scripts.data.volume_lists import is_nifti
 
 __all__ = [
     "DESCRIBED",
@@ -37,7 +35,6 @@ __all__ = [
     "SaveVolumed",
     "clipped_shares",
     "nifti_bytes",
-    "output_path",
     "problem_of_record",
     "restore",
 ]
@@ -46,7 +43,6 @@ RESTORING = {"preprocessed_shape": 8, "shape": 16}  # least bytes per voxel: two
 RECORD = "record"  # key of a volume's record, as JSON text
 COMPRESSION = 1  # level of gzip; noisy voxels hardly shrink further at higher ones
 DATA_TYPES = ["|i1", "|u1", *(order + kind for order in "<>" for kind in ("i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"))]
-OUTSIDE = "is no path within a folder (no '..', no '/' or drive in front, no control characters)"
 XFORM_CODES = [0, 1, 2, 3, 4, 5]  # that NIfTI defines
 MAX_SIZE = 2**15 - 1  # of an axis in NIfTI-1
 SMALLEST_SLOPE = 1e-30  # a smaller one is 0 in a header
@@ -81,6 +77,7 @@ _SHARE = {"type": "number", "minimum": 0, "maximum": 1, "description": "a share 
 _CODE = {"enum": XFORM_CODES, "type": "integer", "description": "a code of NIfTI, from 0 to 5"}
 DESCRIBED = {  # schema of a record; older versions wrote no `clipped_below` and `clipped_above`
     "source": {"type": "string", "minLength": 1, "maxLength": 4096, "description": "a relative path"},
+    "keep_ending": {"type": "boolean", "description": "true or false"},
     "shape": _SHAPE,
     "affine": _AFFINE,
     "data_type": {"enum": DATA_TYPES, "description": f"a data type of real numbers, one of {', '.join(DATA_TYPES)}"},
@@ -117,7 +114,9 @@ class DescribeSourced(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[RECORD] = json.dumps(_record(d[key], Path(self.dataset_dir)))
+            d[RECORD] = json.dumps(
+                {**_record(d[key], Path(self.dataset_dir)), "keep_ending": bool(d.get("keep_ending", False))}
+            )
         return d
 
 
@@ -136,7 +135,7 @@ class SaveVolumed(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         record = json.loads(data[RECORD])
-        path = output_path(self.output_dir, record["source"], self.postfix)
+        path = output_path(self.output_dir, record["source"], self.postfix, record["keep_ending"])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(nifti_bytes(restore(data[self.key], record), record), path)
         logger.info(f"{path}: {clipped_shares(record)}")
@@ -151,41 +150,6 @@ def clipped_shares(record: Mapping[str, Any]) -> str:
     return f"{total} ({record['clipped_below']:.2%} below, {record['clipped_above']:.2%} above)"
 
 
-def output_path(output_dir: str, source: str, postfix: str) -> Path:
-    """
-    ``OUT/folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``. Other formats lose their suffix too, unless it
-    is a number: then it is part of the name, as in ``1.2.840.10008``, the folder of a DICOM series.
-
-    Raises:
-        ValueError: for a source that leads out of its folder on Linux or Windows, so that the result would lie outside of
-            ``output_dir``.
-    """
-    if not _stays_inside(source):
-        raise ValueError(
-            f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`; rename the file, or "
-            "encode the volume again if a latent says this of its source."
-        )
-    relative = Path(source)
-    name = relative.name
-    suffixes = () if relative.suffix[1:].isdigit() else (relative.suffix,)
-    for suffix in (".gz", ".nii") if is_nifti(source) else suffixes:
-        name = name.removesuffix(suffix)
-    return Path(output_dir) / relative.parent / f"{name}_{postfix}.nii.gz"
-
-
-def _stays_inside(source: str) -> bool:
-    """Whether a path stays within its folder on Linux and Windows, and can be printed and opened."""
-    for path in (PurePosixPath(source), PureWindowsPath(source)):
-        # Windows ignores spaces and dots at the end of a name
-        if not path.name or path.anchor or not all(part.strip(" .") for part in path.parts):
-            return False
-    try:
-        os.fsencode(source)
-    except UnicodeEncodeError:
-        return False
-    return not any(unicodedata.category(character) == "Cc" for character in source)
-
-
 def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | None:
     """
     Check that the fields of a record agree with each other, and that its volume fits into memory.
@@ -197,7 +161,7 @@ def problem_of_record(record: Mapping[str, Any], num_channels: int) -> str | Non
     Returns:
         None when all is well, otherwise the field and what was found.
     """
-    if not _stays_inside(record["source"]):
+    if not stays_inside(record["source"]):
         return f"`source` is {shortened(record['source'])}, which {OUTSIDE}: its result could lie outside of `output_dir`"
     if abs(record["scl_slope"]) < SMALLEST_SLOPE:
         return f"`scl_slope` is {record['scl_slope']}; a slope must not be 0, nor closer to 0 than {SMALLEST_SLOPE:g}"

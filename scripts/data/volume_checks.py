@@ -23,7 +23,8 @@ from scripts.bundle.json_files import read_json
 from scripts.bundle.machine import GIB, total_memory
 from scripts.bundle.processes import merged, share_of
 from scripts.bundle.progress import ProgressBar
-from scripts.data.volume_lists import describe, is_nifti
+from scripts.data.file_names import is_nifti
+from scripts.data.volume_lists import describe
 
 __all__ = [
     "find_problem",

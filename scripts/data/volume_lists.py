@@ -4,58 +4,177 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
-from monai.data import load_decathlon_datalist, partition_dataset
 from nibabel.filebasedimages import ImageFileError
 
 from scripts.bundle.machine import free_memory, processes_on_host
+from scripts.data.dataset_tables import dataset_lists
+from scripts.data.file_names import is_nifti, is_volume_name
+from scripts.data.subjects import split_by_subject
 
-__all__ = ["affordable_cache_rate", "describe", "find_images", "is_nifti", "split_by_subject", "training_and_validation"]
+__all__ = ["affordable_cache_rate", "describe", "find_images", "training_and_validation"]
 
 LABEL_WORDS = re.compile(
-    r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|probseg|rois?|annotations?)(?:[^a-z]|$)"
+    r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|(?:prob|pve)seg|rois?|annot(?:ation)?s?)"
+    r"(?:[^a-z]|$)"
 )
-COLLECTION = re.compile(r"images?(?:tr|ts|val)?", re.IGNORECASE)  # a folder of many subjects, as in the Decathlon
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
+LABEL_NAMES = re.compile(  # of files, not of folders, where they may name a study
+    r"(?:^|[^a-z])(?:brain_?masks?|label_?maps?|lesions?|gt|ground_?truth|atlas(?:es)?|contours?|wmparc|aparc|parc"
+    r"|parcellations?)(?:[^a-z]|$)"
+)
+BIDS_ENTITY = re.compile(r"(?:^|_)(?:sub|ses|acq|task|run|rec|dir|space|res|ce|mod|inv|echo|part)-[^_.]+")
+CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")  # as in liverMask
+RESULT = re.compile(r"_(?:reconstruction|latent)\.nii\.gz$|^sample_\d{4,}\.nii\.gz$")
+RESULT_WORDS = re.compile(r"reconstruction|latent|sample")
+SHOWN = 5  # files in the log
 CACHE_SHARE = 0.5  # of the free memory, for preprocessed float32 volumes
 logger = logging.getLogger(__name__)
 
 
 def training_and_validation(
-    dataset_dir: str, image_glob: str, val_fraction: float, seed: int
+    dataset_dir: str,
+    image_glob: str,
+    val_fraction: float,
+    seed: int,
+    subject_pattern: str | None = None,
+    output_dir: str | None = None,
 ) -> dict[str, list[dict[str, str]]]:
     """
     List the volumes for training and for validation: those of ``dataset_dir/dataset.json`` (Medical Segmentation
-    Decathlon format) where there is one, otherwise everything that :py:func:`find_images` finds.
-
-    Without a validation list, a seeded share of the subjects is set aside. The subject of a file is the ``sub-...`` in its
-    path, otherwise its folder; where all files lie in one folder, or the folder is called ``images...``, each file is one.
+    Decathlon format) where there is one, otherwise everything that :py:func:`find_images` finds. Without a validation list,
+    a share of the subjects is set aside, see :py:func:`split_by_subject`.
 
     Args:
         dataset_dir: folder of the volumes.
         image_glob: pattern relative to it, used when there is no ``dataset.json``.
         val_fraction: share of the subjects for validation, between 0 and 1.
         seed: of the split.
+        subject_pattern: see :py:func:`split_by_subject`.
+        output_dir: see :py:func:`find_images`.
 
     Returns:
         ``{"training": [{"image": path}, ...], "validation": [...]}``.
 
     Raises:
         FileNotFoundError: when there is nothing to train on.
-        ValueError: when there is nothing to split.
+        ValueError: when there is nothing to split, or for a ``dataset.json`` that cannot be used.
     """
-    lists = _decathlon_lists(Path(dataset_dir) / "dataset.json")
+    lists = {name: [{"image": item["image"]} for item in items] for name, items in dataset_lists(dataset_dir).items()}
+    listed = [item["image"] for items in lists.values() for item in items]
+    missing = [path for path in listed if not Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{dataset_dir}/dataset.json lists {len(missing)} files that do not exist: {_some(missing)}."
+        )
     if not lists:
-        lists = {"training": find_images(dataset_dir, image_glob)}
+        lists = {"training": find_images(dataset_dir, image_glob, output_dir)}
     if not lists.get("validation"):
-        lists = split_by_subject(lists["training"], dataset_dir, val_fraction, seed)
+        lists = split_by_subject(lists["training"], dataset_dir, val_fraction, seed, subject_pattern)
     return lists
+
+
+def find_images(dataset_dir: str, image_glob: str, output_dir: str | None = None) -> list[dict[str, str]]:
+    """
+    Find the volumes below a folder, without opening a file. Left out are hidden files and folders, results of this bundle,
+    labels and segmentations by their names, and what has more after its ending (``x.nii.gz.md5``). Links to folders are
+    followed; a file that is reached in several ways is one.
+
+    Args:
+        dataset_dir: folder to search.
+        image_glob: pattern relative to it, ``**`` for any depth, in capitals or not. Names of labels or of results are taken
+            where the pattern has them too. A pattern that ends in a slash matches folders, each of which is a volume, as a
+            DICOM series is: ``**/`` is every folder below ``dataset_dir`` that holds files.
+        output_dir: folder that is left out.
+
+    Returns:
+        ``[{"image": path}, ...]``, sorted by path.
+
+    Raises:
+        FileNotFoundError: when the folder does not exist or nothing in it matches.
+    """
+    folder = Path(dataset_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
+    pattern = image_glob.lower().removesuffix("/").split("/")
+    found: dict[tuple[int, int], Path] = {}
+    left_out: dict[str, list[Path]] = defaultdict(list)
+    for path in _candidates(folder, image_glob.endswith("/"), output_dir):
+        relative = path.relative_to(folder)
+        matches = _matches([part.lower() for part in relative.parts], pattern)
+        if not path.exists():
+            if matches or not path.suffix:  # a folder, where it has no ending
+                left_out["links that lead nowhere"].append(relative)
+        elif not matches or (path.is_file() and not is_volume_name(path.name)):
+            continue
+        elif _is_label(relative) and not _is_label(Path(image_glob)):
+            left_out["labels and segmentations, by their names"].append(relative)
+        elif RESULT.search(path.name) and not RESULT_WORDS.search(image_glob):
+            left_out["results of this bundle, by their names"].append(relative)
+        elif found.setdefault(_identity(path), path) != path:
+            left_out["further paths to the same files"].append(relative)
+    for what, paths in left_out.items():
+        log = logger.warning if what == "links that lead nowhere" else logger.info
+        log(f"{dataset_dir}: left out {len(paths)} {what} ({_some(paths)})")
+    if not found:
+        others = "; there are ".join(["", *(f"{len(paths)} {what}" for what, paths in left_out.items())])
+        raise FileNotFoundError(
+            f"no volume below `dataset_dir` {dataset_dir!r} matches `image_glob` {image_glob!r}{others}."
+        )
+    return [{"image": str(path)} for path in sorted(found.values())]
+
+
+def _candidates(folder: Path, folders: bool, output_dir: str | None) -> list[Path]:
+    """The files below a folder, or the folders that hold files; those that are reached by a link come last."""
+    seen = {_identity(Path(output_dir))} - {_identity(folder)} if output_dir and Path(output_dir).exists() else set()
+    candidates, waiting = [], [folder]
+    while waiting:
+        for name, subfolders, files in os.walk(waiting.pop(0), onerror=_warn_of):
+            root = Path(name)
+            if _identity(root) in seen:
+                subfolders.clear()
+                continue
+            seen.add(_identity(root))
+            subfolders[:] = sorted(each for each in subfolders if not each.startswith("."))
+            waiting += [root / each for each in subfolders if (root / each).is_symlink()]
+            visible = [root / each for each in sorted(files) if not each.startswith(".")]
+            candidates += visible if not folders else [root] if visible and root != folder else []
+    return sorted(candidates, key=Path.is_symlink)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _warn_of(error: OSError) -> None:
+    logger.warning(f"{error.filename} cannot be searched ({error.strerror})")
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path matches a glob pattern, both in their parts. ``Path.glob`` follows no links before Python 3.13."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _is_label(relative: Path) -> bool:
+    # BIDS entities such as `label-GM` are covered, and so are the folders `labelsTr` and `masks`
+    words = [CAPITAL.sub("_", BIDS_ENTITY.sub("_", part)).lower() for part in relative.parts]
+    return bool(LABEL_NAMES.search(words[-1])) or any(map(LABEL_WORDS.search, words))
+
+
+def _some(paths: Sequence[Any]) -> str:
+    return ", ".join(map(str, paths[:SHOWN])) + ", ..." * (len(paths) > SHOWN)
 
 
 def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
@@ -74,118 +193,6 @@ def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
     if not needed or free is None:
         return 0.0
     return min(1.0, CACHE_SHARE * free / processes_on_host() / needed)
-
-
-def find_images(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
-    """
-    Find the volumes below a folder, without opening a file. Labels and segmentations, recognised by their names, are left
-    out.
-
-    Args:
-        dataset_dir: folder to search.
-        image_glob: pattern relative to it, ``**`` for any depth. A pattern that ends in a slash matches folders, each of
-            which is a volume, as a DICOM series is: ``**/`` is every folder below ``dataset_dir`` that holds files.
-
-    Returns:
-        ``[{"image": path}, ...]``, sorted by path.
-
-    Raises:
-        FileNotFoundError: when the folder does not exist or nothing in it matches.
-    """
-    folder = Path(dataset_dir)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
-    is_volume = _holds_files if image_glob.endswith("/") else Path.is_file
-    found = sorted(path for path in folder.glob(image_glob) if path != folder and is_volume(path))
-    images = [path for path in found if not _is_label(path.relative_to(folder))]
-    if len(images) < len(found):
-        logger.info(f"{dataset_dir}: left out {len(found) - len(images)} labels and segmentations, by their names")
-    if not images:
-        raise FileNotFoundError(
-            f"no volume below `dataset_dir` {dataset_dir!r} matches `image_glob` {image_glob!r} "
-            f"({len(found)} match and look like labels); set one of the two."
-        )
-    return [{"image": str(path)} for path in images]
-
-
-def _holds_files(path: Path) -> bool:
-    return path.is_dir() and any(child.is_file() for child in path.iterdir())
-
-
-def _is_label(relative: Path) -> bool:
-    # BIDS entities such as `label-GM` are covered, and so are the folders `labelsTr` and `masks`
-    return any(LABEL_WORDS.search(part.lower()) for part in relative.parts)
-
-
-def is_nifti(path: str) -> bool:
-    """Whether a file has the name of a NIfTI file."""
-    return path.lower().endswith(NIFTI_SUFFIXES)
-
-
-def _decathlon_lists(path: Path) -> dict[str, list[dict[str, str]]]:
-    if not path.is_file():
-        return {}
-    lists = {}
-    for name in ("training", "validation"):
-        try:
-            entries: list[Any] = load_decathlon_datalist(path, is_segmentation=False, data_list_key=name)
-        except ValueError as error:  # from MONAI, when a list is missing
-            if name == "training":
-                raise ValueError(f"{path} has no list `training`; it needs one, as in the Decathlon format.") from error
-            continue
-        lists[name] = [{"image": entry["image"]} for entry in entries]
-    missing = [item["image"] for items in lists.values() for item in items if not Path(item["image"]).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} lists {len(missing)} files that do not exist, the first is {missing[0]!r}.")
-    if not lists["training"]:
-        raise FileNotFoundError(f"the list `training` of {path} is empty.")
-    return lists
-
-
-def split_by_subject(
-    items: list[dict[str, str]], dataset_dir: str, val_fraction: float, seed: int
-) -> dict[str, list[dict[str, str]]]:
-    """
-    Set a seeded share of the subjects aside, see :py:func:`training_and_validation`.
-
-    Args:
-        items: ``[{"image": path}, ...]``, with any further keys.
-        dataset_dir: folder of the volumes.
-        val_fraction: share of the subjects, between 0 and 1.
-        seed: of the split.
-
-    Raises:
-        ValueError: for another share, or when there is only one subject.
-    """
-    if isinstance(val_fraction, bool) or not isinstance(val_fraction, (int, float)) or not 0 < val_fraction < 1:
-        raise ValueError(f"`val_fraction` is {val_fraction!r}; it must lie between 0 and 1, both excluded.")
-    subjects: dict[str, list[dict[str, str]]] = defaultdict(list)
-    one_folder = len({Path(item["image"]).parent for item in items}) == 1
-    for item in items:
-        subjects[_subject(Path(item["image"]).relative_to(dataset_dir), one_folder)].append(item)
-    if len(subjects) < 2:
-        raise ValueError(
-            f"{dataset_dir!r} holds {len(items)} volumes of {len(subjects)} subject; training and validation need at "
-            "least two subjects (`sub-*` in the path, or a folder each), or a `dataset.json` with both lists."
-        )
-    num_validation = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
-    validation, training = partition_dataset(
-        sorted(subjects), ratios=[num_validation, len(subjects) - num_validation], shuffle=True, seed=seed
-    )
-    return {
-        "training": [item for subject in sorted(training) for item in subjects[subject]],
-        "validation": [item for subject in sorted(validation) for item in subjects[subject]],
-    }
-
-
-def _subject(relative: Path, one_folder: bool) -> str:
-    named = re.search(r"sub-[A-Za-z0-9]+", str(relative))
-    if named:
-        return named.group()
-    folder = relative.parent
-    if one_folder or folder == Path(".") or COLLECTION.fullmatch(folder.name):
-        return str(relative)
-    return str(folder)
 
 
 def describe(items: Sequence[dict[str, str]]) -> str:

@@ -17,7 +17,7 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.weights import what_differs
 from scripts.data.latents import all_latents, read_description, read_latent
-from scripts.data.volume_lists import split_by_subject
+from scripts.data.subjects import split_by_subject
 from scripts.diffusion.latent_space import LatentSpace, spacing_of
 from scripts.diffusion.solvers import draw_noise
 from scripts.layers.factors import padded_size

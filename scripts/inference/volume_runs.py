@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from monai.engines import SupervisedEvaluator
 
 from scripts.bundle.errors import reason
 from scripts.bundle.processes import merged, share_of
-from scripts.data.restored_volumes import output_path
+from scripts.data.file_names import without_ending
 from scripts.data.volume_checks import problem_of_header, unreadable
 from scripts.data.volume_lists import find_images
 
@@ -54,29 +55,28 @@ def join_processes(output_dir: str) -> None:
         ) from error
 
 
-def find_share(dataset_dir: str, image_glob: str) -> list[dict[str, str]]:
+def find_share(dataset_dir: str, image_glob: str, output_dir: str | None = None) -> list[dict[str, Any]]:
     """
-    This process's share of the volumes below a folder, without labels and segmentations. No file is opened.
+    This process's share of the volumes below a folder, see :py:func:`find_images`.
 
     Args:
         dataset_dir: folder to search.
         image_glob: pattern relative to it.
+        output_dir: folder of the results, which is left out.
 
     Returns:
-        ``[{"image": path}, ...]``
+        ``[{"image": path, "keep_ending": whether the names of its results do}, ...]``
 
     Raises:
         FileNotFoundError: when the folder does not exist or nothing in it matches.
-        ValueError: when two volumes would have the same output file.
     """
-    items = find_images(dataset_dir, image_glob)
-    sources: dict[Path, str] = {}
-    for item in items:
-        name = output_path("", str(Path(item["image"]).relative_to(dataset_dir)), "")
-        if name in sources:
-            raise ValueError(f"{sources[name]} and {item['image']} would have the same output; rename one of them.")
-        sources[name] = item["image"]
-    return share_of(items)
+    items = find_images(dataset_dir, image_glob, output_dir)
+    whole = [os.path.relpath(item["image"], dataset_dir) for item in items]
+    short = [str(Path(path).with_name(without_ending(Path(path).name))) for path in whole]
+    counts = Counter(name for names in zip(whole, short) for name in set(names))
+    return share_of(
+        [{**item, "keep_ending": counts[name] > 1 or Path(item["image"]).is_dir()} for item, name in zip(items, short)]
+    )
 
 
 class VolumeDataset(Dataset):

@@ -18,8 +18,8 @@ from monai.transforms import Compose, LoadImaged, Orientationd
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.weights import save_weights
 from scripts.data import DescribeSourced, LoadLatentd, SaveLatentd, SaveVolumed, ScaleIntensityWindowd
+from scripts.data.file_names import output_path
 from scripts.data.latents import save_latent_scale
-from scripts.data.restored_volumes import output_path
 from tests.conftest import save_volume
 
 NAME = "head_latent"

@@ -34,6 +34,16 @@ def split(folder: Path, val_fraction: float = 0.25, seed: int = 0):
         "sub-1/sub-1_label-GM_probseg.nii.gz",
         "Segmentation.nii.gz",
         "masks/a.nii.gz",
+        "brainmask.nii.gz",
+        "a_labelmap.nii.gz",
+        "lesion.nii",
+        "patientGT.nii.gz",
+        "atlas.nii",
+        "a_annot.nii",
+        "contours.nii",
+        "T1_pveseg.nii.gz",
+        "aparc+aseg.nii.gz",
+        "liverMask.nii",
     ],
 )
 def test_labels_are_left_out(tmp_path, label, caplog):
@@ -44,7 +54,17 @@ def test_labels_are_left_out(tmp_path, label, caplog):
     assert "left out 1 labels" in caplog.text
 
 
-@pytest.mark.parametrize("image", ["segovia.nii.gz", "unlabelled.nii.gz", "sub-maskin/T1.nii", "roidata.nii"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        "segovia.nii.gz",
+        "unlabelled.nii.gz",
+        "sub-maskin/T1.nii",
+        "roidata.nii",
+        "sub-lesion01_acq-mask_T1w.nii",
+        "lesion study/T1.nii",
+    ],
+)
 def test_words_that_only_contain_a_label_word_are_kept(tmp_path, image):
     save_volume(tmp_path / image, SHAPE)
     assert len(find_images(str(tmp_path), GLOB)) == 1
@@ -62,32 +82,63 @@ def test_count_sizes_and_spacings_are_told(tmp_path):
     assert told == "2 volumes, size 3x5x4 to 6x9x4 voxels, spacing 0.5x1x1 to 1x1x2.5 mm"
 
 
-def test_files_of_one_subject_stay_together(tmp_path):
-    for subject in range(8):
-        for session in ("ses-1", "ses-2"):
-            save_volume(tmp_path / f"sub-{subject}" / session / "T1w.nii.gz", SHAPE)
-    lists = split(tmp_path)
-    subjects = {k: {Path(i["image"]).parts[-3] for i in items} for k, items in lists.items()}
-    assert not subjects["training"] & subjects["validation"]
-    assert (len(lists["training"]), len(lists["validation"])) == (12, 4)
-    assert split(tmp_path) == lists
-    assert split(tmp_path, seed=1) != lists
+def test_pattern_that_names_labels_or_results_takes_them(tmp_path):
+    for name in ("a.nii.gz", "a_mask.nii.gz", "a_reconstruction.nii.gz", "a_latent.nii.gz", "sample_0001.nii.gz"):
+        save_volume(tmp_path / name, SHAPE)
+    assert names(find_images(str(tmp_path), GLOB)) == ["a.nii.gz"]
+    assert names(find_images(str(tmp_path), "*mask*")) == ["a_mask.nii.gz"]
+    assert names(find_images(str(tmp_path), "*_reconstruction.nii.gz")) == ["a_reconstruction.nii.gz"]
 
 
-def test_a_folder_is_a_subject_where_no_name_says_so(tmp_path):
-    for patient in "abcd":
-        save_volume(tmp_path / patient / "t1.nii", SHAPE)
-        save_volume(tmp_path / patient / "t2.nii", SHAPE)
-    lists = split(tmp_path)
-    assert {len(lists["training"]), len(lists["validation"])} == {6, 2}
-    assert len({Path(i["image"]).parent for i in lists["validation"]}) == 1
+def test_names_in_capitals_are_found_and_what_is_no_volume_is_not(tmp_path):
+    save_volume(tmp_path / "X.NII.GZ", SHAPE)
+    for other in ("x.nii.gz.md5", "x.nii.gz.bak", "x.nii.json", "x.nii.gz~", ".x.nii.gz", "._x.nii.gz", ".git/x.nii.gz"):
+        save_volume(tmp_path / "y.nii.gz", SHAPE)
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "y.nii.gz").rename(tmp_path / other)
+    assert names(find_images(str(tmp_path), GLOB)) == ["X.NII.GZ"]
 
 
-@pytest.mark.parametrize("folder", [".", "imagesTr", "scans"])
-def test_files_that_share_the_only_folder_are_subjects(tmp_path, folder):
-    for i in range(4):
-        save_volume(tmp_path / folder / f"{i}.nii", SHAPE)
-    assert len(split(tmp_path)["training"]) == 3
+def test_links_are_followed_once_and_named_where_they_lead_nowhere(tmp_path, caplog):
+    data, store = tmp_path / "data", tmp_path / "store"
+    save_volume(data / "sub-1" / "a.nii.gz", SHAPE)
+    save_volume(store / "sub-2" / "b.nii.gz", SHAPE)
+    save_volume(data / ".git" / "annex" / "objects" / "SHA256.nii.gz", SHAPE)
+    (data / "all.nii.gz").symlink_to("sub-1/a.nii.gz")  # a further path to the same file
+    (data / "linked").symlink_to("sub-1")
+    (data / "sub-2").symlink_to(store / "sub-2")
+    (data / "sub-2-again").symlink_to(store / "sub-2")
+    (data / "sub-2" / "up").symlink_to(data)
+    (data / "sub-3").symlink_to(store / "sub-3")
+    (data / "sub-1" / "c.nii.gz").symlink_to("../.git/annex/objects/SHA256.nii.gz")
+    (data / "sub-1" / "gone.nii.gz").symlink_to("../.git/annex/objects/gone")
+    found = [Path(item["image"]).relative_to(data).as_posix() for item in find_images(str(data), GLOB)]
+    assert found == ["sub-1/a.nii.gz", "sub-1/c.nii.gz", "sub-2/b.nii.gz"]
+    (nowhere,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "2 links that lead nowhere" in nowhere and "sub-3" in nowhere and "sub-1/gone.nii.gz" in nowhere
+
+
+def test_patterns_match_folders_at_their_depth(tmp_path):
+    for name in ("a.nii", "b/c.nii", "b/d/e.nii"):
+        save_volume(tmp_path / name, SHAPE)
+    for pattern, expected in (
+        ("*.nii", ["a.nii"]),
+        ("*/*.nii", ["c.nii"]),
+        ("**/d/*", ["e.nii"]),
+        ("b/**/*.nii", ["c.nii", "e.nii"]),
+        ("[b]*/**", ["c.nii", "e.nii"]),
+        ("**/", ["b", "d"]),
+        ("*/", ["b"]),
+    ):
+        assert names(find_images(str(tmp_path), pattern)) == expected, pattern
+
+
+def test_output_folder_is_left_out(tmp_path):
+    for name in ("a.nii", "out/b.nii"):
+        save_volume(tmp_path / name, SHAPE)
+    assert names(find_images(str(tmp_path), GLOB, str(tmp_path / "out"))) == ["a.nii"]
+    for output_dir in (tmp_path, tmp_path / "elsewhere", tmp_path.parent):
+        assert names(find_images(str(tmp_path), GLOB, str(output_dir))) == ["a.nii", "b.nii"]
 
 
 def test_decathlon_lists_are_used(tmp_path):
@@ -115,7 +166,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"image_glob.*\*\*/\*.nii"):
         find_images(str(tmp_path), GLOB)
     save_volume(tmp_path / "only.nii", SHAPE)
-    with pytest.raises(ValueError, match="at least two subjects"):
+    with pytest.raises(ValueError, match=r"of one subject \(only\).*`subject_pattern`"):
         split(tmp_path)
     save_volume(tmp_path / "second.nii", SHAPE)
     for fraction in (0, 1, -0.1, True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data.conditions import conditions_of, dataset_list_of
+from scripts.data.dataset_tables import conditions_of, dataset_list_of
 from scripts.diffusion.conditions import Conditions
 
 VALUES = [{"age": 20.0, "sex": "F"}, {"age": 30.0, "sex": "M"}, {"sex": "F"}, {"age": 40.0}]

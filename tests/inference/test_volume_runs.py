@@ -360,13 +360,26 @@ def test_read_only_output_folder_is_an_error_at_the_start():
             os.seteuid(user)
 
 
-def test_two_volumes_of_one_name_are_refused(weights, tmp_path):
-    from scripts.inference.volume_runs import find_share
+def test_volumes_of_one_name_keep_their_endings(weights, tmp_path):
+    for name in ("a.nii", "a.nii.gz", "b.NII.gz", "a.nii.nii"):
+        save_volume(tmp_path / "in" / name, HEAD.shape)
+    for verb, source, postfix in (
+        ("evaluating", tmp_path / "in", "reconstruction"),
+        ("encoding", tmp_path / "in", "latent"),
+        ("decoding", tmp_path / "encoding", "reconstruction"),
+    ):
+        run(verb, source, tmp_path / verb, weights)
+        found = {path.name for path in (tmp_path / verb).glob("*.nii.gz")}
+        assert found == {f"{name}_{postfix}.nii.gz" for name in ("a.nii", "a.nii.gz", "b", "a.nii.nii")}
 
-    save_volume(tmp_path / "a.nii", (8, 8, 8))
-    save_volume(tmp_path / "a.nii.gz", (8, 8, 8))
-    with pytest.raises(ValueError, match="would have the same output"):
-        find_share(str(tmp_path), "**/*.nii*")
+
+def test_results_inside_the_folder_of_volumes_are_no_input(weights, tmp_path):
+    save_volume(tmp_path / "a.nii", HEAD.shape)
+    for _ in range(2):
+        run("evaluating", tmp_path, tmp_path / "out", weights)
+        run("encoding", tmp_path, tmp_path / "latents", weights)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_reconstruction.nii.gz"]
+    assert len(list((tmp_path / "latents").rglob("*.nii.gz"))) == 1
 
 
 def test_two_processes_share_the_volumes_and_fail_together(kinds, encoded, weights, tmp_path):

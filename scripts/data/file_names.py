@@ -1,0 +1,69 @@
+"""Names of files: endings of volumes, and how a result is called."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from scripts.bundle.json_files import shortened
+
+__all__ = ["OUTSIDE", "is_nifti", "is_volume_name", "output_path", "stays_inside", "without_ending"]
+
+FORMATS = r"\.(?:nii|nrrd|nhdr|mha|mhd|mgz|mgh|hdr|img|dcm|ima|mnc)"
+ENDING = re.compile(rf"{FORMATS}(?:\.gz)?$", re.IGNORECASE)
+ENDING_WITHIN = re.compile(rf"{FORMATS}(?![a-z0-9])", re.IGNORECASE)  # as in x.nii.gz.md5 and x.nii.bak
+OUTSIDE = "is no path within a folder (no '..', no '/' or drive in front, no control characters)"
+
+
+def without_ending(name: str) -> str:
+    """The name of a file without the ending of its format; other dots stay."""
+    return ENDING.sub("", name) or name
+
+
+def is_nifti(path: str) -> bool:
+    """Whether a file has the name of a NIfTI file."""
+    return path.lower().endswith((".nii", ".nii.gz"))
+
+
+def is_volume_name(name: str) -> bool:
+    """Whether a file can be a volume: nothing follows the ending of a format, as in ``x.nii.gz.md5`` and ``x.nii.json``."""
+    return bool(ENDING.search(name)) or not ENDING_WITHIN.search(name)
+
+
+def output_path(output_dir: str, source: str, postfix: str, keep_ending: bool = False) -> Path:
+    """
+    Where the result of a volume goes: ``folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``.
+
+    Args:
+        output_dir: folder of the results.
+        source: path of the volume relative to its folder.
+        postfix: kind of the result.
+        keep_ending: whether the name keeps its ending: those of folders do, and those that would not be unique.
+
+    Raises:
+        ValueError: for a source that leads out of its folder on Linux or Windows, so that the result would lie outside of
+            ``output_dir``.
+    """
+    if not stays_inside(source):
+        raise ValueError(
+            f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`; rename the file, or "
+            "encode the volume again if a latent says this of its source."
+        )
+    relative = Path(source)
+    name = relative.name if keep_ending else without_ending(relative.name)
+    return Path(output_dir) / relative.parent / f"{name}_{postfix}.nii.gz"
+
+
+def stays_inside(source: str) -> bool:
+    """Whether a path stays within its folder on Linux and Windows, and can be printed and opened."""
+    for path in (PurePosixPath(source), PureWindowsPath(source)):
+        # Windows ignores spaces and dots at the end of a name
+        if not path.name or path.anchor or not all(part.strip(" .") for part in path.parts):
+            return False
+    try:
+        os.fsencode(source)
+    except UnicodeEncodeError:
+        return False
+    return not any(unicodedata.category(character) == "Cc" for character in source)
