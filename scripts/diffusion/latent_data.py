@@ -28,16 +28,19 @@ Item = dict[str, str]
 logger = logging.getLogger(__name__)
 
 
-def latent_lists(dataset_dir: str, val_fraction: float, seed: int, max_volumes: int | None = None) -> dict[str, list[Item]]:
+def latent_lists(
+    dataset_dir: str, val_fraction: float, seed: int, max_volumes: int | None = None, subject_pattern: str | None = None
+) -> dict[str, list[Item]]:
     """
     The latents below a folder, for training and for validation: as the ``dataset.json`` of the volumes said, otherwise by
-    a split that is the one of the autoencoder's training on the same volumes, with the same fraction and seed.
+    a split that is the one of the autoencoder's training on the same volumes, with the same fraction, seed and pattern.
 
     Args:
         dataset_dir: folder that `encoding` wrote to.
         val_fraction: share of the subjects for validation, where no ``dataset.json`` had a validation list.
         seed: of the split.
         max_volumes: keep so many of each list; None for all.
+        subject_pattern: finds the subject in the path of a volume, see :py:func:`scripts.data.subjects.subjects_of`.
 
     Returns:
         ``{"training": [{"image": path}, ...], "validation": [...]}``.
@@ -59,7 +62,7 @@ def latent_lists(dataset_dir: str, val_fraction: float, seed: int, max_volumes: 
         if not lists["training"]:
             raise FileNotFoundError(f"{dataset_dir!r} has no latent of a volume that dataset.json lists for training.")
     if not listed or not lists["validation"]:
-        lists = split_by_subject(lists["training"] if listed else items, ".", val_fraction, seed)
+        lists = split_by_subject(lists["training"] if listed else items, ".", val_fraction, seed, subject_pattern)
     return {name: [{"image": item["latent"]} for item in items][:max_volumes] for name, items in lists.items()}
 
 
