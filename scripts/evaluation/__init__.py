@@ -1,12 +1,11 @@
 """The quality of reconstructions, and in ``samples`` that of generated volumes.
 
-- ``metrics`` are the numbers that MONAI lacks: a new column of the report begins there.
-- ``evaluation_saver`` writes CSV, JSON and the report; ``html_report`` has labels and meanings of its columns.
-- ``codecs`` reads codecs of any origin, ``comparison`` runs several on the same volumes, ``comparison_saver`` and
-  ``comparison_page`` write what it found;
-  ``block_dct`` is the code that every codec is compared with.
-- ``viewer`` packs volumes into a page, for ``viewer.js``; ``worst_volumes`` keeps those that are shown.
-- ``pictures`` draws planes and errors, ``html_pages`` renders any report as one file.
+- ``metrics``: the numbers that MONAI lacks.
+- ``evaluation_saver`` writes what an evaluation found, ``comparison_saver`` what a comparison of codecs did; ``results`` is
+  what they share, ``html_pages`` the reports, with labels and meanings of their columns.
+- ``codecs`` reads codecs of any origin, ``comparison`` runs several on the same volumes, ``block_dct`` is the code that
+  every codec is compared with.
+- ``pictures`` draws planes and errors, ``viewer`` packs whole volumes into a page, ``worst_volumes`` keeps what is shown.
 """
 
 from scripts.evaluation.codecs import read_codecs

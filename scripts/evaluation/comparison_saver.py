@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import heapq
-import io
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +15,18 @@ from monai.engines import Evaluator
 from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
 
-from scripts.bundle.files import file_hash, write_atomically
+from scripts.bundle.files import file_hash
 from scripts.bundle.processes import merged
 from scripts.bundle.text_table import table
 from scripts.evaluation.comparison import CODEC, Codec, block_dct_of, with_block_dcts
-from scripts.evaluation.comparison_page import SHOWN, columns_of, render_comparison
-from scripts.evaluation.evaluation_saver import describe, finite, flat_scores, mean_of_finite
+from scripts.evaluation.html_pages import columns_of, render_comparison
 from scripts.evaluation.pictures import draw_panels
+from scripts.evaluation.results import describe, finite, flat_scores, mean_of_finite, write_results
+from scripts.evaluation.worst_volumes import WorstVolumes
 
 __all__ = ["ComparisonSaver"]
 
+SHOWN = ("psnr", "foreground_psnr", "ssim", "sharpness", "grid_energy")  # in the log
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +70,7 @@ class ComparisonSaver:
         self.volumes: dict[str, dict[str, Any]] = {}
         self.drawn: dict[str, Any] = {}  # panels of the current volume, by codec
         self.error = 0.0  # sum of the squared errors of the current volume
-        self.worst: list[tuple[float, str, dict[str, Any]]] = []  # a heap, the smallest error on top
+        self.pictures = WorstVolumes[dict[str, Any]](self.max_pictures, ())
 
     def _remember(self, engine: Evaluator) -> None:
         for output in engine.state.output:
@@ -84,15 +83,14 @@ class ComparisonSaver:
             self.error += (pred - image).square().mean().item()
             self.drawn[codec] = draw_panels(image[0], pred[0])
             if len(self.drawn) == len(self.codecs):
-                heapq.heappush(self.worst, (self.error, name, self.drawn))
-                if len(self.worst) > self.max_pictures:
-                    heapq.heappop(self.worst)
-                self.drawn, self.error = {}, 0.0
+                drawn, self.drawn = self.drawn, {}
+                error, self.error = self.error, 0.0
+                self.pictures.add(name, error, partial(dict, drawn))
 
     def _save(self, engine: Evaluator) -> None:
         # Scores are those of all processes, one after the other, and so are the volumes; see EvaluationSaver
         volumes = merged(self.volumes)
-        pictures = merged({name: (error, panels) for error, name, panels in self.worst})
+        pictures = self.pictures.of_all_processes()
         if idist.get_rank() > 0:
             return
         rounds = list(with_block_dcts(self.codecs))
@@ -107,10 +105,10 @@ class ComparisonSaver:
             codec: {metric: mean_of_finite(values) for metric, values in found.items()} for codec, found in of_codec.items()
         }
         codecs = {name: {**self._described(codec), **self._paired(means)[name]} for name, codec in self.codecs.items()}
-        shown = sorted(pictures, key=lambda name: -pictures[name][0])[: self.max_pictures]
         settings = {"dataset_dir": self.dataset_dir, **self.settings}
         comparison = {"settings": settings, "codecs": codecs, "volumes": volumes}
-        self._write(comparison, {name: pictures[name][1] for name in shown})
+        logger.info(f"means of {len(volumes)} volume{'s' if len(volumes) != 1 else ''}:\n{_summary(codecs)}")
+        write_results(self.output_dir, self._rows(volumes), comparison, render_comparison(comparison, pictures))
 
     def _paired(self, metrics: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """For each codec, its metrics and those of the cosine transform of its size."""
@@ -129,18 +127,18 @@ class ComparisonSaver:
             "voxels_per_value": codec.voxels_per_value,
         }
 
-    def _write(self, comparison: dict[str, Any], pictures: Mapping[str, Any]) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        files = {
-            "metrics.csv": _csv(comparison),
-            "metrics.json": json.dumps(comparison, indent=2),
-            "report.html": render_comparison(comparison, pictures),
-        }
-        for name, content in files.items():
-            write_atomically(content.encode(), self.output_dir / name)
-        number = len(comparison["volumes"])
-        logger.info(f"means of {number} volume{'s' if number != 1 else ''}:\n{_summary(comparison['codecs'])}")
-        logger.info(f"report: {self.output_dir / 'report.html'}")
+    def _rows(self, volumes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {
+                "volume": volume,
+                "codec": codec,
+                "voxels_per_value": self.codecs[codec].voxels_per_value,
+                **found["metrics"],
+                **{f"block_dct_{metric}": value for metric, value in found["block_dct"].items()},
+            }
+            for volume, each in volumes.items()
+            for codec, found in each["codecs"].items()
+        ]
 
 
 def _at(index: int, scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
@@ -149,7 +147,9 @@ def _at(index: int, scores: Mapping[str, Sequence[float]]) -> dict[str, float | 
 
 def _summary(codecs: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of the means."""
-    columns = {metric: column for metric, column in columns_of(codecs).items() if metric in SHOWN}
+    columns = {
+        metric: column for metric, column in columns_of(next(iter(codecs.values()))["metrics"]).items() if metric in SHOWN
+    }
     rows = [
         [
             name,
@@ -164,22 +164,3 @@ def _summary(codecs: Mapping[str, Mapping[str, Any]]) -> str:
 def _both(found: Mapping[str, Any], metric: str, form: str) -> str:
     own, transform = ("-" if (v := found[key][metric]) is None else format(v, form) for key in ("metrics", "block_dct"))
     return f"{own} ({transform})"
-
-
-def _csv(comparison: Mapping[str, Any]) -> str:
-    text = io.StringIO()
-    rows = [
-        {
-            "volume": volume,
-            "codec": codec,
-            "voxels_per_value": comparison["codecs"][codec]["voxels_per_value"],
-            **found["metrics"],
-            **{f"block_dct_{metric}": value for metric, value in found["block_dct"].items()},
-        }
-        for volume, each in comparison["volumes"].items()
-        for codec, found in each["codecs"].items()
-    ]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

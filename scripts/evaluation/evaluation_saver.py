@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
 import logging
 import math
 import os
@@ -23,15 +20,16 @@ from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.bundle.files import file_hash, write_atomically
+from scripts.bundle.files import file_hash
 from scripts.bundle.processes import merged
 from scripts.data.intensity_window import intensity_window
-from scripts.evaluation.html_report import render_report
+from scripts.evaluation.html_pages import render_report
 from scripts.evaluation.pictures import draw_panels
+from scripts.evaluation.results import describe, finite, flat_scores, mean_of_finite, write_results
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 from scripts.evaluation.worst_volumes import WorstVolumes
 
-__all__ = ["EvaluationSaver", "describe", "finite", "flat_scores", "mean_of_finite"]
+__all__ = ["EvaluationSaver"]
 
 Panels = dict[str, dict[str, bytes]]
 logger = logging.getLogger(__name__)
@@ -138,7 +136,9 @@ class EvaluationSaver:
             undefined = sum(not math.isfinite(value) for value in values)
             if undefined:
                 logger.info(f"{metric} is not defined for {undefined} of {len(volumes)} volumes")
-        self._write({**self._configuration(), "mean": mean, "volumes": volumes}, pictures, views)
+        evaluation = {**self._configuration(), "mean": mean, "volumes": volumes}
+        rows = [{"volume": name, **volume["metrics"]} for name, volume in volumes.items()]
+        write_results(self.output_dir, rows, evaluation, render_report(evaluation, pictures, views))
 
     def _configuration(self) -> dict[str, Any]:
         return {
@@ -149,56 +149,6 @@ class EvaluationSaver:
             "settings": {"dataset_dir": self.dataset_dir, **self.settings},
         }
 
-    def _write(self, evaluation: dict[str, Any], pictures: dict[str, Panels], views: dict[str, View]) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        files = {
-            "metrics.csv": _table(evaluation["volumes"]),
-            "metrics.json": json.dumps(evaluation, indent=2),
-            "report.html": render_report(evaluation, pictures, views),
-        }
-        for name, content in files.items():
-            write_atomically(content.encode(), self.output_dir / name)
-        logger.info(f"report: {self.output_dir / 'report.html'}")
-
-
-def describe(image: MetaTensor) -> dict[str, Any]:
-    """Size, spacing and intensity window of a volume, for JSON."""
-    window = intensity_window(image)
-    return {
-        "shape": list(image.shape[1:]),
-        "spacing": [round(float(size), 4) for size in image.pixdim],
-        "intensity_low": window["low"],
-        "intensity_high": window["high"],
-        "clipped": window["clipped"],
-        "clipped_below": window["clipped_below"],
-        "clipped_above": window["clipped_above"],
-    }
-
-
-def flat_scores(values: torch.Tensor) -> list[float]:
-    """One score for each volume: the mean over channels, if a metric has one for each."""
-    return values.flatten(1).mean(1).tolist()
-
-
-def finite(value: float) -> float | None:
-    """Rounded to six digits, about as many as float32 has; None if not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def mean_of_finite(values: list[float]) -> float | None:
-    """The mean of those values that are finite, rounded; None without any."""
-    defined = [value for value in values if math.isfinite(value)]
-    return finite(math.fsum(defined) / len(defined)) if defined else None
-
 
 def _readable(metrics: Mapping[str, float | None]) -> str:
     return ", ".join(f"{metric} {'-' if value is None else f'{value:.4g}'}" for metric, value in metrics.items())
-
-
-def _table(volumes: Mapping[str, Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    rows = [{"volume": name, **volume["metrics"]} for name, volume in volumes.items()]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

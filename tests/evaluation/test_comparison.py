@@ -142,7 +142,9 @@ def test_log_ends_with_the_means_of_all_volumes_and_the_worst_are_drawn(folder, 
     caplog.set_level("INFO")
     keys = {"codecs": {"mine": str(folder / "mine")}, "output_dir": str(folder / "log"), "all_volumes": "true"}
     workflow(folder, **keys, **{"validate#handlers#1#max_pictures": 1}).run()
-    *_, table, report = [record.getMessage() for record in caplog.records if "comparison_saver" in record.name]
+    *_, table, report = [
+        record.getMessage() for record in caplog.records if record.name.endswith(("comparison_saver", "results"))
+    ]
     found = json.loads((folder / "log/comparison/metrics.json").read_text())
     assert set(found["volumes"]) == {*VALIDATION, "training.nii.gz"}
     mine = found["codecs"]["mine"]

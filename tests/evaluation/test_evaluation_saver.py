@@ -19,7 +19,7 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.bundle.files import file_hash
 from scripts.bundle.weights import save_weights
-from scripts.evaluation.html_report import render_report
+from scripts.evaluation.html_pages import render_report
 from tests.conftest import ROOT, head_like, save_volume
 
 CONFIGS = ("configs/train.json", "configs/evaluate.json")

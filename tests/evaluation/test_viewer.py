@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Events
 
 from scripts.bundle.errors import reason
-from scripts.evaluation.html_report import render_report
+from scripts.evaluation.html_pages import render_report
 from scripts.evaluation.pictures import panels_of
 from scripts.evaluation.viewer import view_of
 from scripts.evaluation.worst_volumes import WorstVolumes
