@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def read_dicom(path: str) -> tuple[np.ndarray, np.ndarray]:
     """
     Read the one volume in a folder of DICOM files, or a multi-frame file.
 
-    Slices are ordered by their positions, and each has its own rescale slope and intercept. Files that hold no image and
-    exact duplicates are left out, with a line in the log. A gantry tilt makes a sheared affine.
+    Slices are ordered by their positions along their normal, and each has its own rescale slope and intercept. Files that
+    hold no image and exact duplicates are left out, with a line in the log. A gantry tilt makes a sheared affine.
 
     Args:
         path: folder of one series, whose sub-folders are not searched, or a multi-frame file.
@@ -66,7 +67,7 @@ def _images(path: Path) -> list[Any]:
     if not images:
         raise ValueError(f"holds no DICOM image ({len(files)} other files).")
     if len(images) < len(files):
-        logger.info(f"{path}: left out {len(files) - len(images)} files that hold no image")
+        _note(f"{path}: left out {len(files) - len(images)} files that hold no image")
     return images
 
 
@@ -160,9 +161,12 @@ def _read(images: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         for image in frames:
             _decode(image)
         volume = highdicom.get_volume_from_series(frames, orientation_tol=SAME_ORIENTATION, **LOOSE, **VALUES)
-    affine = volume.affine[:, [2, 1, 0, 3]]  # of slices, rows and columns before
-    affine[:3, 2] = step * np.sign(step @ affine[:3, 2])  # highdicom's is along the normal, which a gantry tilt is not
-    return volume.array.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS
+    array, affine = volume.array.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]]  # from slices, rows, columns
+    if step @ affine[:3, 2] < 0:
+        array = array[:, :, ::-1]
+    affine[:3, 2] = step  # highdicom's is along the normal, which a gantry tilt is not
+    affine[:3, 3] = frames[0].ImagePositionPatient
+    return np.ascontiguousarray(array), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS
 
 
 def _frames(image: Any) -> list[Any]:
@@ -183,7 +187,7 @@ def _without_duplicates(images: list[Any]) -> list[Any]:
         if any(image.get(name) != kept[-1].get(name) for name in names):
             kept.append(image)
     if len(kept) < len(images):
-        logger.info(f"{_describe(images)}: left out {len(images) - len(kept)} exact duplicates")
+        _note(f"{_describe(images)}: left out {len(images) - len(kept)} exact duplicates")
     return kept
 
 
@@ -235,6 +239,11 @@ def _differences(slices: list[Any]) -> str:
 def _some(texts: Iterable[str]) -> str:
     listed = [*texts]
     return "; ".join([*listed[:LISTED], *([f"{len(listed) - LISTED} more"] if len(listed) > LISTED else [])])
+
+
+@cache  # an epoch reads each volume again
+def _note(text: str) -> None:
+    logger.info(text)
 
 
 def _first_line(error: Exception) -> str:
