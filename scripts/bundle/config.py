@@ -1,16 +1,18 @@
-"""Checks of a bundle config that MONAI leaves out: misspelt keys, and flags that arrive as text."""
+"""Checks of a bundle config that MONAI leaves out: misspelt keys, and values that make no sense."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+
+from scripts.bundle.json_files import Count, Must, PositiveFloat, PositiveInt, Share, checked
 
 __all__ = ["ROOT", "check_config", "check_parser"]
 
@@ -19,11 +21,34 @@ CONFIGS = ROOT / "configs"
 NOT_CONFIGS = ("metadata.json", "mlflow.json", "mlflow_diffusion.json")
 MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
 ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
-FLAGS = {"true": True, "false": False}
-FLAGS_BY_EXPRESSION = ("amp",)  # their default depends on the machine
-ONE_PER_LEVEL = ("use_checkpoint",)  # a flag, or a list of them
-FLAG_OR_PATH = ("pretrained",)
-logger = logging.getLogger(__name__)
+WORDS = {"true": True, "false": False, "null": None}  # JSON's, which the command line takes for text
+PATHS = (
+    *("dataset_dir", "further_dir", "output_dir", "run_dir", "ckpt_dir", "cache_dir", "evaluation_dir", "comparison_dir"),
+    *("weights", "autoencoder", "guide", "pretrained", "perceptual_weights_file"),
+)
+FilePath = Annotated[str, Must("a path", len)]
+Amount = Annotated[float, Must("a number from 0 on", lambda x: x >= 0)]
+Range = Annotated[
+    tuple[float, float], Must("a list of two numbers with the lower one first", lambda pair: pair[0] < pair[1])
+]
+KINDS: dict[str, Any] = {  # of the keys of which their default does not say it
+    **dict.fromkeys(PATHS, FilePath),
+    **dict.fromkeys(("further_dir", "guide", "perceptual_weights_file"), FilePath | None),
+    "pretrained": bool | FilePath,
+    "use_checkpoint": bool | list[bool],
+    "amp": bool,
+    **dict.fromkeys(("num_workers", "adv_warmup_epochs", "view_worst", "view_nearest"), Count),
+    **dict.fromkeys(("further_repeats", "head_patches", "procedural_volumes"), Count),
+    **dict.fromkeys(("lr", "adv_lr"), PositiveFloat),
+    "ckpt_minutes": Amount,
+    **dict.fromkeys(("val_fraction", "ema_decay", "cache_rate", "condition_dropout", "latent_gamma"), Share),
+    **dict.fromkeys(("memory_gb", "timestep_shift"), PositiveFloat | None),
+    **dict.fromkeys(("initial_downsample_factor", "num_res_blocks", "patch_size"), PositiveInt | list),
+    "spatial_size": PositiveInt | list | None,
+    "spacing": PositiveFloat | list | None,
+    "intensity_percentiles": Range,
+    "intensity_range": Range | None,
+}
 
 
 def check_config() -> None:
@@ -36,29 +61,65 @@ def check_parser(parser: ConfigParser) -> None:
     Check a config.
 
     A top-level key that no config of the bundle has, and that nothing refers to, is refused: MONAI would add it silently,
-    and a run with a misspelt key would train the default. A flag that arrives as text (``--resume false`` is the string
-    ``"false"``, which Python takes as true) is converted to a boolean.
+    and a run with a misspelt key would train the default. So is a value that is not of the type of the key's default, or not
+    what :py:data:`KINDS` says. The words ``true``, ``false`` and ``null``, which arrive as text from the command line, are
+    converted (``"false"`` is true for Python), paths are text, and a ``~`` in front of them is the home folder.
 
     Args:
-        parser: of the config, with its overrides. The keys and the flags are those of the bundle's ``configs/*.json``.
+        parser: parser of the config, with its overrides.
 
     Raises:
-        ValueError: for an unknown key, with the nearest one that exists, and for a flag that is neither true nor false.
+        ValueError: for an unknown key, with the nearest one that exists, and for a value that makes no sense, with its key.
     """
     defaults = _bundle_defaults()
-    _refuse_unknown_keys(parser, defaults)
-    for key, default in defaults.items():
-        if (isinstance(default, bool) or key in FLAGS_BY_EXPRESSION) and key in parser:
-            _read_flag(parser, key)
+    config: dict[str, Any] = parser.get()
+    _refuse_unknown_keys(config, defaults)
+    for key in config.keys() & defaults.keys():
+        value = _meant(config[key], defaults[key], is_path=key in PATHS)
+        if value != config[key] or type(value) is not type(config[key]):  # the item as well, which has been parsed already
+            config[key] = value
+            parser.ref_resolver.items[key].update_config(value)
+        if not _has_expression(value):
+            checked(value, KINDS.get(key, _kind_of(defaults[key])), key)
 
 
 def _bundle_defaults() -> dict[str, Any]:
+    """The keys of the bundle's configs with their values; of those of which overlays change a part, an empty dictionary."""
     files = [path for path in sorted(CONFIGS.glob("*.json")) if path.name not in NOT_CONFIGS]
     defaults: dict[str, Any] = {}
     for path in files:
         for key, value in ConfigParser.load_config_file(path).items():
-            defaults.setdefault(key.split("#")[0].lstrip("+"), value)
+            name = key.split("#")[0].lstrip("+")
+            defaults.setdefault(name, value if name == key else {})
     return defaults
+
+
+def _meant(value: Any, default: Any, is_path: bool) -> Any:
+    """What a value from the command line means."""
+    if isinstance(value, list):
+        return [_meant(each, None, is_path=False) for each in value]
+    is_text = isinstance(default, str) and not _has_expression(default) and not is_path
+    if isinstance(value, str) and not is_text and value.lower() in WORDS:
+        return WORDS[value.lower()]
+    if is_path and isinstance(value, (str, os.PathLike)):
+        return os.path.expanduser(value)
+    return str(value) if is_path and type(value) is int else value  # a folder called 2024
+
+
+def _has_expression(value: Any) -> bool:
+    """Whether a value is known only when the config is evaluated."""
+    if isinstance(value, (dict, list)):
+        return any(map(_has_expression, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and value[:1] in ("$", "@", "%")
+
+
+def _kind_of(default: Any) -> Any:
+    """The annotation of a key by its default value."""
+    if default is None or isinstance(default, dict) or _has_expression(default):
+        return Any
+    if isinstance(default, int) and not isinstance(default, bool):
+        return PositiveInt if default else Count
+    return Amount if isinstance(default, float) else type(default)
 
 
 def _calling_parser() -> ConfigParser:
@@ -71,8 +132,7 @@ def _calling_parser() -> ConfigParser:
     raise RuntimeError("check_config is for an expression of a bundle config")
 
 
-def _refuse_unknown_keys(parser: ConfigParser, defaults: dict[str, Any]) -> None:
-    config: dict[str, Any] = parser.get()
+def _refuse_unknown_keys(config: dict[str, Any], defaults: dict[str, Any]) -> None:
     referred = {id.split(ReferenceResolver.sep)[0] for id in _references(config)}
     known = defaults.keys() | referred | ADDED_BY_MONAI
     for key in config.keys() - known:
@@ -87,16 +147,3 @@ def _references(config: Any) -> set[str]:
     if isinstance(config, (dict, list)):
         return set().union(*(_references(v) for v in (config.values() if isinstance(config, dict) else config)))
     return set()
-
-
-def _read_flag(parser: ConfigParser, key: str) -> None:
-    value = parser[key]
-    per_level = key in ONE_PER_LEVEL and isinstance(value, list)
-    flags = [FLAGS.get(flag.lower(), flag) if isinstance(flag, str) else flag for flag in (value if per_level else [value])]
-    if not all(isinstance(flag, bool) for flag in flags):
-        if isinstance(value, str) and (value[:1] in ("$", "@") or key in FLAG_OR_PATH):
-            return  # an expression, which has no value yet, or a path
-        raise ValueError(f"`{key}` is {value!r}; it must be true or false{' or a path' * (key in FLAG_OR_PATH)}.")
-    # the item as well as the config, which has been parsed already
-    parser.config[key] = flags if per_level else flags[0]  # type: ignore[index]
-    parser.ref_resolver.items[key].update_config(parser.config[key])  # type: ignore[index]

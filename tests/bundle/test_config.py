@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from scripts.bundle.config import KINDS, NOT_CONFIGS, _bundle_defaults, check_parser
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -114,12 +116,70 @@ def test_flag_may_be_one_per_level_or_a_path_where_that_is_its_meaning(key, valu
     assert flow.parser.get_parsed_content(key) == parsed
 
 
-@pytest.mark.parametrize("value", ["maybe", 1, "1", [True]])
-def test_flag_that_is_no_boolean_is_refused(value):
-    flow = workflow("train.json", workflow_type="train", resume=value)
-    with pytest.raises(RuntimeError) as error:
-        flow.initialize()
-    assert "`resume`" in str(error.value.__cause__) and "true or false" in str(error.value.__cause__)
+@pytest.mark.parametrize(
+    "key, text, value, files",
+    [
+        ("timestep_shift", "null", None, ["train_diffusion.json"]),
+        ("memory_gb", "null", None, ["inference.json"]),
+        ("spacing", "null", None, ["train.json"]),
+        ("perceptual_weights_file", "null", None, ["train.json"]),
+        ("image_glob", "null", "null", ["train.json"]),  # a pattern
+        ("dataset_dir", 2024, "2024", ["train.json"]),
+        ("dataset_dir", "~/data", "HOME/data", ["inference.json"]),
+        ("output_dir", "~/out", "HOME/out", ["generate.json"]),
+        ("ckpt_dir", "~", "HOME", ["train.json"]),
+        ("weights", "~/model.pt", "HOME/model.pt", ["inference.json"]),
+        ("guide", "~/model.pt", "HOME/model.pt", ["generate.json"]),
+        ("pretrained", "~/model.pt", "HOME/model.pt", ["train.json"]),
+    ],
+)
+def test_value_from_the_command_line_means_what_it_says(monkeypatch, key, text, value, files):
+    monkeypatch.setenv("HOME", "HOME")
+    flow = workflow(*files, workflow_type="train", **{key: text})
+    flow.parser.parse()
+    check_parser(flow.parser)
+    assert flow.parser.get_parsed_content(key) == value
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        *(("resume", value, "it must be true or false.") for value in ("maybe", 1, "1", [True], None)),
+        ("use_checkpoint", ["true", "no"], "[1]` is 'no'; it must be true or false."),
+        ("lr", -1, "it must be a positive number."),
+        ("lr", "fast", "it must be a positive number."),
+        ("epochs", 1.5, "it must be a positive integer."),
+        ("epochs", True, "it must be a positive integer."),
+        ("batch_size", 0, "it must be a positive integer."),
+        ("num_workers", -1, "it must be an integer from 0 on."),
+        ("mse_weight", -0.1, "it must be a number from 0 on."),
+        ("ema_decay", 2, "it must be a number from 0 to 1."),
+        ("channels", 8, "it must be a list."),
+        ("norm", 3, "it must be text."),
+        ("intensity_range", "ct", "it must be a list of two numbers with the lower one first or null."),
+        ("intensity_range", [5, 5], "it must be a list of two numbers with the lower one first or null."),
+        ("dataset_dir", 20.24, "it must be a path."),
+        ("pretrained", 3.5, "it must be true or false or a path."),
+    ],
+)
+def test_value_that_makes_no_sense_is_refused_with_its_key(key, value, words):
+    flow = workflow("train.json", workflow_type="train", **{key: value})
+    flow.parser.parse()
+    with pytest.raises(ValueError, match=re.escape(f"`{key}") + ".*" + re.escape(words)):
+        check_parser(flow.parser)
+
+
+def test_every_key_of_a_config_is_what_it_must_be_and_has_a_kind():
+    defaults = _bundle_defaults()
+    assert KINDS.keys() <= defaults.keys()
+    assert [key for key, value in defaults.items() if value is None and key not in KINDS] == []
+    bases = {"evaluate_diffusion.json": "train_diffusion.json", "inference_exported.json": "inference.json"}
+    for path in CONFIGS.rglob("*.json"):
+        if path.name not in NOT_CONFIGS:
+            parser = ConfigParser()
+            parser.read_config([CONFIGS / bases.get(path.name, "train.json"), path])
+            parser.parse()
+            check_parser(parser)
 
 
 def test_two_levels_and_three_work_as_they_are():

@@ -272,7 +272,7 @@ def test_json_holds_the_estimate(capsys):
         ("estimate --chanels [4,8]", "no config key 'chanels'"),
         ("estimate --channels [4,8]", "need 1, one between two levels"),
         ("estimate --batch_size 1.5", "`batch_size` is 1.5"),
-        ("estimate --channels 8", "object of type 'int' has no len()"),
+        ("estimate --channels 8", "`channels` is 8; it must be a list"),
         ("estimate --device tpu", "`device` is 'tpu'"),
         ("check --presets 4x", "unexpected argument: --presets"),
         ("estimates", "there is no command 'estimates'"),
