@@ -4,24 +4,27 @@ checks, the intensity window, conditions, restored volumes, latents, sample and 
 
 from scripts.data.head_patches import HeadPatchd
 from scripts.data.intensity_window import ScaleIntensityWindowd
+from scripts.data.label_maps import RefuseLabelMapd
 from scripts.data.latents import LoadLatentd, SaveLatentd, find_latents, save_latent_scale, without_whole_latents
 from scripts.data.procedural_volumes import ProceduralVolumed
 from scripts.data.restored_volumes import DescribeSourced, SaveVolumed
 from scripts.data.sample_volumes import prepare_demonstration_heads, prepare_sample_volumes
 from scripts.data.volume_checks import usable_volumes
-from scripts.data.volume_lists import affordable_cache_rate, find_images, training_and_validation
+from scripts.data.volume_lists import affordable_cache_rate, find_images, guesses_labels, training_and_validation
 
 __all__ = [
     "DescribeSourced",
     "HeadPatchd",
     "LoadLatentd",
     "ProceduralVolumed",
+    "RefuseLabelMapd",
     "SaveLatentd",
     "SaveVolumed",
     "ScaleIntensityWindowd",
     "affordable_cache_rate",
     "find_images",
     "find_latents",
+    "guesses_labels",
     "prepare_demonstration_heads",
     "prepare_sample_volumes",
     "save_latent_scale",

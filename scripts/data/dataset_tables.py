@@ -13,6 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
+
+from scripts.bundle.processes import merged
+
 __all__ = ["conditions_of", "dataset_list_of", "dataset_lists", "log_participants"]
 
 LISTS = ("training", "validation")
@@ -74,25 +78,26 @@ def log_participants(paths: Sequence[str], dataset_dir: str) -> None:
     Log how many volumes have a row in a ``participants.tsv``, and which rows have no volume.
 
     Args:
-        paths: of the volumes.
+        paths: of the volumes of this process; those of the others are counted too.
         dataset_dir: folder of the volumes.
 
     Raises:
         ValueError: as :py:func:`conditions_of` does.
     """
-    found: dict[Path, list[int | None]] = defaultdict(list)
-    for path in paths:
-        for table in _tables(path, dataset_dir)[:1]:
-            found[table].append(_row(table, path, dataset_dir)[0])
-    for table, numbers in found.items():
-        rows = _rows(*_as_of_now(table))
-        with_row = sum(number is not None for number in numbers)
-        log = logger.info if with_row else logger.warning
-        log(f"{table}: {with_row} of {len(numbers)} volumes have a row")
-        unused = [row["participant_id"] for number, row in enumerate(rows) if number not in numbers]
-        if unused:
-            names = ", ".join(unused[:SHOWN]) + ", ..." * (len(unused) > SHOWN)
-            logger.info(f"{table}: {len(unused)} of {len(rows)} rows have no volume: {names}")
+    found = merged(
+        {path: [(table, _row(table, path, dataset_dir)[0]) for table in _tables(path, dataset_dir)] for path in paths}
+    )
+    numbers = defaultdict(list)
+    for table, number in (pair for pairs in found.values() for pair in pairs):
+        numbers[table].append(number)
+    for table, used in numbers.items() if idist.get_rank() == 0 else ():
+        unused = [row for number, row in enumerate(_rows(*_as_of_now(table))) if number not in used]
+        names = ", ".join(" ".join(row[name] for name in OF_THE_ROW if row.get(name)) for row in unused[:SHOWN])
+        log = logger.info if any(number is not None for number in used) else logger.warning
+        log(
+            f"{table}: {sum(number is not None for number in used)} of {len(used)} volumes have a row"
+            + f"; rows without a volume: {names}{', ...' * (len(unused) > SHOWN)}" * bool(unused)
+        )
 
 
 def _as_of_now(path: Path) -> tuple[str, int]:

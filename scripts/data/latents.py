@@ -24,7 +24,7 @@ from scripts.bundle.json_files import SHA256, read_json
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import NETWORK, check_arguments
-from scripts.data.dataset_tables import conditions_of, dataset_list_of
+from scripts.data.dataset_tables import conditions_of, dataset_list_of, log_participants
 from scripts.data.file_names import output_path
 from scripts.data.restored_volumes import DESCRIBED, RECORD, clipped_shares, nifti_bytes, problem_of_record
 from scripts.data.volume_checks import problem_of_claim, unreadable
@@ -257,6 +257,7 @@ def without_whole_latents(
         weights: path of the weights; latents made with others do not count.
         settings: of the run; latents made with others do not count.
     """
+    log_participants([item["image"] for item in items], dataset_dir)
     missing = []
     changed = others = 0
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):

@@ -24,6 +24,7 @@ from scripts.bundle.machine import GIB, total_memory
 from scripts.bundle.processes import merged, share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.file_names import is_nifti
+from scripts.data.label_maps import LABEL_MAP, is_label_map
 from scripts.data.volume_lists import describe
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
 
 LISTED = 5  # volumes in the log
 SHOWN = 20  # problems in an error message; the log has all
-CHECKS = 2  # version; raise it when volumes that passed may now be refused, so that all are checked again
+CHECKS = 3  # version; raise it when volumes that passed may now be refused, so that all are checked again
 FLAT = 1e-6  # a determinant of three unit vectors up to this: they lie in a plane, up to rounding
 FARTHEST, SHORTEST = 1e9, 1e-9  # mm, from the origin and of a voxel's edge
 GZIP_RATIO = 1032  # deflate shrinks no file by more
@@ -62,7 +63,13 @@ logger = logging.getLogger(__name__)
 
 
 def usable_volumes(
-    lists: Lists, image_channels: int, skip_bad_files: bool, cache: str, max_volumes: int | None = None, num_threads: int = 4
+    lists: Lists,
+    image_channels: int,
+    skip_bad_files: bool,
+    cache: str,
+    max_volumes: int | None = None,
+    num_threads: int = 4,
+    guess_labels: bool = False,
 ) -> Lists:
     """
     Check all volumes (:py:func:`find_problem`), in parallel, and log their number, sizes and spacings. Distributed
@@ -75,6 +82,7 @@ def usable_volumes(
         cache: path of a JSON file with the results; only new and changed volumes are checked again.
         max_volumes: check and return only so many of each list.
         num_threads: files to read at the same time; each is in memory as float32 for that time.
+        guess_labels: leave out what looks like a label map, with a line of the log.
 
     Returns:
         the lists without the volumes that cannot be used.
@@ -86,7 +94,15 @@ def usable_volumes(
     lists = {name: items[:max_volumes] for name, items in lists.items()}
     paths = sorted({item["image"] for items in lists.values() for item in items})
     problems = {path: problem for path, problem in _check_all(paths, image_channels, cache, num_threads).items() if problem}
+    label_maps = [path for path, problem in problems.items() if problem == LABEL_MAP]
+    for path in label_maps:
+        del problems[path]
     log = logger.warning if idist.get_rank() == 0 else logger.debug
+    if guess_labels and label_maps:
+        log(f"left out {len(label_maps)} volumes, as {label_maps[0]}, which {LABEL_MAP}")
+        lists = {name: [item for item in items if item["image"] not in label_maps] for name, items in lists.items()}
+        if not all(lists.values()):
+            raise ValueError(f"nothing but label maps is left: {label_maps[0]} and others {LABEL_MAP}")
     for path, problem in problems.items():
         log(f"{path} {problem}")
     good = {name: [item for item in items if item["image"] not in problems] for name, items in lists.items()}
@@ -111,7 +127,8 @@ def find_problem(path: str, image_channels: int) -> str | None:
         image_channels: number of channels that it must have.
 
     Returns:
-        None when it can be trained on, otherwise what is wrong and what to do, as text that follows the path.
+        None when it can be trained on, otherwise what is wrong and what to do, as text that follows the path;
+        :py:data:`LABEL_MAP` when that is all.
     """
     try:
         if is_nifti(path):
@@ -130,7 +147,7 @@ def find_problem(path: str, image_channels: int) -> str | None:
         return f"has {count} voxels that are NaN or infinite; repair it, or remove it."
     if low == high:
         return f"is constant ({low:g}); remove it."
-    return None
+    return LABEL_MAP if is_label_map(values) else None
 
 
 def problem_of_header(path: str, image_channels: int) -> str | None:

@@ -18,20 +18,12 @@ from nibabel.filebasedimages import ImageFileError
 from scripts.bundle.machine import free_memory, processes_on_host
 from scripts.data.dataset_tables import dataset_lists
 from scripts.data.file_names import is_nifti, is_volume_name
+from scripts.data.label_maps import has_label_name
 from scripts.data.subjects import split_by_subject
 
-__all__ = ["affordable_cache_rate", "describe", "find_images", "training_and_validation"]
+__all__ = ["affordable_cache_rate", "describe", "find_images", "guesses_labels", "training_and_validation"]
 
-LABEL_WORDS = re.compile(
-    r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|(?:prob|pve)seg|rois?|annot(?:ation)?s?)"
-    r"(?:[^a-z]|$)"
-)
-LABEL_NAMES = re.compile(  # of files, not of folders, where they may name a study
-    r"(?:^|[^a-z])(?:brain_?masks?|label_?maps?|lesions?|gt|ground_?truth|atlas(?:es)?|contours?|wmparc|aparc|parc"
-    r"|parcellations?)(?:[^a-z]|$)"
-)
-BIDS_ENTITY = re.compile(r"(?:^|_)(?:sub|ses|acq|task|run|rec|dir|space|res|ce|mod|inv|echo|part)-[^_.]+")
-CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")  # as in liverMask
+EVERY_NIFTI = "**/*.nii*"  # the default `image_glob`
 RESULT = re.compile(r"_(?:reconstruction|latent)\.nii\.gz$|^sample_\d{4,}\.nii\.gz$")
 RESULT_WORDS = re.compile(r"reconstruction|latent|sample")
 SHOWN = 5  # files in the log
@@ -114,7 +106,7 @@ def find_images(dataset_dir: str, image_glob: str, output_dir: str | None = None
                 left_out["links that lead nowhere"].append(relative)
         elif not matches or (path.is_file() and not is_volume_name(path.name)):
             continue
-        elif _is_label(relative) and not _is_label(Path(image_glob)):
+        elif has_label_name(relative) and not has_label_name(Path(image_glob)):
             left_out["labels and segmentations, by their names"].append(relative)
         elif RESULT.search(path.name) and not RESULT_WORDS.search(image_glob):
             left_out["results of this bundle, by their names"].append(relative)
@@ -129,6 +121,11 @@ def find_images(dataset_dir: str, image_glob: str, output_dir: str | None = None
             f"no volume below `dataset_dir` {dataset_dir!r} matches `image_glob` {image_glob!r}{others}."
         )
     return [{"image": str(path)} for path in sorted(found.values())]
+
+
+def guesses_labels(dataset_dir: str, image_glob: str) -> bool:
+    """Whether label maps are left out by their voxels: where neither ``image_glob`` nor a ``dataset.json`` names volumes."""
+    return image_glob == EVERY_NIFTI and not dataset_lists(dataset_dir)
 
 
 def _candidates(folder: Path, folders: bool, output_dir: str | None) -> list[Path]:
@@ -165,12 +162,6 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     if pattern[0] == "**":
         return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def _is_label(relative: Path) -> bool:
-    # BIDS entities such as `label-GM` are covered, and so are the folders `labelsTr` and `masks`
-    words = [CAPITAL.sub("_", BIDS_ENTITY.sub("_", part)).lower() for part in relative.parts]
-    return bool(LABEL_NAMES.search(words[-1])) or any(map(LABEL_WORDS.search, words))
 
 
 def _some(paths: Sequence[Any]) -> str:

@@ -19,12 +19,14 @@ from monai.engines import SupervisedEvaluator
 from scripts.bundle.errors import reason
 from scripts.bundle.processes import merged, share_of
 from scripts.data.file_names import without_ending
+from scripts.data.label_maps import LabelMapError
 from scripts.data.volume_checks import problem_of_header, unreadable
 from scripts.data.volume_lists import find_images
 
 __all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes"]
 
 PROBLEM = "problem"  # key of an item that could not be loaded
+LEFT_OUT = "left_out"  # key of an item that is no image
 PATIENCE = datetime.timedelta(days=7)  # how long a process waits for the others to finish their volumes
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,8 @@ class VolumeDataset(Dataset):
             return {**super()._transform(index), "path": path}
         except Exception as error:  # readers raise errors of any type
             cause = reason(error)
+            if isinstance(cause, LabelMapError):
+                return {"path": path, LEFT_OUT: str(cause)}
             return {"path": path, PROBLEM: str(cause) if isinstance(cause, ValueError) else unreadable(cause)}
 
 
@@ -131,6 +135,9 @@ class VolumeEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict:
         path = batchdata["path"][0]
+        if LEFT_OUT in batchdata:
+            logger.warning(f"{path} is left out: it {batchdata[LEFT_OUT][0]}")
+            return {}
         try:
             if PROBLEM in batchdata:
                 raise ValueError(batchdata[PROBLEM][0])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data.dataset_tables import conditions_of, dataset_list_of
 from scripts.diffusion.conditions import Conditions
 
 VALUES = [{"age": 20.0, "sex": "F"}, {"age": 30.0, "sex": "M"}, {"sex": "F"}, {"age": 40.0}]
@@ -83,38 +82,3 @@ def test_a_word_among_numbers_is_refused():
 
 def test_summary_says_what_was_seen_of_each_condition(conditions):
     assert conditions.summary() == ["age (20 to 40)", "sex (F in 2, M in 1)"]
-
-
-def test_conditions_come_from_participants_and_dataset_json(tmp_path):
-    for name in ("sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz", "other/scan.nii.gz"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    rows = ["participant_id\tage\tsex\tgroup", "sub-01\t34.5\tF\tcontrol", "sub-02\tn/a\tM\t"]
-    (tmp_path / "participants.tsv").write_text("\n".join(rows))
-    other, one, two = sorted(str(path) for path in tmp_path.rglob("*.nii.gz"))
-    folder = str(tmp_path)
-    assert conditions_of(one, folder) == {"age": 34.5, "group": "control", "sex": "F"}
-    assert conditions_of(two, folder) == {"sex": "M"}
-    assert conditions_of(other, folder) == {}
-    assert dataset_list_of(one, folder) is None
-
-
-def test_dataset_json_decides_and_tells_the_list(tmp_path):
-    paths = [tmp_path / "imagesTr" / f"sub-{i}_T1w.nii.gz" for i in range(3)]
-    paths[0].parent.mkdir()
-    for path in paths:
-        path.touch()
-    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-0\t34\n")
-    item = {"image": "./imagesTr/sub-0_T1w.nii.gz", "label": "./x.nii.gz", "age": 35, "lesion": True, "notes": ["a"]}
-    lists = {"training": [item], "validation": [{"image": "imagesTr/sub-1_T1w.nii.gz", "site": "n/a"}]}
-    (tmp_path / "dataset.json").write_text(json.dumps(lists))
-    assert conditions_of(str(paths[0]), str(tmp_path)) == {"age": 35.0, "lesion": "true"}
-    assert conditions_of(str(paths[1]), str(tmp_path)) == {}
-    assert [dataset_list_of(str(path), str(tmp_path)) for path in paths] == ["training", "validation", "none"]
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path / "sub-1.nii.gz").touch()
-    (tmp_path / "participants.tsv").write_text("subject,age\nsub-1,3\n")
-    with pytest.raises(ValueError, match="participants.tsv has no column `participant_id`"):
-        conditions_of(str(tmp_path / "sub-1.nii.gz"), str(tmp_path))

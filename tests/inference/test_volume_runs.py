@@ -373,6 +373,16 @@ def test_volumes_of_one_name_keep_their_endings(weights, tmp_path):
         assert found == {f"{name}_{postfix}.nii.gz" for name in ("a.nii", "a.nii.gz", "b", "a.nii.nii")}
 
 
+def test_label_map_without_a_telling_name_is_left_out_and_told(weights, tmp_path, caplog):
+    save_volume(tmp_path / "in" / "a.nii", HEAD.shape)
+    nib.save(nib.Nifti1Image((HEAD > 0).astype(np.uint8), np.eye(4)), tmp_path / "in" / "b.nii")
+    run("evaluating", tmp_path / "in", tmp_path / "out", weights)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a_reconstruction.nii.gz"]
+    assert "b.nii is left out: it looks like a label map" in caplog.text
+    run("evaluating", tmp_path / "in", tmp_path / "out", weights, image_glob="*.nii")
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
 def test_results_inside_the_folder_of_volumes_are_no_input(weights, tmp_path):
     save_volume(tmp_path / "a.nii", HEAD.shape)
     for _ in range(2):
