@@ -11,6 +11,7 @@ from scripts.data.restored_volumes import DescribeSourced, SaveVolumed
 from scripts.data.sample_volumes import prepare_demonstration_heads, prepare_sample_volumes
 from scripts.data.volume_checks import usable_volumes
 from scripts.data.volume_lists import affordable_cache_rate, find_images, guesses_labels, training_and_validation
+from scripts.data.volume_reader import VolumeReader
 
 __all__ = [
     "DescribeSourced",
@@ -21,6 +22,7 @@ __all__ = [
     "SaveLatentd",
     "SaveVolumed",
     "ScaleIntensityWindowd",
+    "VolumeReader",
     "affordable_cache_rate",
     "find_images",
     "find_latents",

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,29 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Transform
+from monai.utils.enums import CommonKeys as Keys
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, file_hash, write_atomically
-from scripts.bundle.json_files import SHA256, read_json
+from scripts.bundle.json_files import Count, PositiveInt, Sha256, read_dataclass
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
-from scripts.bundle.weights import NETWORK, check_arguments
-from scripts.data.dataset_tables import conditions_of, dataset_list_of, log_participants
+from scripts.bundle.weights import check_arguments
+from scripts.data.dataset_tables import log_participants
 from scripts.data.file_names import output_path
-from scripts.data.restored_volumes import DESCRIBED, RECORD, clipped_shares, nifti_bytes, problem_of_record
+from scripts.data.restored_volumes import (
+    NiftiHeader,
+    Record,
+    clipped_shares,
+    conditions_and_list,
+    nifti_bytes,
+    record_of,
+    with_record,
+)
 from scripts.data.volume_checks import problem_of_claim, unreadable
 
 __all__ = [
+    "LatentDescription",
     "LoadLatentd",
     "SaveLatentd",
     "all_latents",
@@ -42,50 +53,39 @@ __all__ = [
 
 POSTFIX = "latent"
 SCALE_FILE = "latent_scale.json"
-ADVICE = "encode the volume again"
-_NUMBER = {"type": "number", "description": "a finite number"}
-_NUMBERS = {"type": "array", "minItems": 1, "items": _NUMBER, "description": "a finite number for each channel"}
-DESCRIPTION = {  # schema of what lies beside a latent
-    "type": "object",
-    "required": [
-        *(DESCRIBED.keys() - {"clipped_below", "clipped_above"}),
-        "padding",
-        "settings",
-        "mean",
-        "mean_square",
-        "count",
-        "network",
-        "weights_sha256",
-        "latent_sha256",
-    ],
-    "properties": {
-        **DESCRIBED,
-        "padding": {
-            "type": "array",
-            "minItems": 3,
-            "maxItems": 3,
-            "items": {"type": "integer", "minimum": 0},
-            "description": "three integers from 0 on",
-        },
-        "settings": {"type": "object", "description": "an object"},
-        "mean": _NUMBER,
-        "mean_square": _NUMBER,
-        "count": {"type": "integer", "minimum": 1, "description": "a positive integer"},
-        "network": NETWORK,
-        "weights_sha256": SHA256,
-        "latent_sha256": SHA256,
-        **dict.fromkeys(("channel_mean", "channel_mean_square", "image_scale"), _NUMBERS),
-        "conditions": {
-            "type": "object",
-            "maxProperties": 1000,
-            "additionalProperties": {"type": ["number", "string"], "description": "a number or text"},
-            "description": "an object",
-        },
-        "dataset_list": {"enum": ["training", "validation", "none", None], "description": "a list of dataset.json"},
-    },
-    "description": "an object",
-}
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentDescription(Record):
+    """
+    What lies beside a latent.
+
+    Args:
+        padding: voxels at the end of each axis that the network was given in addition.
+        settings: config values that the latent depends on.
+        mean: of the latent.
+        mean_square: ditto.
+        count: number of its values.
+        channel_mean: ditto of each channel.
+        channel_mean_square: ditto.
+        image_scale: what each channel is multiplied by to be in units of the image.
+        network: arguments of the autoencoder.
+        weights_sha256: hash of its weights.
+        latent_sha256: hash of the latent's file.
+    """
+
+    padding: tuple[Count, Count, Count]
+    settings: dict[str, Any]
+    mean: float
+    mean_square: float
+    count: PositiveInt
+    channel_mean: tuple[float, ...]
+    channel_mean_square: tuple[float, ...]
+    image_scale: tuple[float, ...]
+    network: dict[str, Any]
+    weights_sha256: Sha256
+    latent_sha256: Sha256
 
 
 class SaveLatentd(Transform):
@@ -105,29 +105,30 @@ class SaveLatentd(Transform):
         self.settings = dict(settings)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        record = json.loads(data[RECORD])
+        record = record_of(data[Keys.IMAGE])
         z_mu = data[self.key].detach().as_subclass(torch.Tensor).float().cpu()
-        path = output_path(self.output_dir, record["source"], POSTFIX, record["keep_ending"])
+        path = output_path(self.output_dir, record.source, POSTFIX, record.keep_ending)
         path.parent.mkdir(parents=True, exist_ok=True)
         factors = self.network.total_downsample_factor
         content = nifti_bytes(z_mu.movedim(0, -1).numpy(), _latent_header(record, factors))
-        description = {
-            **record,
-            "padding": [-size % factor for size, factor in zip(record["preprocessed_shape"], factors)],
-            "settings": self.settings,
-            "mean": z_mu.double().mean().item(),
-            "mean_square": z_mu.double().square().mean().item(),
-            "count": z_mu.numel(),
-            "channel_mean": z_mu.double().flatten(1).mean(1).tolist(),
-            "channel_mean_square": z_mu.double().flatten(1).square().mean(1).tolist(),
-            "image_scale": _image_scale(self.network),
-            "network": self.network.arguments,
-            "weights_sha256": file_hash(self.weights),
-            "latent_sha256": content_hash(content),
-        }
+        by_channel = z_mu.double().flatten(1)
+        description = LatentDescription(
+            **vars(record),
+            padding=tuple(-size % factor for size, factor in zip(record.preprocessed_shape, factors)),
+            settings=self.settings,
+            mean=z_mu.double().mean().item(),
+            mean_square=z_mu.double().square().mean().item(),
+            count=z_mu.numel(),
+            channel_mean=tuple(by_channel.mean(1).tolist()),
+            channel_mean_square=tuple(by_channel.square().mean(1).tolist()),
+            image_scale=_image_scale(self.network),
+            network=self.network.arguments,
+            weights_sha256=file_hash(self.weights),
+            latent_sha256=content_hash(content),
+        )
         write_atomically(content, path)
-        write_atomically(json.dumps(description, indent=2).encode(), _description_path(path))
-        logger.info(f"{path}: {clipped_shares(record)}")
+        _write_description(description, path)
+        logger.info(f"{path}: {clipped_shares(vars(record))}")
         return dict(data)
 
 
@@ -151,20 +152,17 @@ class LoadLatentd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
         description = read_description(path)
-        check_arguments(description["network"], self.arguments, path)
-        if description["weights_sha256"] != file_hash(self.weights):
+        check_arguments(description.network, self.arguments, path)
+        if description.weights_sha256 != file_hash(self.weights):
             raise ValueError(
                 f"{path} was made with other weights than {self.weights}; point `ckpt_dir` at those, or encode again."
             )
-        z_mu = read_latent(
-            path, description, self.factors, self.arguments["latent_channels"], self.arguments["out_channels"]
-        )
-        record = {name: description[name] for name in DESCRIBED if name in description}
-        return {**data, self.key: z_mu, RECORD: json.dumps(record)}
+        channels = self.arguments["latent_channels"], self.arguments["out_channels"]
+        return {**data, self.key: with_record(read_latent(path, description, self.factors, *channels), description)}
 
 
 def read_latent(
-    path: Path, description: Mapping[str, Any], factors: Sequence[int], latent_channels: int, image_channels: int
+    path: Path, description: LatentDescription, factors: Sequence[int], latent_channels: int, image_channels: int
 ) -> torch.Tensor:
     """
     Read the voxels of a latent.
@@ -180,22 +178,19 @@ def read_latent(
         ``CxHxWxD``.
 
     Raises:
-        ValueError: for a file that is not what its description names, or a description that contradicts itself.
+        ValueError: for a file that is not what its description names, or a description of another network.
     """
-    if description["latent_sha256"] != content_hash(path.read_bytes()):
+    if description.latent_sha256 != content_hash(path.read_bytes()):
         raise ValueError(f"{path} is not the file that its description names: it was changed or damaged; encode again.")
-    problem = problem_of_record(description, image_channels) or _problem_of_padding(description, factors)
-    if problem is not None:
-        raise ValueError(f"{_description_path(path)}: {problem}; {ADVICE}.")
-    sizes = (-(-n // factor) for n, factor in zip(description["preprocessed_shape"], factors))
+    size, padding, about = description.preprocessed_shape, description.padding, _description_path(path)
+    if padding != tuple(-n % factor for n, factor in zip(size, factors)):
+        raise ValueError(
+            f"{about}: `padding` {padding} does not pad `preprocessed_shape` {size} to a multiple of {factors}."
+        )
+    if len(description.intensity_low) != image_channels:
+        raise ValueError(f"{about}: `intensity_low` is {description.intensity_low}, for {image_channels} channels.")
+    sizes = (-(-n // factor) for n, factor in zip(size, factors))
     return _read_voxels(path, (*sizes, latent_channels))
-
-
-def _problem_of_padding(description: Mapping[str, Any], factors: Sequence[int]) -> str | None:
-    size, padding = description["preprocessed_shape"], description["padding"]
-    if padding == [-n % factor for n, factor in zip(size, factors)]:
-        return None
-    return f"`padding` {padding} does not pad `preprocessed_shape` {size} to a multiple of {list(factors)}"
 
 
 def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
@@ -210,12 +205,9 @@ def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     if problem is not None:
         raise ValueError(f"{path} {problem}")
     if image.shape != shape:
-        raise ValueError(
-            f"{path} has the shape {image.shape}; with `preprocessed_shape` in {_description_path(path).name} it must be "
-            f"{shape}; {ADVICE}."
-        )
+        raise ValueError(f"{path} has the shape {image.shape}; by its description and network it must be {shape}.")
     if not np.isfinite(values).all():
-        raise ValueError(f"{path} has values that are NaN or infinite; {ADVICE}.")
+        raise ValueError(f"{path} has values that are NaN or infinite; encode again.")
     return torch.from_numpy(values).movedim(-1, 0)
 
 
@@ -266,21 +258,17 @@ def without_whole_latents(
         found = _usable_description(path)
         if (
             found is None
-            or found["settings"] != dict(settings)
-            or found["weights_sha256"] != file_hash(weights)
+            or found.settings != dict(settings)
+            or found.weights_sha256 != file_hash(weights)
             or _description_path(path).stat().st_mtime < source.stat().st_mtime
-            or found["latent_sha256"] != content_hash(path.read_bytes())
-            or "image_scale" not in found  # of an older version, which did not store what a generator needs
+            or found.latent_sha256 != content_hash(path.read_bytes())
         ):
             missing.append(item)
-            others += found is not None and found["weights_sha256"] != file_hash(weights)
+            others += found is not None and found.weights_sha256 != file_hash(weights)
             continue
-        known = {
-            "conditions": conditions_of(item["image"], dataset_dir),
-            "dataset_list": dataset_list_of(item["image"], dataset_dir),
-        }
-        if any(found.get(key) != value for key, value in known.items()):
-            write_atomically(json.dumps({**found, **known}, indent=2).encode(), _description_path(path))
+        known = replace(found, **conditions_and_list(item["image"], dataset_dir))
+        if known != found:
+            _write_description(known, path)
             changed += 1
     if len(missing) < len(items):
         logger.info(f"{len(items) - len(missing)} of {len(items)} volumes are encoded already")
@@ -309,14 +297,14 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
     if idist.get_world_size() > 1:
         idist.barrier()
     paths = sorted(Path(output_dir).glob(f"**/*_{POSTFIX}.nii.gz"))
-    found = [d for d in map(_usable_description, paths) if d is not None and d["weights_sha256"] == file_hash(weights)]
+    found = [d for d in map(_usable_description, paths) if d is not None and d.weights_sha256 == file_hash(weights)]
     if not found:
         return None
-    count = sum(d["count"] for d in found)
-    mean = math.fsum(d["count"] * d["mean"] for d in found) / count
-    variance = math.fsum(d["count"] * d["mean_square"] for d in found) / count - mean**2
+    count = sum(d.count for d in found)
+    mean = math.fsum(d.count * d.mean for d in found) / count
+    variance = math.fsum(d.count * d.mean_square for d in found) / count - mean**2
     if not variance > 0:
-        raise ValueError(f"the latents below {output_dir} have a variance of {variance:g}, which gives no scale; {ADVICE}.")
+        raise ValueError(f"the latents below {output_dir} have a variance of {variance:g}, which gives no scale.")
     scale = 1 / math.sqrt(variance)
     if idist.get_rank() == 0:
         content = {"latent_scale": scale, "mean": mean, "volumes": len(found), "weights_sha256": file_hash(weights)}
@@ -325,33 +313,30 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
     return scale
 
 
-def _latent_header(record: Mapping[str, Any], factors: Sequence[int]) -> dict[str, Any]:
+def _latent_header(record: Record, factors: Sequence[int]) -> NiftiHeader:
     """Header of a latent, whose affine places each voxel at the centre of its block of the volume."""
     to_volume = np.diag([*factors, 1.0])
     to_volume[:3, 3] = [(factor - 1) / 2 for factor in factors]
-    return {
-        "affine": np.array(record["preprocessed_affine"]) @ to_volume,
-        "data_type": "<f4",
-        "scl_slope": 1.0,
-        "scl_inter": 0.0,
-        "xyzt_units": record["xyzt_units"],
-        "qform_code": 0,
-        "sform_code": record["sform_code"] or 1,
-    }
+    affine = np.array(record.preprocessed_affine) @ to_volume
+    return NiftiHeader.of_affine(affine, xyzt_units=record.xyzt_units, sform_code=record.sform_code or 1)
 
 
-def _image_scale(network: AutoencoderKL) -> list[float]:
+def _image_scale(network: AutoencoderKL) -> tuple[float, ...]:
     """What each latent channel is multiplied by to be in units of the image; 1 without a linear shortcut."""
     if network.shortcut is None:
-        return [1.0] * network.arguments["latent_channels"]
-    return network.shortcut.scale.flatten().tolist()
+        return (1.0,) * network.arguments["latent_channels"]
+    return tuple(network.shortcut.scale.flatten().tolist())
 
 
 def _description_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def _write_description(description: LatentDescription, path: Path) -> None:
+    write_atomically(json.dumps(asdict(description), indent=2).encode(), _description_path(path))
+
+
+def read_description(path: Path) -> LatentDescription:
     """
     The description beside a latent.
 
@@ -359,14 +344,14 @@ def read_description(path: Path) -> dict[str, Any]:
         path: of the latent.
 
     Raises:
-        ValueError: when one of the two is missing, or the description is not what :py:data:`DESCRIPTION` says.
+        ValueError: when one of the two is missing, or the description is not what :py:class:`LatentDescription` says.
     """
     if not path.is_file() or not _description_path(path).is_file():
-        raise ValueError(f"{path} or {_description_path(path).name} is missing; {ADVICE}.")
-    return read_json(_description_path(path), DESCRIPTION, ADVICE)
+        raise ValueError(f"{path} or {_description_path(path).name} is missing; encode the volume again.")
+    return read_dataclass(_description_path(path), LatentDescription)
 
 
-def _usable_description(path: Path) -> dict[str, Any] | None:
+def _usable_description(path: Path) -> LatentDescription | None:
     try:
         return read_description(path)
     except (OSError, ValueError):

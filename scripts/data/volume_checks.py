@@ -16,20 +16,25 @@ import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import torch
-from monai.transforms import LoadImage
 
 from scripts.bundle.files import write_atomically
 from scripts.bundle.json_files import read_json
 from scripts.bundle.machine import GIB, total_memory
 from scripts.bundle.processes import merged, share_of
 from scripts.bundle.progress import ProgressBar
-from scripts.data.file_names import is_nifti
 from scripts.data.label_maps import LABEL_MAP, is_label_map
 from scripts.data.volume_lists import describe
+from scripts.data.volume_reader import (
+    GZIP_SUFFIXES,
+    affine_of,
+    geometry_note,
+    is_read_by_nibabel,
+    problem_of_affine,
+    read_volume,
+)
 
 __all__ = [
     "find_problem",
-    "problem_of_affine",
     "problem_of_claim",
     "problem_of_header",
     "problem_of_memory",
@@ -39,9 +44,7 @@ __all__ = [
 
 LISTED = 5  # volumes in the log
 SHOWN = 20  # problems in an error message; the log has all
-CHECKS = 3  # version; raise it when volumes that passed may now be refused, so that all are checked again
-FLAT = 1e-6  # a determinant of three unit vectors up to this: they lie in a plane, up to rounding
-FARTHEST, SHORTEST = 1e9, 1e-9  # mm, from the origin and of a voxel's edge
+CHECKS = 4  # version; raise it when volumes that passed may now be refused, so that all are checked again
 GZIP_RATIO = 1032  # deflate shrinks no file by more
 FLOAT_SIZE = 4
 CHECKED = {  # schema of the cache
@@ -123,7 +126,7 @@ def find_problem(path: str, image_channels: int) -> str | None:
     Read a whole volume and say why it cannot be trained on.
 
     Args:
-        path: of the volume; NIfTI, or anything that MONAI's ``LoadImage`` reads.
+        path: of the volume, in any format that is read.
         image_channels: number of channels that it must have.
 
     Returns:
@@ -131,14 +134,15 @@ def find_problem(path: str, image_channels: int) -> str | None:
         :py:data:`LABEL_MAP` when that is all.
     """
     try:
-        if is_nifti(path):
+        if is_read_by_nibabel(path):
             image: Any = nib.load(path)
             problem = _problem_of_image(image, path, image_channels)
             if problem is not None:
                 return problem
-            values = image.get_fdata(dtype=np.float32, caching="unchanged")
-        else:
-            values = np.asarray(LoadImage(image_only=True)(path), dtype=np.float32)
+            note = geometry_note(image)
+            if note is not None:
+                logger.warning(f"{path} {note}")
+        values = np.asarray(read_volume(path)[0], dtype=np.float32)
     except Exception as error:  # readers raise errors of any type
         return unreadable(error)
     low, high = values.min(), values.max()  # NaN if any voxel is
@@ -152,13 +156,13 @@ def find_problem(path: str, image_channels: int) -> str | None:
 
 def problem_of_header(path: str, image_channels: int) -> str | None:
     """
-    What is wrong with the header of a NIfTI file; see :py:func:`find_problem`. None for other formats.
+    What is wrong with the header of a file that nibabel reads; see :py:func:`find_problem`. None for other formats.
 
     Args:
         path: of the volume.
         image_channels: number of channels that it must have.
     """
-    if not is_nifti(path):
+    if not is_read_by_nibabel(path):
         return None
     try:
         return _problem_of_image(nib.load(path), path, image_channels)
@@ -177,23 +181,6 @@ def unreadable(error: BaseException) -> str:
     return f"cannot be read to its end ({type(error).__name__}: {error}); copy or convert it again, or remove it."
 
 
-def problem_of_affine(affine: Any) -> str | None:
-    """
-    Why an affine does not define orientation and spacing; None when it does.
-
-    Args:
-        affine: 4x4, from voxels to mm.
-    """
-    axes = np.asarray(affine, dtype=np.float64)[:3]
-    if not (np.abs(axes) <= FARTHEST).all():  # true for NaN as well
-        return f"an affine with values that are NaN, infinite or beyond {FARTHEST:g} mm"
-    lengths = np.linalg.norm(axes[:, :3], axis=0)
-    if lengths.min() > SHORTEST and abs(np.linalg.det(axes[:, :3] / lengths)) > FLAT:
-        return None
-    spacing = " x ".join(f"{length:.3g}" for length in lengths)
-    return f"a singular affine: its three axes ({spacing} mm long) span no volume"
-
-
 def problem_of_claim(image: Any, path: str) -> str | None:
     """
     Why a header is false (the file is too small for it), or its volume too large for this machine; None if neither.
@@ -205,7 +192,7 @@ def problem_of_claim(image: Any, path: str) -> str | None:
     claimed = " x ".join(f"{n}" for n in image.shape)
     num_voxels, item_size = math.prod(map(int, image.shape)), image.get_data_dtype().itemsize
     end, size = image.dataobj.offset + num_voxels * item_size, os.path.getsize(path)
-    compressed = path.lower().endswith(".gz")
+    compressed = path.lower().endswith(GZIP_SUFFIXES)
     if end > size * (GZIP_RATIO if compressed else 1):
         return (
             f"cannot be read to its end: its header claims {claimed} voxels of {item_size} bytes up to byte {end:,}, and "
@@ -230,7 +217,7 @@ def _problem_of_image(image: Any, path: str, image_channels: int) -> str | None:
         _problem_of_shape(image.shape, image_channels)
         or _problem_of_data_type(image.get_data_dtype())
         or problem_of_claim(image, path)
-        or _problem_of_header_affine(image.affine)
+        or _problem_of_header_affine(affine_of(image))
     )
 
 
@@ -255,8 +242,9 @@ def _problem_of_header_affine(affine: np.ndarray) -> str | None:
 
 def _problem_of_shape(shape: Sequence[int], image_channels: int) -> str | None:
     found = f"has the shape {tuple(map(int, shape))}"
-    if len(shape) == 2 or (len(shape) == 3 and 1 in shape):
+    if len(shape) == 2 or 1 in shape[:3]:
         return f"{found}: a 2D slice; stack the slices of a series to one volume, or remove it."
+    shape = (*shape[:3], *(n for n in shape[3:] if n != 1))
     channels = 1 if len(shape) == 3 else shape[-1]
     if len(shape) not in (3, 4) or min(shape, default=0) < 1:
         return f"{found}; a volume has three axes, and the channels as a fourth. Convert it, or narrow `image_glob`."

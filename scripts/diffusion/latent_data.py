@@ -49,7 +49,7 @@ def latent_lists(
         FileNotFoundError: when there is no latent, or none that ``dataset.json`` lists for training.
         ValueError: for latents of more than one autoencoder, by name, and when there is nothing to split.
     """
-    descriptions = {path: read_description(Path(path)) for path in all_latents(dataset_dir)}
+    descriptions = {path: vars(read_description(Path(path))) for path in all_latents(dataset_dir)}
     _refuse_mixture(descriptions)
     # the split looks at the paths of the volumes
     items = [{"image": each["source"], "latent": path} for path, each in descriptions.items()]
@@ -75,7 +75,7 @@ def learn_space(items: Sequence[Item], latent_gamma: float, condition_keys: str 
         latent_gamma: see :py:class:`LatentSpace`.
         condition_keys: names of the conditions to use, or the name of one.
     """
-    descriptions = [read_description(Path(item["image"])) for item in items]
+    descriptions = [vars(read_description(Path(item["image"]))) for item in items]
     space = LatentSpace.learn(descriptions, latent_gamma, ensure_tuple(condition_keys))
     logger.info(space.summary())
     return space
@@ -84,10 +84,6 @@ def learn_space(items: Sequence[Item], latent_gamma: float, condition_keys: str 
 def _refuse_mixture(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
     first, expected = next(iter(descriptions.items()))
     for path, description in descriptions.items():
-        if "image_scale" not in description:
-            raise ValueError(
-                f"{path} was encoded by an earlier version, which noted less than a generator needs; encode again."
-            )
         details = what_differs(description["network"], expected["network"])
         if not details and description["weights_sha256"] != expected["weights_sha256"]:
             hashes = [each["weights_sha256"][:12] for each in (description, expected)]
@@ -120,11 +116,11 @@ class ReadLatentd(Transform):
         path = Path(data[self.key])
         description = read_description(path)
         volume = {
-            "conditions": description["conditions"],
-            "size": description["preprocessed_shape"],
-            "spacing": spacing_of(description),
+            "conditions": description.conditions,
+            "size": description.preprocessed_shape,
+            "spacing": spacing_of(vars(description)),
         }
-        seed = int.from_bytes(hashlib.sha256(description["source"].encode()).digest()[:4], "big")
+        seed = int.from_bytes(hashlib.sha256(description.source.encode()).digest()[:4], "big")
         return {
             **data,
             self.key: read_latent(path, description, *self.kind),

@@ -19,7 +19,7 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
-from scripts.data.restored_volumes import nifti_bytes, restore
+from scripts.data.restored_volumes import NiftiHeader, Record, nifti_bytes, restore, rows_of
 from scripts.diffusion.generator import Generator
 from scripts.diffusion.guidance import Guidance
 from scripts.diffusion.latent_space import LatentSpace, ranges
@@ -33,7 +33,6 @@ from scripts.training.repeatable_batches import derive_seed
 __all__ = ["DrawStartd", "SampleInferer", "SaveSampled", "plan_samples"]
 
 PLAN = "plan"  # key of what a sample is made by, as JSON text
-MILLIMETRES = 2  # NIfTI's code
 HEADER = "synthetic volume of a generative model, no patient"  # up to 79 characters
 logger = logging.getLogger(__name__)
 
@@ -290,33 +289,33 @@ class SaveSampled(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         plan = json.loads(data[PLAN])
         path = Path(data["path"])
-        record = _record(plan, self.space.description)
-        content = nifti_bytes(restore(data[self.key], record), record)
+        record = _record(path.name, plan, self.space.description)
+        content = nifti_bytes(restore(data[self.key], record), record, HEADER)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(content, path)
-        window = {name: record[name] for name in ("intensity_low", "intensity_high")}
+        window = {name: getattr(record, name) for name in ("intensity_low", "intensity_high")}
         known = {**plan, **window, "volume_sha256": content_hash(content)}
         write_atomically(json.dumps(known, indent=2).encode(), _description_path(path))
         logger.info(f"{path}")
         return dict(data)
 
 
-def _record(plan: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """What `restore` and `nifti_bytes` need: axes to the right, anterior and superior, the origin in the volume's middle."""
+def _record(source: str, plan: Mapping[str, Any], known: Mapping[str, Any]) -> Record:
+    """The record of a sample: axes to the right, anterior and superior, the origin in the volume's middle."""
     size, spacing = plan["spatial_size"], plan["spacing"]
     affine = np.diag([*spacing, 1.0])
     affine[: len(size), -1] = [-(n - 1) / 2 * step for n, step in zip(size, spacing)]
-    return {
-        "shape": size,
-        "affine": affine.tolist(),
-        "preprocessed_shape": size,
-        "preprocessed_affine": affine.tolist(),
-        **{name: known[name] for name in ("intensity_low", "intensity_high", "data_type", "scl_slope", "scl_inter")},
-        "xyzt_units": MILLIMETRES,
-        "qform_code": 1,
-        "sform_code": 1,
-        "description": HEADER,
-    }
+    channels = len(known["intensity_low"])
+    stored = {name: known[name] for name in ("data_type", "scl_slope", "scl_inter")}
+    return Record(
+        **vars(NiftiHeader.of_affine(affine, qform_code=1, **stored)),
+        source=source,
+        shape=(*size, channels) if channels > 1 else tuple(size),
+        preprocessed_shape=tuple(size),
+        preprocessed_affine=rows_of(affine),
+        intensity_low=tuple(known["intensity_low"]),
+        intensity_high=tuple(known["intensity_high"]),
+    )
 
 
 def _description_path(path: Path) -> Path:

@@ -305,7 +305,7 @@ def _of_latents(parser: ConfigParser) -> tuple[AutoencoderKL, tuple[int, ...]]:
             f"{error} An estimate before `encoding` needs `spatial_size`, the size of the volumes in voxels, and "
             "`autoencoder`, its config or preset, such as configs/presets/16x.json."
         ) from error
-    descriptions = [read_description(Path(item["image"])) for part in items.values() for item in part]
+    descriptions = [vars(read_description(Path(item["image"]))) for part in items.values() for item in part]
     with torch.device("meta"):
         network = AutoencoderKL(**descriptions[0]["network"])
     largest = tuple(max(along) for along in zip(*(each["preprocessed_shape"] for each in descriptions)))

@@ -67,7 +67,7 @@ FAULTS = {
     "slice.nii": (lambda path: save(path, head_like((9, 9, 1))), "a 2D slice; stack"),
     "flat.nii": (lambda path: save(path, head_like((9, 9, 1))[..., 0]), "a 2D slice; stack"),
     "series.nii": (lambda path: save(path, np.ones((5, 6, 7, 20), np.int16)), "a 4D series, or 20 channels where 1 is"),
-    "vectors.nii": (lambda path: save(path, np.ones((5, 6, 7, 1, 3), np.int16)), "a volume has three axes"),
+    "vectors.nii": (lambda path: save(path, np.ones((5, 6, 7, 2, 3), np.int16)), "a volume has three axes"),
     "rgb.nii.gz": (colours, "has colours for voxels (R, G, B); convert it to one number for each voxel"),
     "complex.nii.gz": (
         lambda path: save(path, head_like(SHAPE) * np.complex64(1 + 1j)),

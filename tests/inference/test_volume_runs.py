@@ -239,7 +239,7 @@ def test_latents_with_false_descriptions_are_named_and_the_good_ones_decoded(enc
         "big_endian": ({"source": "../../../x/y.nii.gz"}, "`source` is '../../../x/y.nii.gz'"),
         "lps_uint8": ({"source": f"{tmp_path}/x/y.nii.gz"}, "`source` is '/"),
         "oblique_int16": ({"data_type": "O"}, "`data_type` is 'O'"),
-        "slope": ({"shape": [30000] * 3}, "`shape` [30000, 30000, 30000]"),
+        "slope": ({"shape": [30000] * 3}, "`shape` (30000, 30000, 30000)"),
         "turned": (None, "is no JSON file or a damaged one"),
     }
     for name, (change, _) in false.items():
@@ -253,7 +253,7 @@ def test_latents_with_false_descriptions_are_named_and_the_good_ones_decoded(enc
     lines = process.stdout.rstrip().splitlines()[-6:]
     assert process.returncode == 1 and lines[0] == "could not be done (5):"
     for line, (name, (_, words)) in zip(lines[1:], false.items()):
-        assert f"{name}_latent.nii.gz: " in line and words in line and "encode the volume again" in line, line
+        assert f"{name}_latent.nii.gz: " in line and words in line, line
     assert {path for path in tmp_path.rglob("*") if path.is_file()} - before == {out / "ras_float64_reconstruction.nii.gz"}
     name = "ras_float64_reconstruction.nii.gz"
     assert (out / name).read_bytes() == (reconstructed / name).read_bytes()

@@ -61,8 +61,8 @@ def test_latents_in_the_folder_tell_size_and_autoencoder(volumes, tmp_path):
     latents = encode(volumes, tmp_path / "latents", weights)
     descriptions = [read_description(path) for path in latents.rglob("*_latent.nii.gz")]
     plan = plan_generator(CONFIG, dataset_dir=str(latents), **SMALL)
-    assert plan.spatial_size == tuple(max(n) for n in zip(*(each["preprocessed_shape"] for each in descriptions)))
-    assert plan.autoencoder.arguments == {**plan.autoencoder.arguments, **descriptions[0]["network"]}
+    assert plan.spatial_size == tuple(max(n) for n in zip(*(each.preprocessed_shape for each in descriptions)))
+    assert plan.autoencoder.arguments == {**plan.autoencoder.arguments, **descriptions[0].network}
 
 
 def test_command_line_prints_the_estimate(capsys):

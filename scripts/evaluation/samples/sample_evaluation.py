@@ -145,7 +145,7 @@ class SampleEvaluation:
 
     def run(self) -> None:
         """Draw, measure and write."""
-        self.descriptions = [read_description(Path(path)) for path in self.training]
+        self.descriptions = [vars(read_description(Path(path))) for path in self.training]
         self.space = LatentSpace.learn(self.descriptions, latent_gamma=1.0)
         self.reader = LatentReader(self.space)
         self._note_limits()
