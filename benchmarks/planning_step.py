@@ -17,8 +17,7 @@ from scripts.diffusion.latent_unet import LatentUNet
 from scripts.planning.generator_estimates import GeneratorPlan, latent_batch, step_trainer
 from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
-from scripts.training.resumable_trainer import ResumableTrainer
-from scripts.training.weight_average import WeightAverage, moving_average
+from scripts.training.resumable_trainer import ResumableTrainer, moving_average
 
 
 def saved_in_a_step(
@@ -46,7 +45,7 @@ def saved_in_a_generator_step(plan: GeneratorPlan) -> int:
     """Bytes that the second of two iterations of a generator's training on the CPU saves, with an average of the weights."""
     network = LatentUNet(**plan.network.arguments)
     trainer = step_trainer(ResumableTrainer, plan, network, [latent_batch(plan)] * 2)
-    WeightAverage(AveragedModel(network, multi_avg_fn=moving_average(0.999)), network).attach(trainer)
+    trainer.average = AveragedModel(network, multi_avg_fn=moving_average(0.999))
     return _saved_by(trainer, [network])
 
 

@@ -37,6 +37,7 @@ from monai.data import MetaTensor
 from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
+from scripts.training.shortcut_fit import CODE_PATCHES, NEIGHBOUR_PATCHES
 
 from benchmarks.machine import described
 from benchmarks.networks import total_factors
@@ -56,8 +57,8 @@ from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.config_keys import read_plan
 from scripts.planning.training_costs import training_cost
+from scripts.training import InitialWeights, RepeatableOrder, RunState
 from scripts.training.repeatable_batches import training_patches
-from scripts.training.shortcut_fit import CODE_PATCHES, NEIGHBOUR_PATCHES
 
 RESULTS = Path("eval/quality")
 ROWS = Path(__file__).with_name("quality_rows.json")
@@ -96,15 +97,16 @@ def train(
     """
     name = str(name or network)
     parser = read_recipe(network, data, device, **overrides)
-    needed = {"InitialWeights", "RepeatableOrder", "WeightAverage"}
-    handlers = parser["train#handlers"]
-    parser["train#handlers"] = [handler for handler in handlers if handler["_target_"].rpartition(".")[2] in needed]
+    parser["train#handlers"] = []
     parser["validate#handlers"] = []
     parser.parse()
     set_determinism(seed=parser.get_parsed_content("seed"))
     machine = described(device, computing_dtype(parser.get_parsed_content("amp"), parser.get_parsed_content("amp_dtype")))
     print(machine, flush=True)
     trainer = parser.get_parsed_content("train#trainer")
+    state = RunState(parser.get_parsed_content("network_def"), {}, evaluator=None)
+    InitialWeights(state, "", average=parser.get_parsed_content("average"), fit_shortcut=True).attach(trainer)
+    RepeatableOrder().attach(trainer)
     Budget(60 * minutes, device).attach(trainer)
     trainer.run()
 

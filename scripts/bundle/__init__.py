@@ -3,8 +3,9 @@ description of their network, precision, the machine and its processes, progress
 as one file.
 """
 
-from scripts.bundle.config import check_config
+from scripts.bundle.config import check_config, executed_config
 from scripts.bundle.errors import short_messages
+from scripts.bundle.files import item_hash
 from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
 from scripts.bundle.progress import ProgressBar, VolumeProgress
 from scripts.bundle.signals import end_on_signals, leave_signals_to_main
@@ -19,6 +20,8 @@ __all__ = [
     "check_config",
     "choose_precision",
     "end_on_signals",
+    "executed_config",
+    "item_hash",
     "leave_signals_to_main",
     "load_weights",
     "save_weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,11 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from scripts.bundle.json_files import Count, Must, PositiveFloat, PositiveInt, Share, checked
 
-__all__ = ["ROOT", "check_config", "check_parser"]
+__all__ = ["ROOT", "check_config", "check_parser", "executed_config"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # wherever the run was started, and whatever `bundle_root` says
 CONFIGS = ROOT / "configs"
-NOT_CONFIGS = ("metadata.json", "mlflow.json", "mlflow_diffusion.json")
+NOT_CONFIGS = ("metadata.json", "mlflow.json")
 MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
 ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
 WORDS = {"true": True, "false": False, "null": None}  # JSON's, which the command line takes for text
@@ -81,6 +82,12 @@ def check_parser(parser: ConfigParser) -> None:
             parser.ref_resolver.items[key].update_config(value)
         if not _has_expression(value):
             checked(value, KINDS.get(key, _kind_of(defaults[key])), key)
+
+
+def executed_config() -> dict[str, Any]:
+    """The config that is being run, with its overlays and overrides, as JSON has it. To be called from one of its values."""
+    config: dict[str, Any] = _calling_parser().get()
+    return json.loads(json.dumps({key: value for key, value in config.items() if key != ConfigParser.meta_key}, default=str))
 
 
 def _bundle_defaults() -> dict[str, Any]:

@@ -7,12 +7,14 @@ import functools
 import hashlib
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.data.utils import pickle_hashing
 
-__all__ = ["UNFINISHED", "content_hash", "file_hash", "serialise", "write_atomically"]
+__all__ = ["UNFINISHED", "content_hash", "file_hash", "item_hash", "serialise", "write_atomically"]
 
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
@@ -60,6 +62,16 @@ def content_hash(content: bytes) -> str:
 def file_hash(path: str) -> str:
     """SHA-256 of a file that does not change during the run, such as the weights."""
     return content_hash(Path(path).read_bytes())
+
+
+def item_hash(item: Mapping[str, Any]) -> bytes:
+    """
+    ``hash_func`` of MONAI's ``PersistentDataset``: by paths, sizes and times of change of an item's files, so that a file
+    that was replaced is read again.
+    """
+    paths = [Path(value) for value in item.values() if isinstance(value, (str, Path))]
+    states = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    return pickle_hashing({**item, "states": states})
 
 
 def serialise(content: Any) -> bytes:

@@ -79,10 +79,10 @@ class RectifiedFlow:
         return self.arguments
 
     def load_state_dict(self, arguments: Mapping[str, Any]) -> None:
-        """Nothing to take over: a run goes on with the same arguments only, see :py:meth:`lasting`."""
+        """Nothing to take over: a run goes on with the same arguments only, see :py:meth:`must_match`."""
 
     @staticmethod
-    def lasting(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def must_match(arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What cannot change between two parts of a run: weights and the best loss so far are of one target."""
         return dict(arguments)
 

@@ -106,7 +106,7 @@ class LatentSpace:
         self._scale = (torch.tensor(description["channel_amplitude"], dtype=torch.float64) / deviation).float()
 
     @staticmethod
-    def lasting(description: Mapping[str, Any]) -> dict[str, Any]:
+    def must_match(description: Mapping[str, Any]) -> dict[str, Any]:
         """What cannot change between two parts of a run. Statistics can: those of the first part stay."""
         chosen = {
             "SHA-256 of the autoencoder's weights": description["autoencoder"]["sha256"][:12],

@@ -23,10 +23,10 @@ class Adversary:
     Args:
         discriminator: MONAI's ``PatchDiscriminator``, wrapped for distributed training or not. Its last output is the map of
             scores.
-        optimizer: makes the optimizer of its parameters.
-        num_steps: number of batches over which the learning rate falls to zero, along a cosine.
-        weight: of the adversarial loss in the autoencoder's.
-        warmup_epochs: epochs that the autoencoder trains alone first.
+        optimizer: function that makes the optimizer of its parameters.
+        num_steps: number of its steps, over which the learning rate falls to zero along a cosine.
+        weight: weight of the adversarial loss in the autoencoder's.
+        warmup_epochs: number of epochs that the autoencoder trains alone first.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Adversary:
         self.discriminator = discriminator
         keep_in_float32(discriminator)  # some of its convolutions, under the CPU's autocast
         self.optimizer = optimizer(discriminator.parameters())
-        self.lr_scheduler = WarmupCosineSchedule(self.optimizer, warmup_steps=1, t_total=num_steps)
+        self.lr_scheduler = WarmupCosineSchedule(self.optimizer, warmup_steps=0, t_total=num_steps)
         self.weight = weight
         self.warmup_epochs = warmup_epochs
         self.loss = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)

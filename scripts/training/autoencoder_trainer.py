@@ -9,6 +9,7 @@ import torch
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
 from monai.utils.enums import CommonKeys as Keys
+from torch.optim.lr_scheduler import LRScheduler
 
 from scripts.bundle.precision import dtype_name
 from scripts.training.adversary import Adversary
@@ -103,6 +104,11 @@ class AutoencoderTrainer(ResumableTrainer):
         own = super().optimizers_and_modules()
         return own if adversary is None else [*own, (adversary.optimizer, adversary.discriminator)]
 
+    def lr_schedulers(self) -> list[LRScheduler]:
+        adversary = self.active_adversary
+        own = super().lr_schedulers()
+        return own if adversary is None else [*own, adversary.lr_scheduler]
+
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Output:  # type: ignore[override]
         adversary = self.active_adversary
         self.start_batch()
@@ -125,8 +131,6 @@ class AutoencoderTrainer(ResumableTrainer):
         zero = image.new_zeros((), dtype=torch.float32)  # for a loss that is not computed yet
         losses = {name: losses.get(name, zero).detach() for name in self.loss_names}
         self.step_or_skip(losses, batchdata.get("file", []))
-        if self.adversary:
-            self.adversary.lr_scheduler.step()
         self.state.output = [{Keys.IMAGE: image, Keys.PRED: reconstruction, **losses}]
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return self.state.output

@@ -3,30 +3,35 @@ the best weights so far."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import math
 import os
-import random
 import re
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import numpy as np
 import torch
 from ignite.engine import Events
 from monai.engines import Evaluator
 
 from scripts.bundle.files import UNFINISHED, serialise, write_atomically
-from scripts.bundle.precision import dtype_name
-from scripts.bundle.weights import save_weights
+from scripts.bundle.json_files import checked
+from scripts.bundle.precision import Precision, choose_precision
+from scripts.bundle.weights import save_weights, what_is_wrong
 from scripts.training.resumable_trainer import ResumableTrainer
+from scripts.training.run_state import Checkpoint, RunState
 
-__all__ = ["TrainingSaver", "claim_ckpt_dir", "find_checkpoints", "set_random_states"]
+__all__ = ["TrainingSaver", "claim_ckpt_dir", "find_checkpoints", "newest_checkpoint", "resumed_precision"]
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
-EVALUATOR_STATE: dict[str, type] = {"best_metric": float, "best_metric_epoch": int, "metric_before": float}
+logger = logging.getLogger(__name__)
 
 
 def find_checkpoints(ckpt_dir: str | Path) -> list[Path]:
@@ -35,22 +40,78 @@ def find_checkpoints(ckpt_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def newest_checkpoint(ckpt_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """
+    The newest checkpoint in a folder that is not damaged, and its content; None where there is none. No code in it is run.
+
+    Raises:
+        ValueError: when all are damaged.
+    """
+    paths = find_checkpoints(ckpt_dir)
+    for path in paths:
+        try:
+            return path, _read(path)
+        except Exception as error:  # damaged archives raise errors of any type
+            reason = what_is_wrong(error)
+        logger.warning(f"{path} {reason}. Trying the one before.")
+    if paths:
+        raise ValueError(
+            f"none of the {len(paths)} checkpoints in {ckpt_dir} can be used; {paths[-1]} {reason}. "
+            "Remove them to start again, or choose another `ckpt_dir`."
+        )
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # the format of torch, which does not check the checksums in it
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} in it has changed")
+    checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    checked(checkpoint, Checkpoint)
+    return checkpoint
+
+
+def resumed_precision(ckpt_dir: str, device: str | torch.device) -> Precision:
+    """
+    The precision of the newest checkpoint, so that a run continues as it began, on another processor too. Without a
+    checkpoint, the default of the device.
+
+    Args:
+        ckpt_dir: folder of the checkpoints.
+        device: device on which the run continues.
+    """
+    for path in find_checkpoints(ckpt_dir):
+        with contextlib.suppress(Exception):  # a damaged file raises any; it is reported when it is loaded
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mapped: no tensor is read
+            return Precision(str(device), **content["precision"], reason=f"that of {path}, from which the run is resumed")
+    return choose_precision(device)
+
+
 def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
     """
-    Refuse to start a new run in a folder with checkpoints of another one, or in a folder that cannot be written to.
+    Refuse to start a new run in a folder with checkpoints or weights of another one, or in a folder that cannot be written
+    to.
 
     Args:
         ckpt_dir: folder for the checkpoints, made if necessary.
-        resume: the run continues from the checkpoints in it.
-        overwrite: the run may replace the checkpoints in it.
+        resume: whether the run continues from the checkpoints in it.
+        overwrite: whether the run may replace what is in it.
 
     Raises:
-        FileExistsError: when the folder holds checkpoints and neither is set.
+        FileExistsError: when the folder holds checkpoints and neither is set, or weights without a checkpoint and
+            ``overwrite`` is not.
         OSError: when the folder cannot be made or written to.
     """
     folder = Path(ckpt_dir)
     present = find_checkpoints(folder)
     names = [path.name for path in (*present, folder / WEIGHTS) if path.exists()]
+    if resume and names == [WEIGHTS] and not overwrite:
+        raise FileExistsError(
+            f"`ckpt_dir` {ckpt_dir!r} holds {WEIGHTS}, but no checkpoint that could be resumed. Replace it (`--overwrite "
+            f"true`), or start from it in another `output_dir` (`--pretrained {folder / WEIGHTS}`)."
+        )
     if names and not resume and not overwrite:
         raise FileExistsError(
             f"`ckpt_dir` {ckpt_dir!r} holds {' and '.join(names)} of an earlier run. Go on with it (`--resume true`), "
@@ -70,26 +131,22 @@ class TrainingSaver:
     Handler that writes a checkpoint after every epoch, every few minutes within one, and when a signal ends the run; and
     ``model.pt`` (with ``model.json``) whenever the evaluator's key metric reaches a new best value.
 
-    A checkpoint holds everything that :py:func:`scripts.training.resume.resume_run` needs to continue the run exactly. It is
-    written to a temporary file, flushed to the disk and renamed before old ones are removed: a kill, a full disk or a power
-    failure never destroys a complete checkpoint.
+    A checkpoint is written to a temporary file, flushed to the disk and renamed before old ones are removed: a kill, a full
+    disk or a power failure never destroys a complete checkpoint.
 
     Args:
         ckpt_dir: folder for the checkpoints.
-        network: the network whose weights are saved, not wrapped; its ``arguments`` are what it was made with.
-        to_save: further objects with a ``state_dict``, by name; None stands for one that this run does not have.
-        evaluator: the validation engine; the weights of its network are ``model.pt``.
-        minutes: write a checkpoint within an epoch when the last one is older.
-        keep: how many to keep, besides that of the best epoch.
-        describe: gives the entries of ``model.json`` besides the network's arguments and how long it was trained.
+        state: state of the run; the weights of its evaluator's network are ``model.pt``.
+        minutes: age of the last checkpoint at which another one is written within an epoch.
+        keep: number of checkpoints that are kept, besides that of the best epoch.
+        describe: function that gives the entries of ``model.json`` besides the network's arguments and how long it was
+            trained.
     """
 
     def __init__(
         self,
         ckpt_dir: str,
-        network: Any,
-        to_save: dict[str, Any],
-        evaluator: Evaluator,
+        state: RunState,
         minutes: float = 10.0,
         keep: int = 2,
         describe: Callable[[], dict[str, Any]] = dict,
@@ -97,9 +154,8 @@ class TrainingSaver:
         if keep < 1:
             raise ValueError(f"`keep` is {keep!r}; at least 1 checkpoint must be kept.")
         self.ckpt_dir = Path(ckpt_dir)
-        self.network = network
-        self.to_save = {name: item for name, item in to_save.items() if item is not None}
-        self.evaluator: Any = evaluator
+        self.state = state
+        self.evaluator: Any = state.evaluator
         self.minutes = minutes
         self.keep = keep
         self.describe = describe
@@ -137,49 +193,17 @@ class TrainingSaver:
             self.save_checkpoint(trainer)
 
     def save_checkpoint(self, trainer: ResumableTrainer) -> None:
-        content = {
-            "arguments": self.network.arguments,
-            "network": self.network.state_dict(),
-            "scaler": trainer.scaler.state_dict(),
-            "precision": {"amp": trainer.autocast["enabled"], "amp_dtype": dtype_name(trainer.autocast["dtype"])},
-            "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
-            "evaluator": {
-                name: kind(getattr(self.evaluator.state, name))
-                for name, kind in EVALUATOR_STATE.items()
-                if hasattr(self.evaluator.state, name)
-            },
-            "random": _random_states(),
-            **{name: item.state_dict() for name, item in self.to_save.items()},
-        }
-        write_atomically(serialise(content), self.ckpt_dir / f"checkpoint_{trainer.state.iteration:08d}.pt")
+        content = serialise(self.state.state_dict(trainer))
+        write_atomically(content, self.ckpt_dir / f"checkpoint_{trainer.state.iteration:08d}.pt")
         self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
         self._prune(best=self.evaluator.state.best_metric_epoch * trainer.state.epoch_length)
 
     def _prune(self, best: int) -> None:
         for path in find_checkpoints(self.ckpt_dir)[self.keep :]:
-            match = CHECKPOINT.fullmatch(path.name)
-            if match and int(match[1]) != best:
+            if path.name != f"checkpoint_{best:08d}.pt":
                 path.unlink(missing_ok=True)
 
 
 def _best(evaluator: Evaluator) -> float | None:
-    return float(evaluator.state.best_metric) if evaluator.state.best_metric_epoch != -1 else None
-
-
-def _random_states() -> dict[str, Any]:
-    name, key, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(key).tolist(), *rest],  # arrays are not loaded with `weights_only`
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    name, key, *rest = states["numpy"]
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    best = float(evaluator.state.best_metric)
+    return None if evaluator.state.best_metric_epoch == -1 or math.isnan(best) else best

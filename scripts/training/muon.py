@@ -27,12 +27,15 @@ class Muon(Optimizer):
     float32, and needs 0.04 s.
 
     Args:
-        params: of the network.
+        params: parameters of the network.
         lr: learning rate.
         momentum: share of earlier gradients, with Nesterov's look ahead.
-        betas: of AdamW.
-        eps: of AdamW.
+        betas: AdamW's decay rates of the mean gradient and of its mean square.
+        eps: AdamW's term that keeps the denominator from zero.
         weight_decay: share of a parameter, times the learning rate, by which it shrinks at each step.
+
+    Raises:
+        ValueError: for a negative learning rate.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"`lr` is {lr!r}; it must be a number from 0 on.")
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -51,7 +56,7 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """
         Args:
-            closure: computes the loss once more, as every optimizer of PyTorch takes one.
+            closure: function that computes the loss once more, as every optimizer of PyTorch takes one.
 
         Returns:
             its loss.
@@ -100,7 +105,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     matrix, which is much longer than it is high where it belongs to a convolution, only once with the result.
 
     Args:
-        matrix: of any shape.
+        matrix: matrix of any shape.
 
     Returns:
         float32.

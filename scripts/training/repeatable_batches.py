@@ -40,12 +40,13 @@ class RepeatableBatchSampler(Sampler[list[Draw]]):
 
     Args:
         num_items: number of items in the dataset.
-        batch_size: items in a batch of one process.
-        seed: of the whole run.
+        batch_size: number of items in a batch of one process.
+        seed: seed of the whole run.
 
     Attributes:
-        epoch: from 1, as ignite counts.
-        start: batches of the epoch to skip, when a run is resumed in its middle. ``len()`` stays that of the whole epoch.
+        epoch: number of the epoch, from 1 as ignite counts.
+        start: number of batches of the epoch to skip, when a run is resumed in its middle. ``len()`` stays that of the whole
+            epoch.
     """
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
@@ -80,8 +81,8 @@ class RepeatableDataset(Dataset):
     their ``file`` and the ``seed`` of their draw.
 
     Args:
-        dataset: with ``data`` (``[{"image": path}, ...]``) and a ``transform`` that is a ``Compose``: ``CacheDataset``,
-            ``PersistentDataset``, ``Dataset``; or a ``ConcatDataset`` of such.
+        dataset: dataset with ``data`` (``[{"image": path}, ...]``) and a ``transform`` that is a ``Compose``:
+            ``CacheDataset``, ``PersistentDataset``, ``Dataset``; or a ``ConcatDataset`` of such.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -111,17 +112,9 @@ def _part_of(dataset: Any, item: int) -> tuple[Any, int]:
 
 class RepeatableOrder:
     """
-    Trainer handler that sets the sampler to the position of the run, and reseeds PyTorch, NumPy and Python before every
-    iteration by its number, so that the noise of an iteration does not depend on what came before.
-
-    Args:
-        sampler: batch sampler of the trainer's loader.
-        seed: of the whole run.
+    Trainer handler that sets the loader's :py:class:`RepeatableBatchSampler` to the position of the run, and reseeds
+    PyTorch, NumPy and Python before every iteration by its number, so that its noise does not depend on what came before.
     """
-
-    def __init__(self, sampler: RepeatableBatchSampler, seed: int) -> None:
-        self.sampler = sampler
-        self.seed = seed
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self._set_position)
@@ -129,14 +122,20 @@ class RepeatableOrder:
 
     def _set_position(self, engine: Engine) -> None:
         # ignite makes the loader's iterator after this event
-        self.sampler.epoch = engine.state.epoch
-        self.sampler.start = engine.state.iteration - (engine.state.epoch - 1) * len(self.sampler)
+        sampler = _sampler_of(engine)
+        sampler.epoch = engine.state.epoch
+        sampler.start = engine.state.iteration - (engine.state.epoch - 1) * len(sampler)
 
     def _reseed(self, engine: Engine) -> None:
-        seed = derive_seed(self.seed, engine.state.iteration, idist.get_rank())
+        seed = derive_seed(_sampler_of(engine).seed, engine.state.iteration, idist.get_rank())
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
+
+
+def _sampler_of(engine: Engine) -> RepeatableBatchSampler:
+    loader: Any = engine.state.dataloader
+    return loader.batch_sampler
 
 
 def training_patches(dataset: Any, sampler: RepeatableBatchSampler) -> Iterator[torch.Tensor]:
@@ -145,7 +144,7 @@ def training_patches(dataset: Any, sampler: RepeatableBatchSampler) -> Iterator[
 
     Args:
         dataset: a :py:class:`RepeatableDataset`.
-        sampler: of its loader.
+        sampler: batch sampler of its loader.
 
     Returns:
         tensors ``1xCxHxWxD``, without end.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from monai.engines import SupervisedTrainer, Trainer
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
+from scripts.bundle.json_files import PositiveInt, checked
 from scripts.bundle.precision import autocast_dtype
-from scripts.training.handler_order import check_order
 
-__all__ = ["Output", "ResumableTrainer", "lr_and_losses"]
+__all__ = ["Output", "ResumableTrainer", "moving_average"]
 
 Output = list[dict[str, Any]]
 logger = logging.getLogger(__name__)
@@ -26,13 +28,16 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(SupervisedTrainer):
     """
     MONAI's ``SupervisedTrainer`` with mixed precision on any device, clipped gradients, and a gradient scaler that is made
-    once, so that a resumed run keeps its scale. A step whose loss or gradient is not finite is skipped.
+    once, so that a resumed run keeps its scale. A step whose loss or gradient is not finite is skipped. Schedule and average
+    follow the steps of the optimizer.
 
     ``engine.state.output`` is a list of one dict, as MONAI's handlers expect: the image, the prediction, and the losses of
     the whole batch. A trainer with further losses or networks has an ``_iteration`` of its own, made of the same parts.
 
     Args:
         amp_dtype: ``"bfloat16"``, or ``"float16"`` with a gradient scaler.
+        lr_scheduler: schedule of the learning rate, which counts steps of the optimizer, or None.
+        average: average of the network's weights, see :py:func:`moving_average`, or None.
         max_grad_norm: largest norm of the gradients of a network; longer ones are clipped to it.
         max_nonfinite_steps: number of steps in a row that are not finite after which the run stops with an error.
         kwargs: arguments of ``SupervisedTrainer``; ``amp`` switches mixed precision on, ``accumulation_steps`` counts the
@@ -42,13 +47,25 @@ class ResumableTrainer(SupervisedTrainer):
         exit_code: exit code of the process when ``run`` ends, if it is not 0.
 
     Raises:
-        ValueError: for handlers in an order that does not work, see :py:mod:`scripts.training.handler_order`.
+        ValueError: for a number of epochs that is no positive integer.
         FloatingPointError: when training, after ``max_nonfinite_steps``, with the files of the batch and the last finite
             losses.
     """
 
-    def __init__(self, *, amp_dtype: str, max_grad_norm: float = 1.0, max_nonfinite_steps: int = 10, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        amp_dtype: str,
+        lr_scheduler: LRScheduler | None = None,
+        average: AveragedModel | None = None,
+        max_grad_norm: float = 1.0,
+        max_nonfinite_steps: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        checked(kwargs["max_epochs"], PositiveInt, "epochs")
         super().__init__(decollate=False, **kwargs)  # handlers read scalars only
+        self.lr_scheduler = lr_scheduler
+        self.average = average
         self.max_grad_norm = max_grad_norm
         self.max_nonfinite_steps = max_nonfinite_steps
         self.autocast = {"device_type": self.state.device.type, "dtype": autocast_dtype(amp_dtype), "enabled": self.amp}
@@ -73,10 +90,6 @@ class ResumableTrainer(SupervisedTrainer):
     def _position(self) -> int:
         """The batches of the epoch before this one."""
         return (self.state.iteration - 1) % self.state.epoch_length
-
-    def _register_handlers(self, handlers: Sequence) -> None:
-        check_order(handlers)
-        super()._register_handlers(handlers)
 
     def run(self) -> None:  # type: ignore[override]
         super(Trainer, self).run()  # past MONAI's Trainer, which would make a new gradient scaler
@@ -107,6 +120,10 @@ class ResumableTrainer(SupervisedTrainer):
         """Each optimizer of this step, and the network that it trains."""
         return [(self.optimizer, self.network)]
 
+    def lr_schedulers(self) -> list[LRScheduler]:
+        """The schedules of these optimizers."""
+        return [self.lr_scheduler] if self.lr_scheduler else []
+
     def start_batch(self) -> None:
         """Set the network to training, and remove the gradients of the step before where a new one starts."""
         self.network.train()
@@ -134,7 +151,8 @@ class ResumableTrainer(SupervisedTrainer):
 
     def step_or_skip(self, losses: dict[str, torch.Tensor], files: list[str]) -> None:
         """
-        After the last batch of a step, clip the gradients and step, unless they are not finite.
+        After the last batch of a step, clip the gradients and step, unless they are not finite; move the schedules on, and
+        update the average.
 
         Args:
             losses: losses of the batch.
@@ -150,11 +168,16 @@ class ResumableTrainer(SupervisedTrainer):
         # The norms are those of the gradients of all processes, so all agree. A gradient scaler skips steps by itself, and
         # overflows while it looks for the scale: with one, the losses decide whether a step counts as not finite.
         decisive = [loss for _, loss in self.batches_of_step] if self.scaler.is_enabled() else norms
-        finite = self.are_finite(decisive)
+        finite, scale = self.are_finite(decisive), self.scaler.get_scale()
         if finite or self.scaler.is_enabled():
             for optimizer, _ in self.optimizers_and_modules():
                 self.scaler.step(optimizer)
             self.scaler.update()
+        if finite and self.scaler.get_scale() >= scale:  # it falls when the scaler has skipped a step
+            for schedule in self.lr_schedulers():
+                schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
         self._count_nonfinite(finite, losses)
 
     @staticmethod
@@ -182,9 +205,22 @@ class ResumableTrainer(SupervisedTrainer):
             )
 
 
-def lr_and_losses(optimizer: torch.optim.Optimizer) -> Callable[[Output], dict[str, Any]]:
-    """The curves that TensorBoard shows of a trainer's output: the learning rate, and every loss."""
-    return lambda output: {
-        "lr": optimizer.param_groups[0]["lr"],
-        **{name: value for name, value in output[0].items() if name.endswith("loss")},
-    }
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """
+    A ``multi_avg_fn`` for PyTorch's ``AveragedModel``. The share that a step keeps grows with the run, up to ``decay``, so
+    that the first weights soon have no influence and short runs gain from the average too.
+
+    Args:
+        decay: largest share of the average that a step keeps, in [0, 1); 0 is no average.
+
+    Raises:
+        ValueError: for another ``decay``.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"`ema_decay` is {decay!r}; it must be at least 0 and below 1.")
+
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor | int) -> None:
+        steps = int(num_averaged)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
+
+    return average

@@ -286,10 +286,10 @@ def test_bundle_finds_every_property(latents, tmp_path):
 def test_mlflow_shows_losses_and_what_the_generator_was_trained_with(latents, tmp_path):
     import mlflow
 
-    keys = {"tracking": str(ROOT / "configs/mlflow_diffusion.json"), "condition_keys": ["sex"], "latent_gamma": 0.5}
+    keys = {"tracking": str(ROOT / "configs/mlflow.json"), "condition_keys": ["sex"], "latent_gamma": 0.5}
     assert train_generator(latents, tmp_path, **keys) == 0
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
-    (experiment,) = client.search_experiments(filter_string="name = 'latent-generator'")
+    (experiment,) = client.search_experiments(filter_string="name = 'factor-aware-autoencoderkl'")
     (run,) = client.search_runs(experiment.experiment_id)
     assert run.info.status == "FINISHED"
     assert {"loss", "volumes_per_second", "unexplained_band_1"} <= run.data.metrics.keys()

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 
 import pytest
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
-from monai.handlers import PeakSignalToNoiseRatio, ValidationHandler, from_engine
+from monai.handlers import PeakSignalToNoiseRatio, from_engine
 from monai.optimizers import WarmupCosineSchedule
 from torch.utils.data import DataLoader
 
 from scripts.bundle.files import write_atomically
 from scripts.bundle.weights import load_weights, save_weights
 from scripts.inference.inferers import ReconstructionInferer
-from scripts.training.checkpoints import WEIGHTS, TrainingSaver, claim_ckpt_dir, find_checkpoints
-from scripts.training.initial_weights import InitialWeights
-from scripts.training.progress import BeforeAndAfter
+from scripts.training.checkpoints import WEIGHTS, claim_ckpt_dir, find_checkpoints
+from scripts.training.handlers import RunHandlers
+from scripts.training.repeatable_batches import RepeatableOrder
+from scripts.training.run_log import BeforeAndAfter
 from tests.training.test_training import images, small_network, trainer_of
 
 
@@ -129,38 +132,74 @@ def test_folder_of_another_run_is_refused(tmp_path):
     (tmp_path / WEIGHTS).touch()
     with pytest.raises(FileExistsError, match="resume.*overwrite"):
         claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
-    claim_ckpt_dir(str(tmp_path), resume=True, overwrite=False)
     claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
 
 
-def run_with_checkpoints(
-    folder, network, epochs: int, resume: bool = False, num_images: int = 3, schedule=None, at_start=None, **arguments
-):
-    """Train ``epochs`` epochs with validation and checkpoints, as train.json wires them."""
+def test_weights_without_a_checkpoint_are_not_resumed_and_not_overwritten(tmp_path):
+    (tmp_path / WEIGHTS).touch()
+    with pytest.raises(FileExistsError, match="model.pt, but no checkpoint.*--overwrite true.*--pretrained .*model.pt"):
+        claim_ckpt_dir(str(tmp_path), resume=True, overwrite=False)
+    claim_ckpt_dir(str(tmp_path), resume=True, overwrite=True)
+    (tmp_path / "checkpoint_00000003.pt").touch()
+    claim_ckpt_dir(str(tmp_path), resume=True, overwrite=False)
 
+
+class NamedImages(torch.utils.data.Dataset):
+    """Images as if they were read from files."""
+
+    def __init__(self, names) -> None:
+        self.data = [{"image": f"/data/{name}.nii.gz"} for name in names]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return images(len(self))[index]
+
+
+def evaluator_of(network, volumes=("a", "b")) -> SupervisedEvaluator:
     def psnr_metric():
         return PeakSignalToNoiseRatio(max_val=1.0, output_transform=from_engine(["pred", "image"]))
 
-    evaluator = SupervisedEvaluator(
+    return SupervisedEvaluator(
         device=torch.device("cpu"),
-        val_data_loader=DataLoader(images(2)),
+        val_data_loader=DataLoader(NamedImages(volumes)),
         network=network,
         inferer=ReconstructionInferer(amp=False, amp_dtype="bfloat16"),
         key_val_metric={"psnr": psnr_metric()},
         additional_metrics={"trilinear_psnr": psnr_metric()},
     )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+
+
+def run_with_checkpoints(
+    folder,
+    network,
+    epochs: int,
+    resume: bool = False,
+    num_images: int = 3,
+    schedule=None,
+    at_start=None,
+    config=None,
+    volumes=("a", "b"),
+    rates=None,
+    **arguments,
+):
+    """Train ``epochs`` epochs with validation and checkpoints, as train.json wires them."""
+
+    evaluator = evaluator_of(network, volumes)
+    optimizer = schedule.optimizer if schedule else torch.optim.AdamW(network.parameters(), lr=1e-3)
     state = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
-    handlers = [
-        InitialWeights(network, ckpt_dir=str(folder), resume=resume, to_load=state, evaluator=evaluator),
-        ValidationHandler(interval=2, validator=evaluator),
-        BeforeAndAfter(
-            evaluator, name="PSNR", unit="dB", compare={"trilinear": "trilinear_psnr"}, files={"weights": "model.pt"}
-        ),
-        TrainingSaver(str(folder), network, state, evaluator),
-    ]
+    report = BeforeAndAfter(
+        evaluator, name="PSNR", unit="dB", compare={"trilinear": "trilinear_psnr"}, files={"weights": "model.pt"}
+    )
+    run = RunHandlers(
+        network, evaluator, report, state=state, val_interval=2, ckpt_dir=str(folder), resume=resume, config=config
+    )
+    handlers = [handler for handler in run.handlers if not isinstance(handler, RepeatableOrder)]
     trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs, **arguments)
-    trainer.optimizer = optimizer
+    trainer.optimizer, trainer.lr_scheduler = optimizer, schedule
+    if rates is not None:
+        trainer.add_event_handler(Events.ITERATION_STARTED, lambda: rates.append(optimizer.param_groups[0]["lr"]))
     if at_start is not None:
         trainer.add_event_handler(Events.STARTED, at_start)
     trainer.run()
@@ -177,18 +216,6 @@ def test_resumed_training_goes_on_where_it_stopped(tmp_path):
     assert evaluator.state.metric_before == before  # of the network before the very first step
     steps = [s["step"].item() for s in resumed.optimizer.state.values()]
     assert set(steps) == {12.0}
-
-
-def test_checkpoint_of_an_earlier_version_tells_what_was_measured_before_the_first_step(tmp_path, caplog):
-    run_with_checkpoints(tmp_path, small_network(), epochs=1)
-    newest = find_checkpoints(tmp_path)[0]
-    content = torch.load(newest, weights_only=True)
-    content["evaluator"]["psnr_before"] = 12.34
-    del content["evaluator"]["metric_before"]
-    torch.save(content, newest)
-    caplog.set_level("INFO")
-    run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
-    assert "validation PSNR before the first step: 12.34 dB" in caplog.text
 
 
 @pytest.mark.parametrize("before, warned", [(0.0, False), (99.0, True)])
@@ -275,17 +302,95 @@ def test_no_whole_checkpoint_is_an_error_and_loses_nothing(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def cosine(network, t_total: int, **settings):
+    optimizer = torch.optim.AdamW(network.parameters(), **settings)
+    return WarmupCosineSchedule(optimizer, warmup_steps=1, t_total=t_total)
+
+
+def go_on(folder, before: dict, now: dict) -> tuple[WarmupCosineSchedule, torch.optim.Optimizer, list[float]]:
+    """Two epochs of three steps with one schedule, then two with another: it, its optimizer, and the rates of its steps."""
+    rates: list[float] = []
+    for epochs, settings in ((2, before), (4, now)):
+        network = small_network()
+        schedule = cosine(network, **settings)
+        rates.clear()
+        run_with_checkpoints(folder, network, epochs, resume=epochs > 2, schedule=schedule, rates=rates)
+    return schedule, schedule.optimizer, rates
+
+
+def rates_of(num_steps: int, **settings) -> list[float]:
+    """Rates of all steps of an uninterrupted run."""
+    schedule, rates = cosine(torch.nn.Linear(1, 1), **settings), []
+    for _ in range(num_steps):
+        rates.append(schedule.optimizer.param_groups[0]["lr"])
+        schedule.optimizer.step()
+        schedule.step()
+    return rates
+
+
 def test_longer_run_stretches_the_schedule(tmp_path):
-    """The learning rate follows the new length, and not that of the checkpoint, where it would rise again."""
+    """The learning rate follows the new length from the first step, and not that of the checkpoint, where it would rise."""
+    schedule, _, rates = go_on(tmp_path, {"t_total": 6, "lr": 1e-3}, {"t_total": 12, "lr": 1e-3})
+    assert (schedule.t_total, schedule.last_epoch) == (12, 12)
+    assert rates == rates_of(12, t_total=12, lr=1e-3)[6:]
 
-    def schedule_of(t_total):
-        return WarmupCosineSchedule(torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), warmup_steps=1, t_total=t_total)
 
-    first, second = schedule_of(6), schedule_of(12)
-    first.last_epoch = 4
-    run_with_checkpoints(tmp_path, small_network(), 2, schedule=first)
-    run_with_checkpoints(tmp_path, small_network(), 4, schedule=second, resume=True)
-    assert (second.t_total, second.last_epoch) == (12, 4)
+def test_rate_and_weight_decay_of_a_resumed_run_are_its_own(tmp_path):
+    _, optimizer, rates = go_on(tmp_path, {"t_total": 12, "lr": 1e-3}, {"t_total": 12, "lr": 1e-5, "weight_decay": 0.3})
+    assert rates == rates_of(12, t_total=12, lr=1e-5)[6:]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_rate_of_another_schedule_is_scaled(tmp_path):
+    """Such as PyTorch's, which compute a rate from the one before."""
+    rates: list[float] = []
+    for epochs, lr in ((1, 0.8), (2, 0.08)):
+        network = small_network()
+        schedule = torch.optim.lr_scheduler.StepLR(torch.optim.AdamW(network.parameters(), lr=lr), 2, gamma=0.5)
+        rates.clear()
+        run_with_checkpoints(tmp_path, network, epochs, resume=epochs > 1, schedule=schedule, rates=rates)
+    assert rates == pytest.approx([0.04, 0.02, 0.02])
+
+
+def test_settings_that_changed_are_one_line_of_the_log(tmp_path, caplog):
+    caplog.set_level("INFO")
+    before = {"lr": 0.001, "kl_weight": 1e-8, "optimizer": {"weight_decay": 0.1, "lr": "@lr"}, "resume": False}
+    now = {"lr": 0.00001, "kl_weight": 1e-8, "optimizer": {"weight_decay": 0.2, "lr": "@lr"}, "resume": True}
+    run_with_checkpoints(tmp_path, small_network(), 1, config=before)
+    run_with_checkpoints(tmp_path, small_network(), 2, config=now, resume=True)
+    run_with_checkpoints(tmp_path, small_network(), 3, config=now, resume=True)
+    (line,) = (record.message for record in caplog.records if record.message.startswith("settings that changed"))
+    assert line.endswith("written: `lr` is 0.001 there and 1e-05 here; `optimizer#weight_decay` is 0.1 there and 0.2 here")
+
+
+def scores_of(monkeypatch, *values: float) -> None:
+    """The PSNR of the validations to come."""
+    scores = {"psnr": iter(values), "trilinear_psnr": iter([0.0] * len(values))}
+    monkeypatch.setattr("monai.handlers.PeakSignalToNoiseRatio.compute", lambda self: next(scores[self._name]))
+
+
+def best_of(folder) -> float:
+    return json.loads((folder / "model.json").read_text())["trained"]["best_metric"]
+
+
+def test_other_validation_volumes_are_named_and_start_a_new_best_metric(tmp_path, caplog, monkeypatch):
+    scores_of(monkeypatch, 1.0, 30.0, 20.0)
+    run_with_checkpoints(tmp_path, small_network(), 2)
+    _, evaluator = run_with_checkpoints(tmp_path, small_network(), 4, resume=True, volumes=("b", "c"))
+    new, gone = (os.path.relpath(f"/data/{name}.nii.gz") for name in "ca")
+    assert f"new are {new}; gone are {gone}. The best metric starts anew" in caplog.text
+    assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (20.0, 4)
+    assert not hasattr(evaluator.state, "metric_before")
+    assert best_of(tmp_path) == 20.0
+
+
+def test_metric_that_is_nan_is_never_the_best(tmp_path, monkeypatch):
+    scores_of(monkeypatch, 1.0, math.nan, 20.0, math.nan)
+    run_with_checkpoints(tmp_path, small_network(), 2)
+    assert not (tmp_path / WEIGHTS).exists()
+    _, evaluator = run_with_checkpoints(tmp_path, small_network(), 5, resume=True)
+    assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (20.0, 4)
+    assert best_of(tmp_path) == 20.0
 
 
 def test_other_number_of_batches_goes_on_at_an_epoch(tmp_path, caplog):

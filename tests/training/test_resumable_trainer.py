@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.engines import SupervisedEvaluator
-from monai.handlers import MeanSquaredError, ValidationHandler, from_engine
+from monai.handlers import MeanSquaredError, from_engine
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from scripts.training import (
-    InitialWeights,
     RepeatableBatchSampler,
-    RepeatableOrder,
     ResumableTrainer,
-    TrainingSaver,
-    WeightAverage,
+    RunHandlers,
     moving_average,
 )
 
@@ -70,12 +67,11 @@ def run(folder, epochs: int, resume: bool = False) -> dict[str, torch.Tensor]:
         loss_function=torch.nn.functional.mse_loss,
         prepare_batch=noisy,
         amp_dtype="bfloat16",
+        average=average,
         train_handlers=[
-            InitialWeights(network, average, ckpt_dir=str(folder), resume=resume, to_load=state, evaluator=evaluator),
-            RepeatableOrder(sampler, seed=0),
-            WeightAverage(average, network),
-            ValidationHandler(interval=1, validator=evaluator),
-            TrainingSaver(str(folder), network, state, evaluator),
+            RunHandlers(
+                network, evaluator, state=state, val_interval=1, ckpt_dir=str(folder), resume=resume, average=average
+            )
         ],
     )
     trainer.run()

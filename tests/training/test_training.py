@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import pytest
@@ -17,7 +18,8 @@ from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.initial_weights import InitialWeights
 from scripts.training.losses import LossTerm, ReconstructionLoss, SpectralLoss, kl_divergence, perceptual_loss
-from scripts.training.weight_average import WeightAverage, moving_average
+from scripts.training.resumable_trainer import moving_average
+from scripts.training.run_state import RunState
 
 
 def small_network(**arguments) -> AutoencoderKL:
@@ -229,7 +231,7 @@ def test_average_follows_the_weights_and_grows_longer():
 def test_average_is_updated_once_a_step():
     network = small_network()
     average = AveragedModel(network, multi_avg_fn=moving_average(0.9))
-    trainer_of(network, images(5), handlers=[WeightAverage(average, network)], accumulation_steps=2).run()
+    trainer_of(network, images(5), average=average, accumulation_steps=2).run()
     assert average.n_averaged == 3
 
 
@@ -238,8 +240,8 @@ def test_average_starts_as_the_network_does_in_a_new_run(monkeypatch):
     average = AveragedModel(network)
     network.post_quant_conv.conv.weight.data.add_(1)  # as a handler that loads weights would
     for resumed, same in ((True, False), (False, True)):
-        monkeypatch.setattr("scripts.training.initial_weights.resume_run", lambda *args, resumed=resumed: resumed)
-        start = InitialWeights(network, average, ckpt_dir="", resume=True, to_load={}, evaluator=None)
+        monkeypatch.setattr(InitialWeights, "_resume", lambda *args, resumed=resumed: resumed)
+        start = InitialWeights(RunState(network, {}, evaluator=None), "", resume=True, average=average)
         trainer_of(network, images(1), handlers=[start]).fire_event(Events.STARTED)
         assert torch.equal(snapshot(average.module), snapshot(network)) == same
 
@@ -268,6 +270,24 @@ def test_an_epoch_that_the_accumulation_does_not_divide_uses_all_its_batches():
     trainer.optimizer.step = lambda *args, **kwargs: (steps.append(trainer.state.iteration), step(*args, **kwargs))
     trainer.run()
     assert steps == [2, 4, 5]
+
+
+@pytest.mark.parametrize("adv_warmup_epochs", [0, 1])
+def test_schedules_follow_the_steps_of_their_optimizers(adv_warmup_epochs):
+    """Also where batches accumulate, and before the adversary's warm-up is over; PyTorch warns of another order."""
+    network, adversary, rates = small_network(), adversary_of(warmup_epochs=adv_warmup_epochs), []
+    trainer = trainer_of(network, images(4), accumulation_steps=2, adversary=adversary, max_epochs=2)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1 / (1 + step))
+    for optimizer in (trainer.optimizer, adversary.optimizer):
+        optimizer.register_step_pre_hook(
+            lambda optimizer, *_: rates.append((optimizer is trainer.optimizer, optimizer.param_groups[0]["lr"]))
+        )
+    with warnings.catch_warnings(action="error"):
+        trainer.run()
+    assert [rate for own, rate in rates if own] == pytest.approx([1e-3 / n for n in range(1, 5)])
+    count = 4 - 2 * adv_warmup_epochs
+    assert (trainer.lr_scheduler.last_epoch, adversary.lr_scheduler.last_epoch) == (4, count)
+    assert [rate for own, rate in rates if not own] == pytest.approx([0.01] * count, rel=1e-3)
 
 
 def test_gradients_are_clipped():

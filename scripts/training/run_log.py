@@ -1,11 +1,11 @@
-"""What a training run reports while it runs: factors at the start, progress, throughput, the metric before and after."""
+"""What a training run reports: factors at the start, progress, throughput, curves, the metric before and after."""
 
 from __future__ import annotations
 
 import logging
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -22,8 +22,9 @@ from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import by
 from scripts.training.resumable_trainer import ResumableTrainer
 
-__all__ = ["BeforeAndAfter", "Throughput", "TrainingProgress", "log_factors"]
+__all__ = ["BeforeAndAfter", "Curves", "Throughput", "TrainingProgress", "log_factors"]
 
+THROUGHPUT = ("volumes_per_second", "data_wait")
 logger = logging.getLogger(__name__)
 
 
@@ -91,16 +92,11 @@ class TrainingProgress:
 class Throughput:
     """
     Trainer handler that logs after every epoch how many volumes were trained on per second, by all processes, and the share
-    of the time that was spent waiting for data: a large share means that the loader is too slow. It must come before
-    validation in the list of handlers. (Ignite's ``Frequency`` rounds down to whole volumes, and its profilers measure the
-    whole run.)
-
-    Args:
-        summary_writer: where to add both as curves, at the epoch as step.
+    of the time that was spent waiting for data: a large share means that the loader is too slow. It must be attached before
+    validation. (Ignite's ``Frequency`` rounds down to whole volumes, and its profilers measure the whole run.)
     """
 
-    def __init__(self, summary_writer: SummaryWriter | None = None) -> None:
-        self.summary_writer = summary_writer
+    def __init__(self) -> None:
         self.epoch, self.waiting = Timer(), Timer()
         self.volumes = 0
 
@@ -120,15 +116,51 @@ class Throughput:
 
     def _log(self, engine: Trainer) -> None:
         seconds = self.epoch.value()
-        values = {"volumes_per_second": self.volumes / seconds, "data_wait": self.waiting.value() / seconds}
-        engine.state.metrics |= values
+        volumes, waiting = self.volumes / seconds, self.waiting.value() / seconds
+        engine.state.metrics |= {"volumes_per_second": volumes, "data_wait": waiting}
         logger.info(
-            f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {values['volumes_per_second']:.3g} volumes/s, "
-            f"{values['data_wait']:.0%} of the time waiting for data"
+            f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {volumes:.3g} volumes/s, "
+            f"{waiting:.0%} of the time waiting for data"
         )
-        if self.summary_writer is not None:
-            for name, value in values.items():
-                self.summary_writer.add_scalar(name, value, engine.state.epoch)
+
+
+class Curves:
+    """
+    Trainer handler that writes TensorBoard's curves: learning rate and losses of every iteration, throughput and metrics of
+    every epoch, all by the number of the iteration. So a resumed run hides what was written after its checkpoint, and a new
+    run what an earlier one left in the folder.
+
+    Args:
+        writer: writer of the run's folder.
+        evaluator: validation engine, whose metrics are written.
+        overwrite: whether a new run removes the curves of an earlier one.
+    """
+
+    def __init__(self, writer: SummaryWriter, evaluator: Evaluator, overwrite: bool = False) -> None:
+        self.writer = writer
+        self.evaluator: Any = evaluator
+        self.overwrite = overwrite
+
+    def attach(self, engine: ResumableTrainer) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write_losses)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self._write(engine, THROUGHPUT, engine.state.metrics))
+        self.evaluator.add_event_handler(Events.COMPLETED, lambda: self._write(engine, None, self.evaluator.state.metrics))
+
+    def _start(self, engine: ResumableTrainer) -> None:
+        self.writer.close()  # the next event opens a new file, which starts with the step from which others are hidden
+        if engine.state.iteration == 0 and self.overwrite:
+            for path in Path(self.writer.log_dir).glob("events.out.tfevents.*"):
+                path.unlink()
+        self.writer.purge_step = engine.state.iteration + 1 if engine.state.iteration else 0
+
+    def _write_losses(self, engine: ResumableTrainer) -> None:
+        rate = engine.optimizer.param_groups[0]["lr"]
+        self._write(engine, ("lr", *engine.loss_names), {**engine.state.output[0], "lr": rate})
+
+    def _write(self, engine: ResumableTrainer, names: Sequence[str] | None, values: Mapping[str, Any]) -> None:
+        for name in names or values:
+            self.writer.add_scalar(name, values[name], engine.state.iteration)
 
 
 class BeforeAndAfter:
@@ -138,12 +170,11 @@ class BeforeAndAfter:
     better gets a warning.
 
     Args:
-        validator: the validation engine.
-        name: of its key metric, as the log shows it.
-        unit: of the key metric and of those that it is compared with, as the log shows it.
+        validator: validation engine.
+        name: name of its key metric in the log.
+        unit: unit of the key metric, and of those that it is compared with, in the log.
         compare: further metrics of the engine to compare the key metric with: ``{text: name of the metric}``.
-        files: what the run has written: ``{text: path}``.
-        metric_cmp_fn: of the validation engine: whether the first value of the key metric is better than the second.
+        files: files that the run has written: ``{text: path}``.
     """
 
     def __init__(
@@ -153,12 +184,10 @@ class BeforeAndAfter:
         unit: str = "",
         compare: Mapping[str, str] | None = None,
         files: Mapping[str, str] | None = None,
-        metric_cmp_fn: Callable[[float, float], bool] = operator.gt,
     ) -> None:
         self.validator: Any = validator
         self.name, self.unit = name, unit
         self.compare, self.files = compare or {}, files or {}
-        self.metric_cmp_fn = metric_cmp_fn
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self._validate_before)
@@ -193,7 +222,7 @@ class BeforeAndAfter:
         width = max(map(len, rows))
         lines = [f"{text:<{width}} {value}" for text, value in rows.items()]
         logger.info("\n  ".join(["training is complete", *lines, *(f"{text}: {path}" for text, path in self.files.items())]))
-        if hasattr(state, "metric_before") and not self.metric_cmp_fn(state.best_metric, state.metric_before):
+        if hasattr(state, "metric_before") and not self.validator.metric_cmp_fn(state.best_metric, state.metric_before):
             logger.warning(
                 "no validation was better than the one before the first step: these weights are no better than those that "
                 "the run began with. Train longer, or with another `lr`."

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class StopOnSignal:
     """
     Trainer handler: on SIGTERM or SIGINT within an epoch, the trainer finishes the step that it is in and terminates, and
-    the process ends with the exit code that a shell gives to the signal, 143 or 130. ``TrainingSaver``, which must come
-    before it in the list, writes a checkpoint then. A validation is stopped as soon as the operation that it is in returns,
+    the process ends with the exit code that a shell gives to the signal, 143 or 130. ``TrainingSaver``, which must be
+    attached before it, writes a checkpoint then. A validation is stopped as soon as the operation that it is in returns,
     and its metrics are discarded. Before the first epoch and after the last there is nothing to save, and
     :py:func:`scripts.bundle.end_on_signals` applies.
 
@@ -33,7 +33,7 @@ class StopOnSignal:
     second SIGINT ends the process at once.
 
     Args:
-        evaluator: the validation engine.
+        evaluator: validation engine.
         ckpt_dir: folder of the checkpoints, for the log.
     """
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scripts.bundle.precision import Precision
-from scripts.training.checkpoints import find_checkpoints
-from scripts.training.precision_of_checkpoints import resumed_precision
+from scripts.training.checkpoints import find_checkpoints, resumed_precision
 from tests.conftest import save_volume
 from tests.training.test_checkpoints import run_with_checkpoints
 from tests.training.test_training import small_network
@@ -19,7 +18,7 @@ OF_THE_DEVICE = Precision("cpu", False, "bfloat16", "that of the device")
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """A device whose default is float32."""
-    monkeypatch.setattr("scripts.training.precision_of_checkpoints.choose_precision", lambda device: OF_THE_DEVICE)
+    monkeypatch.setattr("scripts.training.checkpoints.choose_precision", lambda device: OF_THE_DEVICE)
 
 
 @pytest.mark.parametrize("amp, amp_dtype", [(True, "bfloat16"), (True, "float16"), (False, "bfloat16")])
