@@ -37,7 +37,6 @@ from monai.data import MetaTensor
 from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
 from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
-from scripts.training.shortcut_fit import CODE_PATCHES, NEIGHBOUR_PATCHES
 
 from benchmarks.machine import described
 from benchmarks.networks import total_factors
@@ -58,6 +57,7 @@ from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.config_keys import read_plan
 from scripts.planning.training_costs import training_cost
 from scripts.training import InitialWeights, RepeatableOrder, RunState
+from scripts.training.initial_weights import CODE_PATCHES, NEIGHBOUR_PATCHES
 from scripts.training.repeatable_batches import training_patches
 
 RESULTS = Path("eval/quality")

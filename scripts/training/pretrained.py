@@ -14,7 +14,6 @@ import torch
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, named_as_here
 from scripts.bundle.weights import read_weights, what_differs
-from scripts.layers.factors import by
 
 __all__ = ["load_pretrained"]
 
@@ -153,53 +152,36 @@ def _match(
     """The layers that fit, by place, under the names of ``target``; and for each other one its name and why it does not."""
     taken = {}
     reasons = [f"{source[place][0]} of the file, which has no place here" for place in source if place not in target]
+    corrections = ENDS if "shortcut" in target and "shortcut" not in source else ()
     for place, (name, tensors) in target.items():
         if place not in source:
             reasons.append(f"{name}, which is missing there")
-        elif (before := _factor(place, source_arguments)) != (now := _factor(place, arguments)):
-            reasons.append(f"{name}, whose factor is {before} there and {now} here")
-        elif (before := _norm(place, source_arguments)) != (now := _norm(place, arguments)):
-            reasons.append(f"{name}, whose norm is {before} there and {now} here")
-        elif difference := _difference(source[place][1], tensors):
-            reasons.append(f"{name}, where {difference}")
+            continue
+        there, here = _properties(place, source[place][1], source_arguments), _properties(place, tensors, arguments)
+        differing = next((key for key in {**here, **there} if here.get(key) != there.get(key)), None)
+        if differing:
+            reasons.append(f"{name}, whose `{differing}` is {there.get(differing)} there and {here.get(differing)} here")
+        elif place in corrections:
+            reasons.append(f"{name}, which is a small correction of the linear shortcut here")
         else:
             taken[place] = (name, source[place][1])
-    if "shortcut" in target and "shortcut" not in source:
-        for place in [place for place in ENDS if place in taken]:
-            name, _ = taken.pop(place)
-            reasons.append(f"{name}, which is a small correction of the linear shortcut here")
     return taken, reasons
 
 
-def _factor(place: str, arguments: dict[str, Any]) -> Any:
-    """The factor of a layer that changes the resolution, and how it does so. Neither always shows in a shape."""
-    mode = arguments.get("upsample_mode", "nearest")
-    enlarges = [mode] if place.startswith("decoder ") and mode != "nearest" else []
+def _properties(place: str, tensors: dict[str, torch.Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a layer computes: its factor, how it enlarges, and its norm, which show in no shape; and the shapes."""
+    found: dict[str, Any] = {}
     if place in ("encoder first", "decoder last", "decoder.refine"):
-        initial = arguments["initial_downsample_factor"]
-        return initial if max(initial) == 1 else (initial, arguments["initial_mode"], *enlarges)
-    _, _, step = place.partition(" step ")
-    factor = dict(enumerate(arguments["downsample_factors"])).get(int(step)) if step else None
-    return (factor, *enlarges) if factor and enlarges else factor
-
-
-def _norm(place: str, arguments: dict[str, Any]) -> str | None:
-    """The kind of norm that a layer has, which shows in no shape; None for a layer without one."""
-    has_norm = re.search(r" (norm|(residual|attention) \d+)$", place)
-    return arguments.get("norm", "group") if has_norm else None
-
-
-def _difference(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> str:
-    for name in sorted(target.keys() ^ source.keys()):
-        return f"`{name}` is only {'here' if name in target else 'there'}"
-    for name, tensor in target.items():
-        if source[name].shape != tensor.shape:
-            return f"`{name}` is {_shape(source[name])} there and {_shape(tensor)} here"
-    return ""
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return by(tensor.shape) or "a number"
+        found["factor"] = arguments["initial_downsample_factor"]
+        if max(found["factor"]) > 1:
+            found["initial_mode"] = arguments["initial_mode"]
+    elif " step " in place:
+        found["factor"] = dict(enumerate(arguments["downsample_factors"])).get(int(place.rpartition(" ")[2]))
+    if place.startswith("decoder ") and max(found.get("factor") or [1]) > 1:
+        found["upsample_mode"] = arguments.get("upsample_mode", "nearest")
+    if re.search(r" (norm|(residual|attention) \d+)$", place):
+        found["norm"] = arguments.get("norm", "group")
+    return found | {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _merged(layers: dict[str, Layer]) -> dict[str, torch.Tensor]:

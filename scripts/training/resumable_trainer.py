@@ -200,8 +200,7 @@ class ResumableTrainer(SupervisedTrainer):
             raise FloatingPointError(
                 f"{self.nonfinite_steps} steps in a row were not finite (`max_nonfinite_steps`), the last at iteration "
                 f"{self.state.iteration}, because of {where}. The last finite losses were: {last or 'none'}. The weights "
-                "have not changed since. Look at the volume, lower `lr` or set `amp` to false, and go on with "
-                "`--resume true`."
+                "have not changed since. Look at the volume; `--resume true` goes on, with a lower `--lr` or `--amp false`."
             )
 
 

@@ -166,8 +166,8 @@ def test_layers_of_other_factors_are_named_though_their_shapes_agree(tmp_path, c
     target.load_state_dict(target.state_dict())
     load_pretrained(target, tmp_path / "model.pt")
     assert messages(caplog) == [
-        "encoder.blocks.2, whose factor is [2, 2, 2] there and [1, 1, 1] here",
-        "decoder.blocks.2, whose factor is [2, 2, 2] there and [1, 1, 1] here",
+        "encoder.blocks.2, whose `factor` is [2, 2, 2] there and [1, 1, 1] here",
+        "decoder.blocks.2, whose `factor` is [2, 2, 2] there and [1, 1, 1] here",
     ]
     source, found = randomised(plain()).state_dict(), target.state_dict()
     assert torch.equal(found["encoder.blocks.2.conv.conv.weight"], before)
@@ -177,14 +177,14 @@ def test_layers_of_other_factors_are_named_though_their_shapes_agree(tmp_path, c
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"downsample_factors": [4]}, ["encoder.blocks.2, whose factor is [2, 2, 2] there and [4, 4, 4] here"]),
+        ({"downsample_factors": [4]}, ["encoder.blocks.2, whose `factor` is [2, 2, 2] there and [4, 4, 4] here"]),
         (
             {"initial_downsample_factor": 2},
-            ["encoder.blocks.0, whose factor is [1, 1, 1] there", "decoder.blocks.5, whose factor is [1, 1, 1] there"],
+            ["encoder.blocks.0, whose `factor` is [1, 1, 1] there", "decoder.blocks.5, whose `factor` is [1, 1, 1] there"],
         ),
-        ({"latent_channels": 5}, ["quant_conv_mu, where `conv.weight` is 3x3x1x1x1 there and 5x5x1x1x1 here"]),
-        ({"in_channels": 2}, ["encoder.blocks.0, where `conv.weight` is 4x1x3x3x3 there and 4x2x3x3x3 here"]),
-        ({"use_convtranspose": True}, ["decoder.blocks.2, where `deconv.bias` is only here"]),
+        ({"latent_channels": 5}, ["quant_conv_mu, whose `conv.weight` is [3, 3, 1, 1, 1] there and [5, 5, 1, 1, 1] here"]),
+        ({"in_channels": 2}, ["encoder.blocks.0, whose `conv.weight` is [4, 1, 3, 3, 3] there and [4, 2, 3, 3, 3] here"]),
+        ({"use_convtranspose": True}, ["decoder.blocks.2, whose `deconv.weight` is None there and"]),
         ({"num_res_blocks": 2}, ["encoder.blocks.2, which is missing there", "decoder.blocks.2, which is missing there"]),
         ({"channels": (4,), "attention_levels": (False,)}, ["encoder.blocks.3 of the file, which has no place here"]),
     ],
@@ -244,7 +244,7 @@ def test_layers_with_another_norm_are_named_and_left_out(tmp_path, caplog):
     load_pretrained(target, tmp_path / "monai.pt")
     assert torch.equal(target.encoder.blocks[1].conv1.conv.weight, before)
     assert torch.equal(target.encoder.blocks[0].conv.weight, source.encoder.blocks[0].conv.weight)
-    assert "encoder.blocks.1, whose norm is group there and rms here" in messages(caplog)
+    assert "encoder.blocks.1, whose `norm` is group there and rms here" in messages(caplog)
     with pytest.raises(
         ValueError, match=r'no monai.json beside it.*MONAI\'s network.*presets/4x.json, or set `norm` to "group"'
     ):
