@@ -33,9 +33,6 @@ class Muon(Optimizer):
         betas: AdamW's decay rates of the mean gradient and of its mean square.
         eps: AdamW's term that keeps the denominator from zero.
         weight_decay: share of a parameter, times the learning rate, by which it shrinks at each step.
-
-    Raises:
-        ValueError: for a negative learning rate.
     """
 
     def __init__(
@@ -47,8 +44,6 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
-        if not lr >= 0:
-            raise ValueError(f"`lr` is {lr!r}; it must be a number from 0 on.")
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 

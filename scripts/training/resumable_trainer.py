@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.bundle.json_files import PositiveInt, checked
 from scripts.bundle.precision import autocast_dtype
 
 __all__ = ["Output", "ResumableTrainer", "moving_average"]
@@ -47,7 +46,6 @@ class ResumableTrainer(SupervisedTrainer):
         exit_code: exit code of the process when ``run`` ends, if it is not 0.
 
     Raises:
-        ValueError: for a number of epochs that is no positive integer.
         FloatingPointError: when training, after ``max_nonfinite_steps``, with the files of the batch and the last finite
             losses.
     """
@@ -62,7 +60,6 @@ class ResumableTrainer(SupervisedTrainer):
         max_nonfinite_steps: int = 10,
         **kwargs: Any,
     ) -> None:
-        checked(kwargs["max_epochs"], PositiveInt, "epochs")
         super().__init__(decollate=False, **kwargs)  # handlers read scalars only
         self.lr_scheduler = lr_scheduler
         self.average = average
