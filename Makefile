@@ -3,6 +3,7 @@
 # make gpu: everything that this bundle claims of GPUs, run and measured on the one that is there; ARGS="--device cpu" runs it small.
 # make quality: train every row of the quality tables.   make weights: train the shipped weights again, from nothing, in hours.
 # make release: the bundle as one file to share, in dist/.   make lint: the checks of style and types.
+# The first of them installs into .venv: train and generate what a run needs, the others also what tests and benchmarks need.
 # Further config keys are given in ARGS: make train ARGS="--epochs 200 --dataset_dir /data/mine"
 
 PYTHON ?= python3
@@ -46,20 +47,20 @@ generate: .venv/installed
 			--num_samples 2 --conditions "{'skull': '$$skull'}" $(SAMPLING) || exit 1; \
 	done
 
-test: .venv/installed
+test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-bench: .venv/installed
+bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE)
 	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.planning_requests
 	$(BIN)/python -m benchmarks.generator_memory
 	$(BIN)/python -m benchmarks.loop --device $(DEVICE)
 
-gpu: .venv/installed
+gpu: .venv/installed-dev
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-quality: .venv/installed
+quality: .venv/installed-dev
 	$(BIN)/python -m benchmarks.quality rows $(ARGS)
 	$(BIN)/python -m benchmarks.quality tables
 	$(BIN)/python -m benchmarks.quality plot
@@ -76,21 +77,25 @@ weights: data/clinical/dataset.json
 	$(CODEC_16X) --output_dir $(WEIGHTS)/16x_fourth --pretrained $(WEIGHTS)/16x_third/checkpoints/model.pt --mse_weight 100 \
 		--further_repeats 60 --head_patches 12 --procedural_volumes 8 --repeats 1 --epochs 40 --val_interval 5 --seed 3
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clinical-data: .venv/installed
+clinical-data: .venv/installed-dev
 	$(BIN)/python -m scripts.data.clinical_volumes $(ARGS)
 
-data/clinical/dataset.json: | .venv/installed
+data/clinical/dataset.json: | .venv/installed-dev
 	$(BIN)/python -m scripts.data.clinical_volumes
 
-release: .venv/installed
+release: .venv/installed-dev
 	$(BIN)/python -m scripts.bundle.release $(ARGS)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[features]"
+	touch $@
+
+.venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
