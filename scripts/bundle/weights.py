@@ -14,8 +14,9 @@ import pickle
 import re
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from ignite.engine import Engine, Events
@@ -23,10 +24,11 @@ from ignite.engine import Engine, Events
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, serialise, write_atomically
 from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, is_of_this_bundle, named_as_here
-from scripts.bundle.json_files import SHA256, read_json, shortened
+from scripts.bundle.json_files import Must, PositiveInt, Sha256, checked, read_dataclass, read_json, shortened
 
 __all__ = [
     "NETWORK",
+    "NetworkArguments",
     "WeightsLoader",
     "check_arguments",
     "load_weights",
@@ -37,6 +39,39 @@ __all__ = [
     "what_differs",
     "what_is_wrong",
 ]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Those arguments of an AutoencoderKL that are used; the others are only compared with another network's."""
+
+    spatial_dims: Literal[1, 2, 3]
+    channels: list[PositiveInt]
+    downsample_factors: list[list[PositiveInt]]
+    initial_downsample_factor: list[PositiveInt]
+    initial_mode: str
+
+
+NetworkArguments = Annotated[
+    dict[str, Any], Must("the arguments of an AutoencoderKL", lambda found: checked(found, _Network, "network"))
+]
+
+
+@dataclass(frozen=True)
+class Description:
+    """
+    The JSON file beside the weights of an autoencoder, as far as loading needs it.
+
+    Args:
+        network: arguments of the network.
+        sha256: hash of the weights.
+        sha256_before: hash of the weights that they replaced.
+    """
+
+    network: NetworkArguments | None = None
+    sha256: Sha256 | None = None
+    sha256_before: Sha256 | None = None
+
 
 _FACTORS = {
     "type": "array",
@@ -57,11 +92,6 @@ NETWORK = {  # schema of a network's arguments: those that are used; others are 
         "initial_mode": {"type": "string", "description": "text"},
     },
     "description": "the arguments of an AutoencoderKL",
-}
-DESCRIPTION = {
-    "type": "object",
-    "properties": {"network": NETWORK, "sha256": SHA256, "sha256_before": SHA256},
-    "description": "an object with `network` and `sha256`",
 }
 FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # torch's message where it refuses code
 logger = logging.getLogger(__name__)
@@ -111,19 +141,11 @@ def load_weights(network: Any, path: str | Path) -> None:
     try:
         network.load_state_dict(content)
     except Exception as error:  # whatever is in the file
+        problems = " ".join(textwrap.shorten(line, 160) for line in str(error).splitlines()[1:4])
         raise ValueError(
-            f"{path} cannot be loaded into this network ({_first_problems(error)}). Set `channels`, `num_res_blocks`, "
-            "`latent_channels`, the factors and the rest, or the preset, to those that the weights were trained with."
+            f"{path} cannot be loaded into this network: {problems} Set the arguments that the weights were trained with."
         ) from None
     logger.info(f"loaded the weights {path}")
-
-
-def _first_problems(error: Exception, count: int = 3, length: int = 160) -> str:
-    """The first lines of PyTorch's list of all names and shapes that differ, which is as long as the network is deep."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    shown = [textwrap.shorten(line, length, placeholder=" ...") for line in lines[1 : count + 1] or lines[:1]]
-    more = len(lines) - 1 - len(shown)
-    return " ".join(shown) + (f" and {more} more lines" if more > 0 else "")
 
 
 def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[str, Any]:
@@ -154,17 +176,14 @@ def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[
     return state if state.keys() == keys else named_as_here(state)
 
 
-def read_weights(
-    path: str | Path, schema: Mapping[str, Any] = DESCRIPTION, wanted: str = ""
-) -> tuple[Any, dict[str, Any] | None]:
+def read_weights(path: str | Path, kind: Any = Description, wanted: str = "") -> tuple[Any, dict[str, Any] | None]:
     """
     Read a file of weights. No code in it is run.
 
     Args:
-        path: of the weights.
-        schema: what the JSON file beside them must hold; by default, the description of an autoencoder.
-        wanted: a sentence for the error where there are none, with the argument that names them if it is neither
-            ``ckpt_dir`` nor ``pretrained``.
+        path: file of weights.
+        kind: dataclass of the JSON file beside them, with ``network``, ``sha256`` and ``sha256_before``.
+        wanted: sentence for the error where there are none, with the argument that names them.
 
     Returns:
         what the file holds, on the CPU, and the arguments of its network from the JSON file beside it, None without one.
@@ -175,38 +194,31 @@ def read_weights(
     """
     path = Path(path)
     if not path.is_file():
-        advice = f"{wanted} {_advice(path)}." if wanted else f"{_advice(path)}, or set `ckpt_dir` or `pretrained` to others."
-        raise FileNotFoundError(f"there are no weights at {path}. {advice}")
+        wanted = wanted or "Train first, or set `ckpt_dir` or `pretrained` to others."
+        raise FileNotFoundError(f"there are no weights at {path}. {wanted}")
     content = path.read_bytes()
-    description = read_description(path, schema)
-    if description and content_hash(content) not in (description["sha256"], description.get("sha256_before")):
+    description = read_description(path, kind)
+    if isinstance(description, dict):  # of a kind that is still a schema
+        description = Description(description["network"], description["sha256"], description.get("sha256_before"))
+    if description and content_hash(content) not in (description.sha256, description.sha256_before):
         raise ValueError(
             f"{path} is not the file that {path.with_suffix('.json')} describes: it was changed or damaged. "
             "Restore the pair, or remove the description if you trust the weights."
         )
-    arguments = description["network"] if description else None
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), arguments
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives raise errors of any type
         raise ValueError(f"{path} cannot be loaded: it {what_is_wrong(error)}.") from error
+    return weights, description.network if description else None
 
 
-def _advice(path: Path) -> str:
-    if any(path.parent.glob("checkpoint_*.pt")):
-        return (
-            f"The training run there has not written {path.name} yet; its next validation will. Go on with it "
-            "(`--resume true`)"
-        )
-    return "Train first"
-
-
-def read_description(weights: str | Path, schema: Mapping[str, Any] = DESCRIPTION) -> dict[str, Any] | None:
+def read_description(weights: str | Path, kind: Any = Description) -> Any:
     """
     What :py:func:`save_weights` wrote beside weights; None where there is no such file, or one of another program.
 
     Args:
-        weights: path of the weights.
-        schema: what the file must hold.
+        weights: file of weights.
+        kind: see :py:func:`read_weights`.
 
     Raises:
         ValueError: when it holds something else.
@@ -214,8 +226,13 @@ def read_description(weights: str | Path, schema: Mapping[str, Any] = DESCRIPTIO
     path = Path(weights).with_suffix(".json")
     if not path.is_file():
         return None
-    description = read_json(path, schema, advice="restore it, or remove it if you trust the weights")
-    return description if {"network", "sha256"} <= description.keys() else None
+    if isinstance(kind, Mapping):  # a JSON schema
+        return read_json(path, kind, advice="restore it, or remove it if you trust the weights")
+    try:
+        description = read_dataclass(path, kind)
+    except ValueError as error:
+        raise ValueError(f"{error} Restore the file, or remove it if you trust the weights.") from error
+    return description if description.network and description.sha256 else None
 
 
 def what_is_wrong(error: Exception) -> str:
@@ -248,24 +265,14 @@ def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | P
         path: of the file, for the error.
 
     Raises:
-        ValueError: when they differ, with the arguments that do and both values, and where there are weights that fit.
+        ValueError: when they differ, with the arguments that do and both values.
     """
     details = what_differs(saved, wanted)
     if details:
-        raise ValueError(f"{path} was made for another network: {details}. {_where_to_find_others(Path(path), wanted)}")
-
-
-def _where_to_find_others(path: Path, wanted: dict[str, Any]) -> str:
-    """Advice to one who loads weights of another network: those in a folder below, or in the one above, if they fit."""
-    config = "Use the config that it was trained with"
-    for description in (*sorted(path.parent.glob(f"*/{path.stem}.json")), path.parent.parent / f"{path.stem}.json"):
-        try:
-            found = read_description(description)
-        except ValueError:  # of something else than an autoencoder
-            continue
-        if found and not what_differs(found["network"], wanted):
-            return f"{config}, or the weights of your network in {description.parent} (`--ckpt_dir {description.parent}`)."
-    return f"{config}."
+        raise ValueError(
+            f"{path} was made for another network: {details}. Use the config that it was trained with, or other weights "
+            "(`ckpt_dir`)."
+        )
 
 
 class WeightsLoader:

@@ -177,7 +177,7 @@ def _exported(path: Path, given: dict[str, Any], image_channels: int, device: st
         described = read_description(path)
         if described is not None:
             with torch.device("meta"):
-                network = AutoencoderKL(**described["network"])
+                network = AutoencoderKL(**described.network)
             known = {name: getattr(network, name) for name in SIZE_OF_LATENT}
     known |= {name: given.pop(name) for name in SIZE_OF_LATENT if name in given}
     _refuse(given, f"{path} is a whole network")

@@ -157,7 +157,7 @@ def test_file_that_is_no_json_is_named_with_what_to_do(tmp_path, text):
     [
         ({"sha256": 5}, "`sha256` is 5; it must be a SHA-256"),
         ({"network": []}, r"`network` is \[\]; it must be the arguments of an AutoencoderKL"),
-        ({"network": {}}, "`network` has no `spatial_dims`"),
+        ({"network": {"spatial_dims": 4}}, "`network.spatial_dims` is 4; it must be 1 or 2 or 3"),
         (
             {"network": {"downsample_factors": [["2"]]}},
             r"`network.downsample_factors\[0\]\[0\]` is '2'; it must be a positive",
@@ -171,7 +171,7 @@ def test_description_of_weights_is_checked(tmp_path, change, words):
     if change.get("network"):
         change = {"network": {**description["network"], **change["network"]}}
     (tmp_path / "model.json").write_text(json.dumps({**description, **change}))
-    with pytest.raises(ValueError, match=rf"model\.json: {words}.*restore it"):
+    with pytest.raises(ValueError, match=rf"model\.json: {words}.*Restore the file"):
         load_weights(network, tmp_path / "model.pt")
 
 

@@ -208,7 +208,7 @@ def test_what_is_no_guide_is_told_by_its_name(generator, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoint_00000007.pt").touch()
-    with pytest.raises(FileNotFoundError, match=r"`guide` is .*\. The training run there has not written model\.pt yet"):
+    with pytest.raises(FileNotFoundError, match=r"`guide` is .*; it must be a file of weights"):
         load_guide(str(run / "model.pt"), generator, "cpu", torch.contiguous_format)
 
 

@@ -45,26 +45,6 @@ def test_weights_of_other_factors_are_refused_although_their_shapes_fit(tmp_path
         load_weights(other, tmp_path / "model.pt")
 
 
-def test_weights_of_another_network_name_the_folder_of_those_that_fit(tmp_path):
-    wide, narrow = small_network(channels=[8, 16]), small_network(channels=[8, 8])
-    save_weights(wide, tmp_path / "model.pt")
-    save_weights(narrow, tmp_path / "16x" / "model.pt")
-    (tmp_path / "generator").mkdir()
-    (tmp_path / "generator" / "model.json").write_text('{"network": {}, "sha256": ""}')  # not of an autoencoder
-    with pytest.raises(ValueError, match=r"or the weights of your network in .*16x \(`--ckpt_dir .*16x`\)\.$"):
-        load_weights(narrow, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=rf"of your network in {tmp_path} "):
-        load_weights(wide, tmp_path / "16x" / "model.pt")
-    with pytest.raises(ValueError, match=r"Use the config that it was trained with\.$"):
-        load_weights(small_network(channels=[16, 16]), tmp_path / "model.pt")
-
-
-def test_weights_of_a_run_that_has_not_validated_yet_get_an_error_that_says_so(tmp_path):
-    (tmp_path / "checkpoint_00000032.pt").touch()
-    with pytest.raises(FileNotFoundError, match=r"not written model.pt yet; its next validation will.*--resume true"):
-        load_weights(small_network(), tmp_path / "model.pt")
-
-
 def test_missing_damaged_and_unknown_weights(tmp_path, caplog):
     path = tmp_path / "model.pt"
     with pytest.raises(FileNotFoundError, match="no weights at"):

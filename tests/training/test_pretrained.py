@@ -258,7 +258,7 @@ def test_json_file_of_another_program_is_not_a_description(tmp_path):
     load_pretrained(target, tmp_path / "monai.pt")
     assert torch.equal(weights_of(target), weights_of(source))
     (tmp_path / "monai.json").write_text("{half")
-    with pytest.raises(ValueError, match="monai.json is no JSON file or a damaged one.*remove it"):
+    with pytest.raises(ValueError, match="monai.json is damaged, or not JSON.*remove it"):
         load_pretrained(target, tmp_path / "monai.pt")
 
 
