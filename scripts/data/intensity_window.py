@@ -18,7 +18,7 @@ from monai.utils import ImageMetaKey
 
 from scripts.data.missing_voxels import find_missing, pack_missing
 
-__all__ = ["ScaleIntensityWindowd", "intensity_window", "unscaled"]
+__all__ = ["ScaleIntensityWindowd", "intensity_window", "measured_voxels", "unscaled"]
 
 FEW = 0.1  # percent of the voxels
 FAR = 0.1  # of the window; in clinical CT and MR the minimum is at most 0.01 of it below the 0.1st percentile
@@ -59,6 +59,38 @@ def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) 
     """
     bottom, top = (_per_channel(values.new_tensor(side), values) for side in (low, high))
     return values * (top - bottom) + bottom
+
+
+def measured_voxels(channels: torch.Tensor, name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    The voxels that decide about an intensity window.
+
+    Args:
+        channels: ``CxHxWxD``.
+        name: of the file, for errors.
+
+    Returns:
+        masks of the others, see :py:func:`scripts.data.missing_voxels.find_missing`; and the voxels of each channel by its
+        name for messages, of any shape.
+
+    Raises:
+        ValueError: for a channel that is constant or nearly all of whose voxels are missing, with text that starts with
+            ``name``.
+    """
+    missing, measured = find_missing(channels), {}
+    present = ~torch.stack([*missing.values()]).any(0) if missing else None
+    for index, channel in enumerate(channels):
+        about = f"{name} (channel {index})" if len(channels) > 1 else name
+        if present is not None:
+            share = 1 - present[index].float().mean().item()
+            if share > MOST_MISSING:
+                raise ValueError(f"{about} is NaN, infinite or padding in {share:.1%} of its voxels.")
+            channel = channel[present[index]]
+        low, high = channel.aminmax()
+        if low == high:
+            raise ValueError(f"{about} is constant ({low:g}).")
+        measured[about] = channel
+    return missing, measured
 
 
 class ScaleIntensityWindowd(MapTransform, TraceableTransform):
@@ -102,22 +134,15 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
         for key in self.key_iterator(d):
             image = d[key].to(torch.float32)
             values, name = image.as_tensor(), str(image.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the volume"))
-            missing = find_missing(values)
-            present = ~torch.stack([*missing.values()]).any(0) if missing else None
-            windows = [
-                self._window(
-                    channel,
-                    None if present is None else present[index],
-                    f"{name} (channel {index})" if len(values) > 1 else name,
-                )
-                for index, channel in enumerate(values)
-            ]
+            missing, measured = measured_voxels(values, name)
+            windows = [self._window(channel, about) for about, channel in measured.items()]
             low, high = (_per_channel(values.new_tensor(side), values) for side in zip(*windows))
             scaled = ((image - low) / (high - low)).clamp_(0, 1)
             below, above = values < low, values > high
-            if present is not None:
-                scaled.masked_fill_(~present, 0)
-                below, above = below & present, above & present
+            if missing:
+                absent = torch.stack([*missing.values()]).any(0)
+                scaled.masked_fill_(absent, 0)
+                below, above = below & ~absent, above & ~absent
                 counts = " and ".join(f"{int(mask.sum()):,} voxels of {value}" for value, mask in missing.items())
                 _log_once(logging.INFO, f"{name}: {counts} are left out of the intensity window; they come back as they are")
             window = {
@@ -131,20 +156,13 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
             d[key] = self.push_transform(scaled, extra_info=window)
         return d
 
-    def _window(self, channel: torch.Tensor, present: torch.Tensor | None, name: str) -> tuple[float, float]:
-        """Lower and upper intensity of the voxels of ``channel`` that are present: all, for None."""
-        if present is not None:
-            share = 1 - present.float().mean().item()
-            if share > MOST_MISSING:
-                raise ValueError(f"{name} is NaN, infinite or padding in {share:.1%} of its voxels.")
-            channel = channel[present]
-        least, greatest = (float(end) for end in channel.aminmax())
-        if least == greatest:
-            raise ValueError(f"{name} is constant ({least:g}).")
+    def _window(self, channel: torch.Tensor, name: str) -> tuple[float, float]:
+        """Lower and upper intensity of the voxels of a channel."""
         if self.intensity_range is None:
             low, high = _percentile_window(channel, self.percentiles, name)
         else:
             low, high = map(float, self.intensity_range)
+            least, greatest = (float(end) for end in channel.aminmax())
             used = max(0.0, (min(greatest, high) - max(least, low)) / (high - low))
             if used < LEAST_RANGE:
                 _log_once(
