@@ -228,7 +228,7 @@ def all_latents(dataset_dir: str) -> list[str]:
     Raises:
         FileNotFoundError: when there is none.
     """
-    found = sorted(str(path) for path in Path(dataset_dir).glob(f"**/*_{POSTFIX}.nii.gz"))
+    found = sorted(str(path) for path in Path(dataset_dir).glob(f"**/[!.]*_{POSTFIX}.nii.gz"))
     if not found:
         raise FileNotFoundError(
             f"there is no latent (*_{POSTFIX}.nii.gz) below `dataset_dir` {dataset_dir!r}; encode first."
@@ -296,7 +296,7 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
     """
     if idist.get_world_size() > 1:
         idist.barrier()
-    paths = sorted(Path(output_dir).glob(f"**/*_{POSTFIX}.nii.gz"))
+    paths = sorted(Path(output_dir).glob(f"**/[!.]*_{POSTFIX}.nii.gz"))
     found = [d for d in map(_usable_description, paths) if d is not None and d.weights_sha256 == file_hash(weights)]
     if not found:
         return None
