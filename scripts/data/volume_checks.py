@@ -102,7 +102,7 @@ def usable_volumes(
         del problems[path]
     log = logger.warning if idist.get_rank() == 0 else logger.debug
     if guess_labels and label_maps:
-        log(f"left out {len(label_maps)} volumes, as {label_maps[0]}, which {LABEL_MAP}")
+        log(f"left out {len(label_maps)} volumes ({', '.join(label_maps[:SHOWN])}): each {LABEL_MAP}")
         lists = {name: [item for item in items if item["image"] not in label_maps] for name, items in lists.items()}
         if not all(lists.values()):
             raise ValueError(f"nothing but label maps is left: {label_maps[0]} and others {LABEL_MAP}")
