@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from scripts.bundle.files import write_atomically
-from scripts.bundle.json_files import read_json
+from scripts.bundle.json_files import read_dataclass
 from scripts.bundle.machine import GIB, total_memory
 from scripts.bundle.processes import merged, share_of
 from scripts.bundle.progress import ProgressBar
@@ -47,22 +48,23 @@ SHOWN = 20  # problems in an error message; the log has all
 CHECKS = 4  # version; raise it when volumes that passed may now be refused, so that all are checked again
 GZIP_RATIO = 1032  # deflate shrinks no file by more
 FLOAT_SIZE = 4
-CHECKED = {  # schema of the cache
-    "type": "object",
-    "additionalProperties": {
-        "type": "object",
-        "required": ["state", "problem"],
-        "properties": {
-            "state": {"type": "array", "items": {"type": "integer"}, "description": "a list of integers"},
-            "problem": {"type": ["string", "null"], "description": "text or null"},
-        },
-        "description": "an object with `state` and `problem`",
-    },
-    "description": "an object with an entry for each volume",
-}
 MAX_CACHE = 2**30  # bytes of that file; a million volumes take a quarter of it
 Lists = dict[str, list[dict[str, str]]]
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """
+    Result of a check, in the cache.
+
+    Args:
+        state: what the result depends on.
+        problem: what is wrong with the volume, or None.
+    """
+
+    state: list[int]
+    problem: str | None
 
 
 def usable_volumes(
@@ -269,7 +271,7 @@ def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_thread
     file = Path(cache)
     known = _of_leader(_read_cache(file))
     keys = {path: _state(path, image_channels) for path in paths}
-    unknown = [path for path, key in keys.items() if known.get(path, {}).get("state") != key]
+    unknown = [path for path, key in keys.items() if path not in known or known[path].state != key]
     if unknown:
         share = share_of(unknown)
         bar = ProgressBar(total=len(share), desc="checking volumes", unit="file")
@@ -281,20 +283,20 @@ def _check_all(paths: Sequence[str], image_channels: int, cache: str, num_thread
                 return problem
 
             results = merged(dict(zip(share, pool.map(check, share))))
-        known |= {path: {"state": keys[path], "problem": problem} for path, problem in results.items()}
+        known |= {path: Checked(keys[path], problem) for path, problem in results.items()}
         if idist.get_rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(json.dumps(known, indent=1).encode(), file)
-    return {path: known[path]["problem"] for path in paths}
+            write_atomically(json.dumps(known, default=asdict, indent=1).encode(), file)
+    return {path: known[path].problem for path in paths}
 
 
-def _read_cache(file: Path) -> dict[str, dict[str, Any]]:
+def _read_cache(file: Path) -> dict[str, Checked]:
     try:
-        return read_json(file, CHECKED, advice="all volumes are checked again", max_bytes=MAX_CACHE)
+        return read_dataclass(file, dict[str, Checked], max_bytes=MAX_CACHE)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        logger.warning(str(error))
+        logger.warning(f"{error} So all volumes are checked again.")
         return {}
 
 
