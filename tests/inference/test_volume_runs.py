@@ -296,50 +296,30 @@ def test_empty_folder_and_read_only_output_are_errors_at_the_start(weights, tmp_
         assert words in str(stopped.value.__cause__) or words in str(stopped.value.__cause__.__cause__)
 
 
-def save_series(folder: Path, stored: np.ndarray, spacing: tuple[float, float, float]) -> None:
-    """A CT series of one file for each slice, ``HxWxD`` in DICOM's LPS axes, stored 1000 above HU."""
-    pydicom = pytest.importorskip("pydicom")
-    folder.mkdir(parents=True)
-    series = pydicom.uid.generate_uid()
-    for k in range(stored.shape[2]):
-        slice_ = pydicom.Dataset()
-        slice_.file_meta = pydicom.dataset.FileMetaDataset()
-        slice_.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-        slice_.SOPClassUID = slice_.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
-        slice_.SOPInstanceUID = slice_.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
-        slice_.SeriesInstanceUID, slice_.Modality, slice_.InstanceNumber = series, "CT", k + 1
-        slice_.ImagePositionPatient, slice_.ImageOrientationPatient = [-10, -20, 30 + spacing[2] * k], [1, 0, 0, 0, 1, 0]
-        slice_.PixelSpacing = [spacing[1], spacing[0]]  # of rows, then of columns
-        slice_.Columns, slice_.Rows = stored.shape[:2]
-        slice_.SamplesPerPixel, slice_.PhotometricInterpretation, slice_.PixelRepresentation = 1, "MONOCHROME2", 1
-        slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit = 16, 16, 15
-        slice_.RescaleSlope, slice_.RescaleIntercept = 1, -1000
-        slice_.PixelData = stored[:, :, k].T.astype("<i2").tobytes()
-        slice_.save_as(folder / f"IM{stored.shape[2] - k:04d}", enforce_file_format=True)  # names in another order
-
-
 def test_dicom_series_are_folders_and_become_nifti(weights, tmp_path):
+    dicom_files = pytest.importorskip("tests.dicom_files")
     data = tmp_path / "in"
-    for series in ("1.2.840.7", "1.2.840.8"):  # the number behind the last dot is no suffix
-        save_series(data / "patient" / series, HEAD, (1.0, 1.5, 2.0))
+    names = ("3.000000-CT THIN 1.25-11111", "3.000000-CT THIN 1.25-22222", "[PET]")
+    for name in names:
+        dicom_files.save_series(
+            data / "patient" / name, HEAD.astype(np.int16), orientation=dicom_files.TILTED, intercept=-1000
+        )
     (data / "patient" / "notes").mkdir()
     (data / "patient" / "notes" / "text").write_text("no volume")
     for run_id in ("evaluating", "encoding"):
         with pytest.raises(SystemExit) as stopped:
             run(run_id, data, tmp_path / run_id, weights, image_glob="**/")
-        assert "could not be done (1)" in str(stopped.value) and "patient/notes: cannot be read" in str(stopped.value)
+        assert "could not be done (1)" in str(stopped.value) and "holds no DICOM image (1 other files)" in str(stopped.value)
     run("decoding", tmp_path / "encoding", tmp_path / "decoding", weights)
-    for series in ("1.2.840.7", "1.2.840.8"):
-        name = f"patient/{series}_reconstruction.nii.gz"
-        result = nib.load(tmp_path / "evaluating" / name)
+    for name in names:
+        path = f"patient/{name}_reconstruction.nii.gz"
+        result = nib.load(tmp_path / "evaluating" / path)
         assert result.shape == HEAD.shape
-        affine = np.diag([-1.0, -1.5, 2.0, 1.0])  # LPS to RAS
-        affine[:3, 3] = (10, 20, 30)
-        assert np.allclose(result.affine, affine)
+        assert np.allclose(result.affine, dicom_files.affine(dicom_files.TILTED), atol=1e-4)
         hounsfield = HEAD - 1000.0
         assert np.corrcoef(hounsfield.ravel(), result.get_fdata().ravel())[0, 1] > 0.8
         assert abs(hounsfield.mean() - result.get_fdata().mean()) < 0.1 * hounsfield.std()
-        assert (tmp_path / "decoding" / name).read_bytes() == (tmp_path / "evaluating" / name).read_bytes()
+        assert (tmp_path / "decoding" / path).read_bytes() == (tmp_path / "evaluating" / path).read_bytes()
 
 
 def test_read_only_output_folder_is_an_error_at_the_start():
