@@ -146,7 +146,8 @@ def find_problem(path: str, image_channels: int) -> str | None:
                 logger.warning(f"{path} {note}")
         values = np.asarray(read_volume(path)[0], dtype=np.float32)
     except Exception as error:  # readers raise errors of any type
-        return unreadable(error)
+        is_refused = isinstance(error, ValueError) and not is_read_by_nibabel(path)
+        return str(error) if is_refused else unreadable(error)
     low, high = values.min(), values.max()  # NaN if any voxel is
     if not np.isfinite(low) or not np.isfinite(high):
         count = values.size - np.count_nonzero(np.isfinite(values))

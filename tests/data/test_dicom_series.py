@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from scripts.data.dicom_series import read_dicom
+from scripts.data.volume_checks import find_problem
 
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("highdicom")
@@ -130,6 +131,7 @@ def test_several_series_are_refused_with_their_list(tmp_path):
     save_series(tmp_path, slices=range(5), prefix="J", change=setting("SeriesInstanceUID", "1.2.78"))
     with pytest.raises(ValueError) as refused:
         read_dicom(str(tmp_path))
+    assert find_problem(str(tmp_path), 1) == str(refused.value)
     for words in (
         "1.2.77 'T1 axial', 12 axial slices",
         "1.2.78 'T1 axial', 5 axial slices",
