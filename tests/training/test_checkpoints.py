@@ -21,7 +21,7 @@ from scripts.training.checkpoints import WEIGHTS, claim_ckpt_dir, find_checkpoin
 from scripts.training.handlers import RunHandlers
 from scripts.training.repeatable_batches import RepeatableOrder
 from scripts.training.run_log import BeforeAndAfter
-from tests.training.test_training import images, small_network, trainer_of
+from tests.training.test_training import images, poisoned, small_network, trainer_of
 
 
 def test_weights_load_into_the_network_they_were_made_for(tmp_path):
@@ -330,6 +330,19 @@ def test_rate_of_another_schedule_is_scaled(tmp_path):
         rates.clear()
         run_with_checkpoints(tmp_path, network, epochs, resume=epochs > 1, schedule=schedule, rates=rates)
     assert rates == pytest.approx([0.04, 0.02, 0.02])
+
+
+def test_run_that_stopped_because_steps_were_not_finite_goes_on_with_a_lower_rate(tmp_path):
+    settings = {"schedule": cosine(network := small_network(), 9, lr=1e-3)}
+    with pytest.raises(FloatingPointError, match="`--resume true` goes on, with a lower `--lr`"):
+        run_with_checkpoints(
+            tmp_path, network, 3, loss_function=poisoned({5, 6}), max_nonfinite_steps=2, **settings, rates=[]
+        )
+    rates: list[float] = []
+    settings = {"schedule": cosine(network := small_network(), 9, lr=1e-4)}
+    trainer, _ = run_with_checkpoints(tmp_path, network, 3, resume=True, rates=rates, **settings)
+    assert trainer.state.iteration == 9 and trainer.nonfinite_steps == 0
+    assert rates == rates_of(9, t_total=9, lr=1e-4)[3:]
 
 
 def test_settings_that_changed_are_one_line_of_the_log(tmp_path, caplog):
