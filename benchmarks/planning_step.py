@@ -13,7 +13,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.inference_peak import peak_bytes, resident
-from scripts.diffusion.latent_unet import LatentUNet
+from scripts.diffusion.preconditioning import Denoiser
 from scripts.planning.generator_estimates import GeneratorPlan, latent_batch, step_trainer
 from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
@@ -43,7 +43,7 @@ def saved_in_a_step(
 
 def saved_in_a_generator_step(plan: GeneratorPlan) -> int:
     """Bytes that the second of two iterations of a generator's training on the CPU saves, with an average of the weights."""
-    network = LatentUNet(**plan.network.arguments)
+    network = Denoiser(**plan.network.arguments)
     trainer = step_trainer(ResumableTrainer, plan, network, [latent_batch(plan)] * 2)
     trainer.average = AveragedModel(network, multi_avg_fn=moving_average(0.999))
     return _saved_by(trainer, [network])

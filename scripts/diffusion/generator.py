@@ -1,167 +1,112 @@
-"""A trained generator, as its weights and the JSON file beside them tell it, and the autoencoder that it works with."""
+"""A trained generator: its weights, the JSON file beside them, and the start of a training from them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import torch
 
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.files import file_hash
-from scripts.bundle.json_files import SHA256
+from scripts.bundle.json_files import Must, PositiveFloat, PositiveInt, Sha256, Share, read_dataclass
 from scripts.bundle.shared_generator import FOLDER
-from scripts.bundle.weights import NETWORK, load_weights, read_description, read_weights
+from scripts.bundle.weights import check_arguments, load_weights, read_weights
 from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.latent_space import LatentSpace
-from scripts.diffusion.latent_unet import LatentUNet
+from scripts.diffusion.preconditioning import Denoiser
+from scripts.diffusion.statistics import LatentStatistics
 
-__all__ = ["Generator", "describe", "load_autoencoder", "load_generator"]
+__all__ = [
+    "Generator",
+    "GeneratorDescription",
+    "describe",
+    "load_autoencoder",
+    "load_generator",
+    "load_pretrained_generator",
+]
 
-MAX_CHANNELS, MAX_LEVELS, MAX_SIZE = 2**16, 16, 2**15 - 1
-_COUNT = {"type": "integer", "minimum": 1, "maximum": MAX_CHANNELS, "description": f"an integer from 1 to {MAX_CHANNELS}"}
-_COUNTS = {"type": "array", "minItems": 1, "maxItems": MAX_LEVELS, "items": _COUNT, "description": "a list of integers"}
-_NUMBER = {"type": "number", "description": "a finite number"}
-_NUMBERS = {"type": "array", "minItems": 1, "items": _NUMBER, "description": "a list of finite numbers"}
-_POSITIVE = {
-    "type": "array",
-    "minItems": 1,
-    "items": {"type": "number", "exclusiveMinimum": 0},
-    "description": "positive numbers",
-}
-_SHARE = {"type": "number", "minimum": 0, "maximum": 1, "description": "a number from 0 to 1"}
-_SEEN = {
-    "type": "object",
-    "required": ["mean", "deviation", "lowest", "highest"],
-    "additionalProperties": _NUMBER,
-    "description": "mean, deviation, lowest and highest",
-}
-_CLASSES = {
-    "type": "object",
-    "required": ["classes"],
-    "properties": {"classes": {"type": "object", "minProperties": 1, "additionalProperties": _COUNT}},
-    "description": "the number of volumes of each class",
-}
-_GEOMETRY = {
-    "type": "object",
-    "required": ["size", "spacing", "count"],
-    "properties": {
-        "size": {
-            "type": "array",
-            "minItems": 2,
-            "maxItems": 3,
-            "items": {"type": "integer", "minimum": 1, "maximum": MAX_SIZE},
-            "description": "a size in voxels along each axis",
-        },
-        "spacing": {**_POSITIVE, "minItems": 2, "maxItems": 3},
-        "count": {"type": "integer", "minimum": 1, "description": "a positive integer"},
-    },
-    "description": "size, spacing and how often they were seen",
-}
-DESCRIPTION = {  # schema of the JSON file beside the weights
-    "type": "object",
-    "required": ["network", "latents", "flow", "condition_dropout", "sha256"],
-    "properties": {
-        "network": {
-            "type": "object",
-            "required": ["spatial_dims", "latent_channels", "condition_size", "channels", "attention_levels"],
-            "properties": {
-                "spatial_dims": {"enum": [2, 3], "description": "2 or 3"},
-                "latent_channels": _COUNT,
-                "condition_size": _COUNT,
-                "channels": _COUNTS,
-                "attention_levels": {"type": "array", "items": {"type": "boolean"}, "description": "a list of flags"},
-                "num_res_blocks": _COUNTS,
-                "norm_num_groups": _COUNT,
-                "num_head_channels": _COUNT,
-                "gain": {"type": "boolean", "description": "a flag"},
-            },
-            "additionalProperties": False,
-            "description": "the arguments of a LatentUNet",
-        },
-        "latents": {
-            "type": "object",
-            "required": [
-                *("autoencoder", "volumes", "latent_gamma", "channel_mean", "channel_deviation", "channel_amplitude"),
-                *("conditions", "geometries", "intensity_low", "intensity_high", "data_type", "scl_slope", "scl_inter"),
-            ],
-            "properties": {
-                "autoencoder": {
-                    "type": "object",
-                    "required": ["network", "sha256"],
-                    "properties": {"network": NETWORK, "sha256": SHA256},
-                    "description": "the arguments of an AutoencoderKL and the SHA-256 of its weights",
-                },
-                "channel_mean": _NUMBERS,
-                "channel_deviation": _POSITIVE,
-                "channel_amplitude": _POSITIVE,
-                "training_mean": _NUMBERS,
-                "conditions": {
-                    "type": "object",
-                    "required": ["geometry", "keys"],
-                    "properties": {
-                        "geometry": {"type": "array", "items": _SEEN},
-                        "keys": {"type": "object", "additionalProperties": {"anyOf": [_SEEN, _CLASSES]}},
-                    },
-                    "description": "what training saw of sizes, spacings and conditions",
-                },
-                "geometries": {"type": "array", "minItems": 1, "items": _GEOMETRY, "description": "sizes and spacings"},
-                "intensity_low": _NUMBERS,
-                "intensity_high": _NUMBERS,
-                "data_type": {"type": "string", "pattern": "^[<>|][iuf][1248]$", "description": "a data type such as <i2"},
-                "scl_slope": _NUMBER,
-                "scl_inter": _NUMBER,
-            },
-            "description": "what the generator knows of its training latents",
-        },
-        "flow": {
-            "type": "object",
-            "required": ["prediction", "timestep_shift"],
-            "additionalProperties": {"type": ["number", "string", "null"]},
-            "maxProperties": 2,
-            "description": "prediction and timestep_shift",
-        },
-        "condition_dropout": _SHARE,
-        "trained": {
-            "type": "object",
-            "required": ["iteration", "epoch", "best_metric"],
-            "properties": {
-                "iteration": {"type": "integer", "minimum": 1, "description": "a positive integer"},
-                "epoch": {"type": "integer", "minimum": 1, "description": "a positive integer"},
-                "best_metric": _NUMBER,
-            },
-            "description": "iteration, epoch and best_metric",
-        },
-        "sha256": SHA256,
-        "sha256_before": SHA256,
-    },
-    "description": "what training wrote of a generator",
-}
+READS_CONDITIONS = "unet.class_embedding.0.weight"  # of the layer that sees the vector of conditions
+MAX_CHANNELS, MAX_LEVELS = 2**16, 16
+Width = Annotated[int, Must(f"an integer from 1 to {MAX_CHANNELS}", lambda n: 0 < n <= MAX_CHANNELS)]
+Widths = Annotated[list[Width], Must("a list of integers", lambda widths: 0 < len(widths) <= MAX_LEVELS)]
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DenoiserArguments:
+    """Arguments of a :py:class:`scripts.diffusion.Denoiser`."""
+
+    spatial_dims: Literal[2, 3]
+    latent_channels: Width
+    condition_size: Width
+    channels: Widths
+    attention_levels: list[bool]
+    num_res_blocks: Widths
+    norm_num_groups: Width
+    num_head_channels: Width
+    prediction: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How long weights were trained, and their validation loss."""
+
+    iteration: PositiveInt
+    epoch: PositiveInt
+    best_metric: float
+
+
+@dataclass(frozen=True)
+class GeneratorDescription:
+    """The JSON file beside a generator's weights."""
+
+    network: DenoiserArguments
+    latents: LatentStatistics
+    timestep_shift: PositiveFloat | None
+    condition_dropout: Share
+    sha256: Sha256
+    sha256_before: Sha256 | None = None
+    trained: Trained | None = None
+
+    def __post_init__(self) -> None:
+        network, latents = self.network, self.latents
+        per_channel = (latents.channel_mean, latents.channel_deviation, latents.channel_amplitude, latents.own_mean)
+        agree = (
+            all(len(values) == network.latent_channels for values in per_channel)
+            and len(latents.conditions) == network.condition_size
+            and all(len(each.size) == len(each.spacing) == network.spatial_dims for each in latents.geometries)
+            and len(latents.conditions.geometry) == 2 * network.spatial_dims
+            and len(latents.factors) == network.spatial_dims
+        )
+        if not agree:
+            raise ValueError("`network` and `latents` contradict each other in channels, conditions or axes.")
 
 
 @dataclass(frozen=True)
 class Generator:
     """
     Args:
-        network: with its weights.
-        space: what it knows of its training latents.
-        flow: that it has learned.
-        condition_dropout: share of the steps in which it was told nothing.
-        sha256: of its weights.
+        network: denoiser with its weights.
+        statistics: statistics of its training latents.
+        flow: flow that it has learned.
+        condition_dropout: share of the steps without conditions.
+        sha256: hash of its weights.
+        trained: how long it was trained, if that is known.
     """
 
-    network: LatentUNet
-    space: LatentSpace
+    network: Denoiser
+    statistics: LatentStatistics
     flow: RectifiedFlow
     condition_dropout: float
     sha256: str
+    trained: Trained | None = None
 
 
-def describe(space: LatentSpace, flow: RectifiedFlow, condition_dropout: float) -> dict[str, Any]:
+def describe(statistics: LatentStatistics, flow: RectifiedFlow, condition_dropout: float) -> dict[str, Any]:
     """What the JSON file beside a generator's weights says besides the arguments of its network."""
-    return {"latents": space.description, "flow": flow.arguments, "condition_dropout": condition_dropout}
+    return {"latents": asdict(statistics), **flow.state_dict(), "condition_dropout": condition_dropout}
 
 
 def load_generator(path: str, wanted: str = "") -> Generator:
@@ -169,75 +114,110 @@ def load_generator(path: str, wanted: str = "") -> Generator:
     Read a generator.
 
     Args:
-        path: of its weights; the JSON file beside them tells the rest.
+        path: path of its weights; the JSON file beside them tells the rest.
         wanted: see :py:func:`scripts.bundle.weights.read_weights`.
 
     Raises:
         FileNotFoundError: when there are no weights, or nothing beside them.
         ValueError: when a file is damaged, or the two do not belong together.
     """
+    beside = Path(path).with_suffix(".json")
     if not Path(path).is_file() and Path(path).parent.as_posix().endswith(FOLDER):
         raise FileNotFoundError(
             f"there are no weights at {path}: this bundle carries no generator. Train one (docs/generation.md), or set "
             "`ckpt_dir` or `pretrained` to another."
         )
-    if Path(path).is_file() and not Path(path).with_suffix(".json").is_file():
-        raise FileNotFoundError(
-            f"{path} has no {Path(path).with_suffix('.json').name} beside it, without which it is useless."
-        )
-    content, arguments = read_weights(path, DESCRIPTION, wanted)
-    description = read_description(path, DESCRIPTION)
-    assert description is not None and arguments is not None
-    network = LatentUNet(**arguments)
-    space = LatentSpace(description["latents"])
-    _refuse_contradictions(path, network, space)
+    if Path(path).is_file() and not beside.is_file():
+        raise FileNotFoundError(f"{path} has no {beside.name} beside it, without which it is useless.")
+    content, _ = read_weights(path, GeneratorDescription, wanted)
+    description = read_dataclass(beside, GeneratorDescription)
+    network, statistics = Denoiser(**asdict(description.network)), description.latents
     try:
         network.load_state_dict(content)
     except Exception as error:  # whatever is in the file
         raise ValueError(f"{path} cannot be loaded into the network that its JSON file describes: {error}") from error
     network.eval()
-    logger.info(f"loaded the generator {path}: {space.summary()}")
-    return Generator(network, space, RectifiedFlow(**description["flow"]), description["condition_dropout"], file_hash(path))
+    logger.info(f"loaded the generator {path}: {statistics.summary()}")
+    flow = RectifiedFlow(description.timestep_shift)
+    dropout, trained = description.condition_dropout, description.trained
+    return Generator(network, statistics, flow, dropout, file_hash(path), trained)
 
 
-def _refuse_contradictions(path: str, network: LatentUNet, space: LatentSpace) -> None:
-    channels = network.arguments["latent_channels"]
-    axes = network.arguments["spatial_dims"]
-    names = ("channel_mean", "channel_deviation", "channel_amplitude")
-    lengths = [len(values) for values in (*(space.description[name] for name in names), space.training_mean)]
-    geometries = space.description["geometries"]
-    agree = (
-        lengths == [channels] * 4
-        and len(space.conditions) == network.arguments["condition_size"]
-        and all(len(each[name]) == axes for each in geometries for name in ("size", "spacing"))
-        and len(space.description["conditions"]["geometry"]) == 2 * axes
-        and len(space.factors) == axes
-    )
-    if not agree:
-        raise ValueError(
-            f"{Path(path).with_suffix('.json')} contradicts itself: `network` and `latents` differ in channels, conditions "
-            "or axes. Restore the file, or train again."
-        )
-
-
-def load_autoencoder(path: str, space: LatentSpace) -> Reconstructor:
+def load_autoencoder(path: str, statistics: LatentStatistics) -> Reconstructor:
     """
     Load the autoencoder that made a generator's training latents.
 
     Args:
-        path: of its weights.
-        space: of the generator.
+        path: path of its weights.
+        statistics: statistics of the latents.
 
     Raises:
         ValueError: for other weights.
     """
-    expected: Mapping[str, Any] = space.description["autoencoder"]
-    if Path(path).is_file() and file_hash(path) != expected["sha256"]:
+    expected = statistics.autoencoder
+    if Path(path).is_file() and file_hash(path) != expected.sha256:
         raise ValueError(
             f"the autoencoder {path} is not the one that the generator was trained with: the SHA-256 of its weights begins "
-            f"with {file_hash(path)[:12]} instead of {expected['sha256'][:12]}. Set `autoencoder` to the weights that "
-            "encoded the training volumes."
+            f"with {file_hash(path)[:12]} instead of {expected.sha256[:12]}. Set `autoencoder` to the weights that encoded "
+            "the training volumes."
         )
-    autoencoder = Reconstructor(**expected["network"])
+    autoencoder = Reconstructor(**expected.network)
     load_weights(autoencoder, path)
     return autoencoder.eval()
+
+
+def load_pretrained_generator(network: Denoiser, path: str, statistics: LatentStatistics) -> None:
+    """
+    Take over the weights of a generator and what they were trained with: how latents are normalised, and how numbers among
+    the conditions are standardised. Conditions may differ: the weights of those that both have are taken over, and a
+    condition that is new has no influence before the first step, as if nothing were known of it.
+
+    Args:
+        network: network, changed in place.
+        path: path of the weights of a run, with the JSON file beside them.
+        statistics: statistics of the training latents, changed in place.
+
+    Raises:
+        FileNotFoundError: when there is no such file, or no JSON file beside it.
+        ValueError: when it is damaged, of another network or prediction, or of the latents of another autoencoder.
+    """
+    generator = load_generator(path)
+    check_arguments(_compared(generator.network), _compared(network), path)
+    before = generator.statistics
+    there, here = before.autoencoder.sha256, statistics.autoencoder.sha256
+    if there != here:
+        raise ValueError(
+            f"{path} was trained on latents of another autoencoder than those here: the SHA-256 of its weights begins with "
+            f"{there[:12]} there and {here[:12]} here. Encode the volumes with that autoencoder."
+        )
+    if statistics.latent_gamma != before.latent_gamma:
+        logger.warning(
+            f"`latent_gamma` is {statistics.latent_gamma:g}; the weights {path} keep the {before.latent_gamma:g} that they "
+            "were trained with"
+        )
+    statistics.inherit_normalisation(before)
+    state = generator.network.state_dict()
+    state[READS_CONDITIONS] = _for_conditions(state[READS_CONDITIONS], before, statistics)
+    network.load_state_dict(state)
+    logger.info(f"training starts from {path}: {statistics.summary()}")
+
+
+def _compared(network: Denoiser) -> dict[str, Any]:
+    """What must be the same. How many conditions there are may differ."""
+    return {name: value for name, value in network.arguments.items() if name != "condition_size"}
+
+
+def _for_conditions(weight: torch.Tensor, before: LatentStatistics, now: LatentStatistics) -> torch.Tensor:
+    """The weight of the layer that sees the vector of conditions, for another vector."""
+    then, here = before.conditions.entries, now.conditions.entries
+    columns = dict(zip(then, weight.unbind(1)))
+    _log(logging.INFO, "conditions that have no influence yet", set(here) - set(then))
+    lost = "conditions of the weights that are lost, because `condition_keys` or the latents here do not have them"
+    _log(logging.WARNING, lost, set(then) - set(here))
+    return torch.stack([columns.get(entry, torch.zeros_like(weight[:, 0])) for entry in here], 1)
+
+
+def _log(level: int, words: str, entries: set[tuple[Any, ...]]) -> None:
+    names = {" ".join(entry) if len(entry) == 2 else entry[0] for entry in entries}  # with its class
+    if names:
+        logger.log(level, f"{words}: {', '.join(sorted(names))}")

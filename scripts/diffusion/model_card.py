@@ -9,8 +9,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.bundle.text_table import summary_table
+from scripts.diffusion.conditions import ClassCondition
 from scripts.diffusion.generator import Generator
-from scripts.diffusion.latent_space import ranges
+from scripts.diffusion.statistics import ranges
 
 __all__ = ["write_card"]
 
@@ -24,7 +25,6 @@ PREDICTS = {
 
 def write_card(
     generator: Generator,
-    trained: Mapping[str, Any] | None,
     metrics: Mapping[str, Any] | None,
     data_source: str,
     license: str,
@@ -34,7 +34,6 @@ def write_card(
 
     Args:
         generator: that it is of.
-        trained: how long, as ``model.json`` says; None for weights that were saved by an earlier version.
         metrics: what is shared of an evaluation, or None.
         data_source: where the training volumes are from; empty if that is not stated.
         license: of the weights; ditto.
@@ -49,44 +48,44 @@ def write_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    space = generator.space
+    statistics = generator.statistics
     return environment.get_template(TEMPLATE.name).render(
         arguments=generator.network.arguments,
         close=_close(metrics),
         condition_dropout=generator.condition_dropout,
-        conditions={key: _values(seen) for key, seen in space.conditions.description["keys"].items()},
+        conditions={key: _values(seen) for key, seen in statistics.conditions.keys.items()},
         data_source=data_source,
-        example={key: _example(seen) for key, seen in space.conditions.description["keys"].items()},
-        factors=space.factors,
-        flow=generator.flow.arguments,
+        example={key: _example(seen) for key, seen in statistics.conditions.keys.items()},
+        factors=statistics.factors,
+        timestep_shift=generator.flow.timestep_shift,
         guided=_guided(metrics),
-        known=space.description,
+        known=statistics,
         license=license,
         metrics=metrics,
         parameters=sum(each.numel() for each in generator.network.parameters()),
-        predicts=PREDICTS[generator.flow.prediction],
+        predicts=PREDICTS[generator.network.arguments["prediction"]],
         sampling=_sampling(metrics),
         scores=summary_table(metrics["sets"]) if metrics else "",
         sha256=generator.sha256,
-        sizes=ranges(space.seen("size")),
-        spacings=ranges(space.seen("spacing")),
-        trained=trained,
-        windows=list(zip(space.description["intensity_low"], space.description["intensity_high"])),
+        sizes=ranges(statistics.seen("size")),
+        spacings=ranges(statistics.seen("spacing")),
+        trained=generator.trained,
+        windows=list(zip(statistics.intensity_low, statistics.intensity_high)),
     )
 
 
-def _values(seen: Mapping[str, Any]) -> str:
+def _values(seen: Any) -> str:
     """The values of a condition that training saw."""
-    if "classes" in seen:
-        return ", ".join(f"{name} ({count})" for name, count in seen["classes"].items())
-    return f"{seen['lowest']:g} to {seen['highest']:g}, mean {seen['mean']:.4g}"
+    if isinstance(seen, ClassCondition):
+        return ", ".join(f"{name} ({count})" for name, count in seen.classes.items())
+    return f"{seen}, mean {seen.mean:.4g}"
 
 
-def _example(seen: Mapping[str, Any]) -> str | float:
+def _example(seen: Any) -> str | float:
     """A value that can be asked for: the most frequent class, or the mean."""
-    if "classes" in seen:
-        return max(seen["classes"], key=seen["classes"].get)
-    return float(f"{seen['mean']:.3g}")
+    if isinstance(seen, ClassCondition):
+        return max(seen.classes, key=lambda name: seen.classes[name])
+    return float(f"{seen.mean:.3g}")
 
 
 def _sampling(metrics: Mapping[str, Any] | None) -> str:

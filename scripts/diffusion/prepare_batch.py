@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from monai.engines.utils import DiffusionPrepareBatch
 from monai.utils.enums import CommonKeys as Keys
 
+from scripts.bundle.json_files import Must, checked
 from scripts.diffusion.flow import FlowTarget, RectifiedFlow
-from scripts.diffusion.latent_space import LatentSpace
-from scripts.diffusion.latent_unet import NUM_TIMESTEPS
+from scripts.diffusion.network import NUM_TIMESTEPS
+from scripts.diffusion.statistics import LatentStatistics
 
 __all__ = ["FlowPrepareBatch"]
 
+Dropout = Annotated[float, Must("at least 0 and below 1", lambda share: 0 <= share < 1)]
 Prepared = tuple[torch.Tensor, FlowTarget, tuple[()], dict[str, torch.Tensor]]
 
 
@@ -27,23 +28,18 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
     left out of an item depend on the item's seed alone.
 
     Args:
-        space: of the latents.
-        flow: that is learned.
-        condition_dropout: see :py:meth:`Conditions.drawn`; 0 to 1.
+        statistics: statistics of the latents.
+        flow: flow that is learned.
+        condition_dropout: see :py:meth:`Conditions.with_dropout`; at least 0 and below 1.
 
     Raises:
         ValueError: for another ``condition_dropout``.
     """
 
-    def __init__(self, space: LatentSpace, flow: RectifiedFlow, condition_dropout: float) -> None:
+    def __init__(self, statistics: LatentStatistics, flow: RectifiedFlow, condition_dropout: float) -> None:
         super().__init__(num_train_timesteps=NUM_TIMESTEPS)
-        if (
-            isinstance(condition_dropout, bool)
-            or not isinstance(condition_dropout, (int, float))
-            or not 0 <= condition_dropout < 1
-        ):
-            raise ValueError(f"`condition_dropout` is {condition_dropout!r}; it must be at least 0 and below 1.")
-        self.space, self.flow, self.condition_dropout = space, flow, condition_dropout
+        self.statistics, self.flow = statistics, flow
+        self.condition_dropout: float = checked(condition_dropout, Dropout, "condition_dropout")
 
     def __call__(  # type: ignore[override]
         self,
@@ -54,7 +50,7 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
     ) -> Prepared:
         """
         Args:
-            batchdata: of :py:class:`LatentCollate`.
+            batchdata: batch of :py:class:`LatentCollate`.
             device: where to put it.
             non_blocking: whether the copy to a GPU may go on in the background.
             kwargs: further arguments of ``Tensor.to``.
@@ -62,38 +58,23 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
         Returns:
             the noisy latents, the :py:class:`FlowTarget`, no arguments, and the keyword arguments of the network.
         """
+        num_values = (batchdata["mask"].flatten(1).sum(1) * batchdata[Keys.IMAGE].shape[1]).tolist()  # without padding
         times, vectors = [], []
-        for seed, volume, num_values in zip(batchdata["seed"], map(json.loads, batchdata["volume"]), _num_values(batchdata)):
+        for seed, volume, count in zip(batchdata["seed"], batchdata["volume"], num_values):
             random = np.random.default_rng(seed)
-            times.append(self.flow.drawn_time(num_values, random))
-            conditions, size, spacing = volume["conditions"], volume["size"], volume["spacing"]
-            vectors.append(self.space.conditions.drawn(conditions, size, spacing, self.condition_dropout, random))
-        return self._prepared(batchdata, times, vectors, device, non_blocking, **kwargs)
+            times.append(self.flow.draw_time(count, random))
+            vectors.append(self.statistics.conditions.with_dropout(volume, self.condition_dropout, random))
+        return self._prepared(batchdata, times, vectors, device=device, non_blocking=non_blocking, **kwargs)
 
     def at_time(self, batchdata: Mapping[str, Any], time: float, device: torch.device) -> Prepared:
         """The same at a given time and with all conditions, for validation."""
-        volumes = map(json.loads, batchdata["volume"])
-        vectors = [self.space.conditions.vector(each["conditions"], each["size"], each["spacing"]) for each in volumes]
-        return self._prepared(batchdata, [time] * len(vectors), vectors, device, False)
+        vectors = [self.statistics.conditions.vector(volume) for volume in batchdata["volume"]]
+        return self._prepared(batchdata, [time] * len(vectors), vectors, device=device)
 
     def _prepared(
-        self,
-        batchdata: Mapping[str, Any],
-        times: list[float],
-        vectors: list[torch.Tensor],
-        device: str | torch.device | None,
-        non_blocking: bool,
-        **kwargs: Any,
+        self, batchdata: Mapping[str, Any], times: list[float], vectors: list[torch.Tensor], **to: Any
     ) -> Prepared:
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device=device, non_blocking=non_blocking, **kwargs)
-
-        clean = self.space.normalised(moved(batchdata[Keys.IMAGE]))
-        target = self.flow.target(clean, moved(batchdata["noise"]), moved(torch.tensor(times)), moved(batchdata["mask"]))
-        told = {"context": moved(torch.stack(vectors)), "extent": moved(batchdata["extent"])}
-        return target.noisy, target, (), {"timesteps": NUM_TIMESTEPS * target.times, **told}
-
-
-def _num_values(batchdata: Mapping[str, Any]) -> list[float]:
-    """Values of each latent, without its padding."""
-    return (batchdata["mask"].flatten(1).sum(1) * batchdata[Keys.IMAGE].shape[1]).tolist()
+        image, noise, mask, extent = (batchdata[key].to(**to) for key in (Keys.IMAGE, "noise", "mask", "extent"))
+        target = FlowTarget(self.statistics.normalised(image), torch.tensor(times).to(**to), mask)
+        noisy = self.flow.add_noise(target.clean, noise, target.times)
+        return noisy, target, (), {"time": target.times, "context": torch.stack(vectors).to(**to), "extent": extent}

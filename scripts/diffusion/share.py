@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ import fire
 
 from scripts.bundle.config import ROOT
 from scripts.bundle.files import content_hash, write_atomically
-from scripts.bundle.json_files import SHA256, read_json
+from scripts.bundle.json_files import SHA256, read_dataclass, read_json
 from scripts.bundle.machine import MIB
 from scripts.bundle.shared_generator import DATA_FORMAT, FOLDER, OF_EVALUATION, SCORES
-from scripts.bundle.weights import read_description
-from scripts.diffusion.generator import DESCRIPTION, Generator, load_generator
+from scripts.diffusion.generator import Generator, GeneratorDescription, load_generator
 from scripts.diffusion.model_card import write_card
 
 __all__ = ["share_generator"]
@@ -28,7 +28,7 @@ __all__ = ["share_generator"]
 MAX_METRICS = 2**26  # bytes; an evaluation describes each sample
 SETTINGS = (
     *("num_samples", "seed", "val_fraction", "num_inference_steps", "solver"),
-    *("guidance_scale", "guidance_interval", "guide_sha256", "amp", "amp_dtype"),
+    *("guidance_scale", "guidance_interval", "guide_sha256", "amp_dtype"),
 )
 ROW = {"type": "object", "additionalProperties": {"type": ["number", "null"]}, "description": "numbers by name"}
 METRICS = {  # schema of the part of an evaluation that is shared; the rest has paths and describes held-out volumes
@@ -75,13 +75,12 @@ def share_generator(run_dir: str, data_source: str = "", license: str = "") -> s
     generator = load_generator(str(weights), wanted)
     _refuse_other_autoencoder(generator)
     metrics = _metrics(Path(run_dir, "evaluation", "metrics.json"), generator)
-    description: Any = read_description(weights, DESCRIPTION)
-    known = {name: description[name] for name in DESCRIPTION["properties"] if name in description}  # type: ignore[attr-defined]
+    known = asdict(read_dataclass(weights.with_suffix(".json"), GeneratorDescription))
     known = {**known, "sha256": generator.sha256, "sha256_before": generator.sha256}
     files = {
         "model.json": json.dumps(known, indent=2),
         "metadata.json": json.dumps(_metadata(generator, metrics), indent=2),
-        "README.md": write_card(generator, known.get("trained"), metrics, str(data_source), str(license)),
+        "README.md": write_card(generator, metrics, str(data_source), str(license)),
     }
     if metrics is not None:
         files[OF_EVALUATION] = json.dumps(metrics, indent=2)
@@ -101,7 +100,7 @@ def share_generator(run_dir: str, data_source: str = "", license: str = "") -> s
 
 def _refuse_other_autoencoder(generator: Generator) -> None:
     path = ROOT / "models" / "model.pt"
-    expected = generator.space.description["autoencoder"]["sha256"]
+    expected = generator.statistics.autoencoder.sha256
     found = content_hash(path.read_bytes()) if path.is_file() else "nothing"
     if found != expected:
         raise ValueError(
@@ -139,12 +138,11 @@ def _metadata(generator: Generator, metrics: dict[str, Any] | None) -> dict[str,
     vector = {**latent, "type": "vector", "format": "vector", "spatial_shape": []}
     inputs = {
         "image": {**latent, "channel_def": {"0": "noisy latent"}},
-        "timesteps": {**vector, "type": "timestep", "format": "timestep", "num_channels": 1, "value_range": [0, 1000]},
+        "time": {**vector, "type": "timestep", "format": "timestep", "num_channels": 1, "value_range": [0, 1]},
         "context": {**vector, "num_channels": arguments["condition_size"]},
         "extent": {**vector, "num_channels": axes, "value_range": [0, 1]},
     }
-    predicts = "velocity" if generator.flow.prediction == "v" else "clean latent"
-    data_format = {"inputs": inputs, "outputs": {"pred": {**latent, "channel_def": {"0": predicts}}}}
+    data_format = {"inputs": inputs, "outputs": {"pred": {**latent, "channel_def": {"0": "clean latent"}}}}
     sets = metrics["sets"] if metrics else {}
     scores = {name: {metric: value for metric, value in row.items() if value is not None} for name, row in sets.items()}
     return {DATA_FORMAT: data_format, SCORES: scores}

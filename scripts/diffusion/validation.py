@@ -12,7 +12,7 @@ from monai.handlers import from_engine
 from monai.inferers import SimpleInferer
 
 from scripts.bundle.precision import autocast_dtype
-from scripts.diffusion.flow import FlowTarget, RectifiedFlow, channel_means
+from scripts.diffusion.flow import RectifiedFlow, channel_means
 
 __all__ = ["FlowEvaluator", "FlowInferer", "averages"]
 
@@ -34,7 +34,7 @@ class FlowInferer(SimpleInferer):
         self.amp, self.dtype = amp, autocast_dtype(amp_dtype)
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What the network makes of noisy latents ``BxCxHxWxD``, in float32."""
+        """The network's estimate from noisy latents ``BxCxHxWxD``, in float32."""
         with torch.no_grad(), torch.autocast(inputs.device.type, self.dtype, enabled=self.amp):
             return super().__call__(inputs, network, *args, **kwargs).float()
 
@@ -47,10 +47,10 @@ class FlowEvaluator(SupervisedEvaluator):
     - ``loss``: as in training, but with all times equally frequent;
     - ``loss_t_0_25`` to ``loss_t_75_100``: its parts, by time in percent (100 is noise);
     - ``unexplained_band_1`` to ``unexplained_band_4``: by quarter of the channels, the leading ones first, the mean square
-      error of the predicted clean latent in units of the channels' variances. Predicting the mean gives 1.
+      error of the estimated clean latent in units of the channels' variances. Predicting the mean gives 1.
 
     Args:
-        flow: that is learned.
+        flow: flow that is learned.
         kwargs: arguments of ``SupervisedEvaluator``; ``prepare_batch`` is a :py:class:`FlowPrepareBatch`.
     """
 
@@ -64,14 +64,14 @@ class FlowEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:  # type: ignore[override]
         losses, unexplained = [], []
-        variance = engine.prepare_batch.space.amplitude.to(engine.state.device).square()
+        variance = engine.prepare_batch.statistics.amplitude.to(engine.state.device).square()
         for step in range(NUM_TIMES):
             time = (step + 0.5) / NUM_TIMES
             noisy, target, args, kwargs = engine.prepare_batch.at_time(batchdata, time, engine.state.device)
             with engine.mode(engine.network):
-                prediction = engine.inferer(noisy, engine.network, *args, **kwargs)
-            losses.append(self.flow.loss(prediction, target))
-            unexplained.append(self._channel_errors(prediction, target) / variance)
+                estimate = engine.inferer(noisy, engine.network, *args, **kwargs)
+            losses.append(self.flow.loss(estimate, target))
+            unexplained.append(channel_means((estimate - target.clean).square(), target.mask).mean(0) / variance)
         output = {"loss": torch.stack(losses).mean()}
         for name, part in zip(self.LOSS_BY_TIME, torch.stack(losses).chunk(NUM_BINS)):
             output[name] = part.mean()
@@ -81,10 +81,6 @@ class FlowEvaluator(SupervisedEvaluator):
             output[name] = per_channel[first : max(after, first + 1)].mean()
         engine.state.output = [output]
         return engine.state.output
-
-    def _channel_errors(self, prediction: torch.Tensor, target: FlowTarget) -> torch.Tensor:
-        """Mean square error of each channel of the clean latents."""
-        return channel_means(self.flow.clean_error(prediction, target).square(), target.mask).mean(0)
 
 
 def averages(*names: str) -> dict[str, Average]:

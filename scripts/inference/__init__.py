@@ -4,21 +4,21 @@ exported networks; and samples of a generator.
 
 from scripts.inference.exported_networks import ExportedNetwork, refuse_latents
 from scripts.inference.inferers import ReconstructionInferer
-from scripts.inference.samples import DrawStartd, SampleInferer, SaveSampled, plan_samples
+from scripts.inference.samples import DrawNoised, SampleInferer, SamplePlan, SaveSampled
 from scripts.inference.streaming import StreamingInferer
 from scripts.inference.volume_runs import VolumeDataset, VolumeEvaluator, find_share, join_processes
 
 __all__ = [
-    "DrawStartd",
+    "DrawNoised",
     "ExportedNetwork",
     "ReconstructionInferer",
     "SampleInferer",
+    "SamplePlan",
     "SaveSampled",
     "StreamingInferer",
     "VolumeDataset",
     "VolumeEvaluator",
     "find_share",
     "join_processes",
-    "plan_samples",
     "refuse_latents",
 ]

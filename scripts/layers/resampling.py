@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 
-from scripts.layers.factors import per_axis
+from scripts.layers.factors import padded_size, per_axis
 from scripts.layers.float32_convolutions import bfloat16_fails, run_in_float32
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Upsample",
     "check_upsample_mode",
     "depth_to_space",
+    "pad_at_end",
     "pad_to_multiple",
     "space_to_depth",
 ]
@@ -242,7 +243,12 @@ def pad_to_multiple(x: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:
         x: tensor of shape ``BxCxHxWxD`` (or 1D, 2D).
         factors: one for each spatial axis.
     """
-    missing = [-size % factor for size, factor in zip(x.shape[2:], factors)]
+    return pad_at_end(x, padded_size(x.shape[2:], factors))
+
+
+def pad_at_end(x: torch.Tensor, spatial_size: Sequence[int]) -> torch.Tensor:
+    """Repeat the last voxel of each spatial axis of ``BxCxHxWxD`` (or 1D, 2D) up to a size."""
+    missing = [wanted - size for wanted, size in zip(spatial_size, x.shape[2:])]
     return F.pad(x, [side for size in reversed(missing) for side in (0, size)], mode="replicate")
 
 

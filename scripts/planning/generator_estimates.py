@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from scripts.bundle.errors import reason
 from scripts.bundle.machine import GIB
 from scripts.bundle.precision import autocast_dtype, dtype_name
 from scripts.data.latents import read_description
-from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.latent_data import LatentCollate, latent_lists
-from scripts.diffusion.latent_space import LatentSpace
-from scripts.diffusion.latent_unet import LatentUNet
+from scripts.diffusion.conditions import Volume
+from scripts.diffusion.flow import RectifiedFlow, draw_noise
+from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.prepare_batch import FlowPrepareBatch
-from scripts.diffusion.solvers import draw_noise, integrate
+from scripts.diffusion.sampler import integrate
+from scripts.diffusion.statistics import LatentStatistics
+from scripts.diffusion.training_data import LatentCollate, latent_lists
 from scripts.layers.factors import padded_size
 from scripts.planning.allocations import AllocationTracker, nbytes_of
 from scripts.planning.config_keys import TRAIN, planned_precision, read_configs, read_plan
@@ -63,7 +65,7 @@ class GeneratorPlan:
 
     autoencoder: AutoencoderKL
     spatial_size: tuple[int, ...]
-    network: LatentUNet
+    network: Denoiser
     flow: RectifiedFlow
     prepare_batch: FlowPrepareBatch
     collate: LatentCollate
@@ -160,8 +162,8 @@ def plan_generator(
         _parse(parser)
         network, size = _volumes(parser, spatial_size, autoencoder, device)
         keys = ensure_tuple(parser.get_parsed_content("condition_keys"))
-        description = _description(network, size, keys)
-        parser["space"] = LatentSpace.learn([description], parser.get_parsed_content("latent_gamma"), keys)
+        description: Any = SimpleNamespace(**_description(network, size, keys))
+        parser["statistics"] = LatentStatistics.learn([description], parser.get_parsed_content("latent_gamma"), keys)
         _parse(parser)
         with torch.device("meta"):
             unet = parser.get_parsed_content("network_def")
@@ -242,8 +244,8 @@ def step_trainer(
 
 def latent_batch(plan: GeneratorPlan) -> dict[str, Any]:
     """A batch of latents of the planned size, whose values do not count."""
-    volume = {"conditions": {}, "size": plan.spatial_size, "spacing": [1.0] * len(plan.spatial_size)}
-    item = {Keys.IMAGE: torch.zeros(plan.latent_shape), "volume": json.dumps(volume), "seed": 0, "file": ""}
+    volume = Volume(plan.spatial_size, [1.0] * len(plan.spatial_size))
+    item = {Keys.IMAGE: torch.zeros(plan.latent_shape), "volume": volume, "seed": 0, "file": ""}
     return plan.collate([item] * plan.batch_size)
 
 
@@ -261,13 +263,13 @@ def _sampling_cost(plan: GeneratorPlan, device: str) -> InferenceCost:
         network = fake_copy(plan.network).eval()
         weights = [network.state_dict(), fake_copy(plan.autoencoder).state_dict()]
         noise = draw_noise((1, plan.latent_shape[0], *size), 0)
-        context = torch.stack([plan.prepare_batch.space.conditions.nothing()] * 2)
+        context = torch.stack([plan.prepare_batch.statistics.conditions.null_vector()] * 2)
 
         def velocity(state: torch.Tensor, time: float) -> torch.Tensor:
             with autocast(plan.amp_dtype):
-                prediction = network(state.expand(2, *state.shape[1:]), torch.full((2,), time), context)
-            told, plain = prediction.float().chunk(2)
-            return (plan.flow.clean(plain + (told - plain), state, time) - state) / time
+                estimate = network(state.expand(2, *state.shape[1:]), torch.full((2,), time), context)
+            cond, uncond = estimate.float().chunk(2)
+            return (uncond.lerp(cond, 1.5) - state) / time
 
         with tracker, casting_rules(device):
             tracker.track(*weights, noise)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from scripts.layers.factors import padded_size
+from scripts.layers.resampling import pad_at_end
 
 __all__ = ["FeatureMap", "PaddedImage"]
 
@@ -73,7 +73,4 @@ class PaddedImage(FeatureMap):
         # at least one row, which is then repeated
         slab = self.tensor().narrow(self.dim, min(start, last - 1), max(min(stop, last) - start, 1))
         sizes = [stop - start if dim == self.dim else self.shape[dim] for dim in range(2, slab.ndim)]
-        missing = [wanted - size for wanted, size in zip(sizes, slab.shape[2:])]
-        if not any(missing):
-            return slab
-        return F.pad(slab, [n for size in reversed(missing) for n in (0, size)], mode="replicate")
+        return slab if sizes == list(slab.shape[2:]) else pad_at_end(slab, sizes)

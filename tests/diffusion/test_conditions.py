@@ -1,27 +1,33 @@
-"""What a generator is told: numbers, words and gaps, from the files that users have."""
+"""Conditions of a generator: numbers, words and gaps, from the files that users have."""
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from scripts.diffusion.conditions import Conditions
+from scripts.bundle.json_files import checked
+from scripts.diffusion.conditions import Conditions, Volume
 
 VALUES = [{"age": 20.0, "sex": "F"}, {"age": 30.0, "sex": "M"}, {"sex": "F"}, {"age": 40.0}]
-SIZES, SPACINGS = [[16, 18, 20], [20, 18, 20]] * 2, [[1.0, 1.0, 2.0]] * 4
+SIZES = [[16, 18, 20], [20, 18, 20]] * 2
+
+
+def volumes(values: list[dict]) -> list[Volume]:
+    return [Volume(size, [1.0, 1.0, 2.0], known) for size, known in zip(SIZES, values)]
 
 
 @pytest.fixture
 def conditions() -> Conditions:
-    return Conditions.learn(["age", "sex"], VALUES, SIZES, SPACINGS)
+    return Conditions.learn(["age", "sex"], volumes(VALUES))
 
 
 def test_numbers_are_standardised_words_are_classes_and_gaps_are_zeros(conditions):
-    vectors = torch.stack([conditions.vector(*each) for each in zip(VALUES, SIZES, SPACINGS)])
+    vectors = torch.stack([conditions.vector(volume) for volume in volumes(VALUES)])
     assert vectors.shape == (4, len(conditions)) == (4, 1 + 6 + 2 + 2)
     assert vectors[:, 0].tolist() == [1] * 4
     assert vectors[:, 1].tolist() == pytest.approx([-1, 1, -1, 1])
@@ -30,24 +36,24 @@ def test_numbers_are_standardised_words_are_classes_and_gaps_are_zeros(condition
     assert vectors[:, 7].tolist() == pytest.approx([-10 / deviation, 0, 0, 10 / deviation])
     assert vectors[:, 8].tolist() == [1, 1, 0, 1]
     assert vectors[:, 9:].tolist() == [[1, 0], [0, 1], [1, 0], [0, 0]]
-    assert not conditions.nothing().any()
+    assert not conditions.null_vector().any()
 
 
-def test_description_is_json_and_makes_the_same_vectors(conditions):
-    again = Conditions(json.loads(json.dumps(conditions.description)))
-    assert torch.equal(again.vector(VALUES[0], SIZES[0], SPACINGS[0]), conditions.vector(VALUES[0], SIZES[0], SPACINGS[0]))
+def test_conditions_are_stored_as_json_that_makes_the_same_vectors(conditions):
+    again = checked(json.loads(json.dumps(asdict(conditions))), Conditions)
+    assert again == conditions and torch.equal(again.vector(volumes(VALUES)[0]), conditions.vector(volumes(VALUES)[0]))
 
 
 def test_dropout_leaves_out_all_or_single_conditions_as_often_as_it_says(conditions):
     random = np.random.default_rng(0)
-    drawn = torch.stack([conditions.drawn(VALUES[0], SIZES[0], SPACINGS[0], 0.2, random) for _ in range(4000)])
-    told = drawn[drawn[:, 0] == 1]
-    assert len(told) / len(drawn) == pytest.approx(0.8, abs=0.02)
+    volume = volumes(VALUES)[0]
+    drawn = torch.stack([conditions.with_dropout(volume, 0.2, random) for _ in range(4000)])
+    cond = drawn[drawn[:, 0] == 1]
+    assert len(cond) / len(drawn) == pytest.approx(0.8, abs=0.02)
     assert not drawn[drawn[:, 0] == 0].any()
-    assert told[:, 8].mean().item() == pytest.approx(0.8, abs=0.02)
-    assert told[:, 9].mean().item() == pytest.approx(0.8, abs=0.02)
-    full = conditions.vector(VALUES[0], SIZES[0], SPACINGS[0])
-    assert torch.equal(conditions.drawn(VALUES[0], SIZES[0], SPACINGS[0], 0.0, random), full)
+    assert cond[:, 8].mean().item() == pytest.approx(0.8, abs=0.02)
+    assert cond[:, 9].mean().item() == pytest.approx(0.8, abs=0.02)
+    assert torch.equal(conditions.with_dropout(volume, 0.0, random), conditions.vector(volume))
 
 
 def test_what_training_did_not_see_is_refused_or_warned_of_by_name(conditions, caplog):
@@ -68,16 +74,16 @@ def test_what_training_did_not_see_is_refused_or_warned_of_by_name(conditions, c
 
 def test_keys_that_no_volume_has_or_that_name_volumes_are_refused():
     with pytest.raises(ValueError, match="'weight', which no training volume has; they have age, sex"):
-        Conditions.learn(["weight"], VALUES, SIZES, SPACINGS)
+        Conditions.learn(["weight"], volumes(VALUES))
     named = [{"name": f"scan {i}"} for i in range(4)]
     with pytest.raises(ValueError, match="'name', which has another value for each of the 4 volumes"):
-        Conditions.learn(["name"], named, SIZES, SPACINGS)
+        Conditions.learn(["name"], volumes(named))
 
 
 def test_a_word_among_numbers_is_refused():
     ages = [{"age": 61}, {"age": "90+"}, {"age": 61}, {}]
     with pytest.raises(ValueError, match=r"'age', which is a number in 2 volumes and a word in 1 \('90\+'\)"):
-        Conditions.learn(["age"], ages, SIZES, SPACINGS)
+        Conditions.learn(["age"], volumes(ages))
 
 
 def test_summary_says_what_was_seen_of_each_condition(conditions):

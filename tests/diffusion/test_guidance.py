@@ -1,4 +1,4 @@
-"""Guidance: by a generator that is told nothing, or by a worse one that is told the same."""
+"""Classifier-free guidance, and autoguidance by a lesser generator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import re
 import pytest
 import torch
 
+from scripts.bundle.json_files import checked
 from scripts.bundle.weights import save_weights
-from scripts.diffusion.conditions import Conditions
+from scripts.diffusion.conditions import Volume
 from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.generator import Generator, describe, load_generator
-from scripts.diffusion.guidance import Guidance, load_guide
-from scripts.diffusion.latent_space import LatentSpace
-from scripts.diffusion.latent_unet import LatentUNet
+from scripts.diffusion.guidance import load_guide
+from scripts.diffusion.preconditioning import Denoiser
+from scripts.diffusion.sampler import Sampler
+from scripts.diffusion.statistics import LatentStatistics
 from tests.conftest import ROOT
 from tests.diffusion.runs import leave_start
 
@@ -44,16 +46,17 @@ def described(**changes) -> dict:
 
 def made(seed: int, prediction: str = "x", dropout: float = 0.1, channels: tuple = (8, 8), **changes) -> Generator:
     torch.manual_seed(seed)
-    space = LatentSpace(described(**changes))
+    statistics = checked(described(**changes), LatentStatistics)
     sizes = {"channels": list(channels), "attention_levels": [False] * len(channels), "norm_num_groups": 4}
-    network = LatentUNet(3, CHANNELS, len(space.conditions), num_head_channels=4, **sizes).eval()
+    length = len(statistics.conditions)
+    network = Denoiser(3, CHANNELS, length, num_head_channels=4, prediction=prediction, **sizes).eval()
     leave_start(network)
-    return Generator(network, space, RectifiedFlow(prediction), dropout, "b" * 64)
+    return Generator(network, statistics, RectifiedFlow(), dropout, "b" * 64)
 
 
-def asked(states: torch.Tensor, network: torch.nn.Module, context: torch.Tensor) -> torch.Tensor:
+def estimate(x: torch.Tensor, generator: Generator, context: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return network(states, torch.full((len(context),), 1000 * TIME), context)
+        return generator.network(x, torch.full((len(context),), TIME), context)
 
 
 @pytest.fixture
@@ -62,89 +65,86 @@ def generator() -> Generator:
 
 
 @pytest.fixture
-def state() -> torch.Tensor:
+def x() -> torch.Tensor:
     return torch.randn(1, CHANNELS, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def context(generator) -> torch.Tensor:
-    return generator.space.conditions.vector({"age": 61, "sex": "M"}, [16] * 3, [1.0] * 3)[None]
+    return generator.statistics.conditions.vector(Volume([16] * 3, [1.0] * 3, {"age": 61, "sex": "M"}))[None]
 
 
-def clean(guidance: Guidance, state: torch.Tensor, context: torch.Tensor, time: float = TIME) -> torch.Tensor:
-    return guidance.clean(asked, guidance.generator.network, state, time, context)
-
-
-def test_without_a_scale_the_prediction_stays_what_it_is(generator, state, context):
-    assert torch.equal(clean(Guidance(generator), state, context), asked(state, generator.network, context))
+def test_without_a_scale_the_estimate_stays_what_it_is(generator, x, context):
+    assert torch.equal(Sampler(generator).denoise(x, TIME, context), estimate(x, generator, context))
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
-def test_it_is_taken_further_from_what_the_generator_makes_when_told_nothing(state, context, prediction):
+def test_classifier_free_guidance_goes_further_from_the_unconditional_estimate(x, context, prediction):
     generator = made(0, prediction)
-    told, untold = (
-        generator.flow.clean(asked(state, generator.network, each), state, TIME)
-        for each in (context, generator.space.conditions.nothing()[None])
-    )
-    assert (told - untold).abs().max() > 0.01
-    found = clean(Guidance(generator, 2.5), state, context)
-    assert torch.allclose(found, told + 1.5 * (told - untold), atol=1e-5)
+    null = generator.statistics.conditions.null_vector()[None]
+    cond, uncond = (estimate(x, generator, each) for each in (context, null))
+    assert (cond - uncond).abs().max() > 0.01
+    found = Sampler(generator, guidance_scale=2.5).denoise(x, TIME, context)
+    assert torch.allclose(found, cond + 1.5 * (cond - uncond), atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
-def test_it_is_taken_further_from_what_a_guide_makes_that_is_told_the_same(generator, state, context, prediction):
+def test_autoguidance_goes_further_from_the_estimate_of_a_guide_with_the_same_conditions(generator, x, context, prediction):
     guide = made(1, prediction)  # which may predict something else than the generator
-    told = asked(state, generator.network, context)
-    worse = guide.flow.clean(asked(state, guide.network, context), state, TIME)
-    found = clean(Guidance(generator, 1.75, guide=guide), state, context)
-    assert torch.allclose(found, told + 0.75 * (told - worse), atol=1e-5)
-    assert (found - told).abs().max() > 0.01
+    cond, of_guide = (estimate(x, each, context) for each in (generator, guide))
+    found = Sampler(generator, guidance_scale=1.75, guide=guide).denoise(x, TIME, context)
+    assert torch.allclose(found, cond + 0.75 * (cond - of_guide), atol=1e-5)
+    assert (found - cond).abs().max() > 0.01
 
 
-def test_there_is_none_outside_of_the_interval(generator, state, context):
-    told = asked(state, generator.network, context)
-    guidance = Guidance(generator, 2.0, [0.3, 0.6], made(1))
+def test_there_is_none_outside_of_the_interval(generator, x, context):
+    sampler = Sampler(generator, guidance_scale=2.0, guidance_interval=[0.3, 0.6], guide=made(1))
     for time, guided in ((0.29, False), (0.3, True), (0.6, True), (0.61, False)):
-        assert torch.equal(clean(guidance, state, context, time), told) is not guided
+        with torch.no_grad():
+            plain = generator.network(x, torch.tensor([time]), context)
+        assert torch.equal(sampler.denoise(x, time, context), plain) is not guided
 
 
 def test_samples_say_what_guided_them(generator):
     plain = {"guidance_scale": 1.0, "guidance_interval": [0.0, 1.0], "guide_sha256": None}
-    assert Guidance(generator).settings == plain and Guidance(generator).networks == [generator.network]
+    assert plain.items() <= Sampler(generator).settings.items()
+    assert Sampler(generator).networks == [generator.network]
     guide = made(1)
-    guidance = Guidance(generator, 2, [0, 0.5], guide)
-    assert guidance.settings == {"guidance_scale": 2.0, "guidance_interval": [0.0, 0.5], "guide_sha256": "b" * 64}
-    assert guidance.networks == [generator.network, guide.network]
+    sampler = Sampler(generator, guidance_scale=2, guidance_interval=[0, 0.5], guide=guide)
+    guided = {"guidance_scale": 2.0, "guidance_interval": [0.0, 0.5], "guide_sha256": "b" * 64}
+    assert guided.items() <= sampler.settings.items()
+    assert sampler.networks == [generator.network, guide.network]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"scale": -1}, "`guidance_scale` is -1"),
-        ({"scale": True}, "`guidance_scale` is True"),
-        ({"scale": float("nan")}, "`guidance_scale` is nan"),
-        ({"interval": 0.5}, r"`guidance_interval` is 0.5; it must be two times"),
-        ({"interval": [0.6, 0.2]}, r"`guidance_interval` is \[0.6, 0.2\].* the lower one first"),
-        ({"interval": [0, 2]}, r"`guidance_interval` is \[0, 2\]"),
-        ({"interval": [0, 0.6]}, "`guidance_scale` is 1, with which `guidance_interval` has no influence"),
+        ({"guidance_scale": -1}, "`guidance_scale` is -1"),
+        ({"guidance_scale": True}, "`guidance_scale` is True"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
+        ({"guidance_interval": 0.5}, r"`guidance_interval` is 0.5; it must be two times"),
+        ({"guidance_interval": [0.6, 0.2]}, r"`guidance_interval` is \[0.6, 0.2\].* the lower one first"),
+        ({"guidance_interval": [0, 2]}, r"`guidance_interval` is \[0, 2\]"),
+        ({"guidance_interval": [0, 0.6]}, "`guidance_scale` is 1, with which `guidance_interval` has no influence"),
         ({"guide": made(1)}, "`guidance_scale` is 1, with which a `guide` has no influence"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
     ],
 )
 def test_what_cannot_be_is_refused(generator, arguments, words):
     with pytest.raises(ValueError, match=words):
-        Guidance(generator, **arguments)
+        Sampler(generator, **arguments)
 
 
-def test_a_generator_that_was_never_told_nothing_needs_a_guide(state, context):
+def test_a_generator_without_condition_dropout_needs_a_guide(x, context):
     generator = made(0, dropout=0)
     with pytest.raises(ValueError, match="trained with `condition_dropout` 0 .* or give a `guide`"):
-        Guidance(generator, 1.5)
-    assert clean(Guidance(generator, 1.5, guide=made(1)), state, context).isfinite().all()
+        Sampler(generator, guidance_scale=1.5)
+    assert Sampler(generator, guidance_scale=1.5, guide=made(1)).denoise(x, TIME, context).isfinite().all()
 
 
 def saved(folder, guide: Generator) -> str:
     path = folder / "model.pt"
-    save_weights(guide.network, path, describe(guide.space, guide.flow, guide.condition_dropout))
+    save_weights(guide.network, path, describe(guide.statistics, guide.flow, guide.condition_dropout))
     return str(path)
 
 
@@ -199,7 +199,7 @@ def test_a_guide_that_sees_something_else_is_refused(generator, tmp_path, change
         load_guide(path, generator, "cpu", torch.contiguous_format)
 
 
-def test_what_is_no_guide_is_told_by_its_name(generator, tmp_path):
+def test_what_is_no_guide_is_refused_by_its_name(generator, tmp_path):
     path = saved(tmp_path, generator)
     with pytest.raises(ValueError, match="`guide` is .* has the weights that it is to guide"):
         load_guide(path, load_generator(path), "cpu", torch.contiguous_format)
@@ -215,5 +215,6 @@ def test_what_is_no_guide_is_told_by_its_name(generator, tmp_path):
 def test_constant_numbers_may_differ_by_their_rounding(generator, tmp_path):
     description = copy.deepcopy(described())
     description["conditions"]["geometry"][1] = {**NUMBER, "mean": 3.0 + 1e-12, "deviation": 0.0}
-    assert Conditions(description["conditions"]).entries != generator.space.conditions.entries
-    assert load_guide(saved(tmp_path, made(1, **description)), generator, "cpu", torch.contiguous_format) is not None
+    guide = made(1, **description)
+    assert guide.statistics.conditions.entries != generator.statistics.conditions.entries
+    assert load_guide(saved(tmp_path, guide), generator, "cpu", torch.contiguous_format) is not None

@@ -107,7 +107,7 @@ def test_shared_generator_is_released_downloaded_and_makes_the_same_samples(fold
         name = f"sample_{i:04d}.nii.gz"
         own, theirs = (nib.load(each / name).get_fdata() for each in (tmp_path / "own", downloaded / "out"))
         assert np.abs(own - theirs).max() <= 1  # int16
-    assert load_generator(str(downloaded / "tuned/checkpoints/model.pt")).space.conditions.keys == ["age", "sex"]
+    assert load_generator(str(downloaded / "tuned/checkpoints/model.pt")).statistics.conditions.keys.keys() == {"age", "sex"}
     assert (tmp_path / "downloaded" / "again" / archive.name).read_bytes() == archive.read_bytes()
     sums = dict(reversed(line.split("  ")) for line in (downloaded / "models/SHA256SUMS").read_text().splitlines())
     assert sums["generator/model.pt"] == content_hash((folder / "run/checkpoints/model.pt").read_bytes())
@@ -133,9 +133,9 @@ def test_metadata_of_the_release_follows_the_schema_and_the_network(folder, bund
         == json.loads((ROOT / path.relative_to(root)).read_text())["eval_metrics"]["mni152_t1"]
     )
     found = metadata["generator_data_format"]
-    told = {"timesteps": torch.tensor([500.0]), "context": torch.zeros(1, found["inputs"]["context"]["num_channels"])}
-    told["extent"] = torch.ones(1, found["inputs"]["extent"]["num_channels"])
-    keys = {"device": "cpu", "n": 2, "extra_forward_args": told, "ckpt_dir": str(root / "models/generator")}
+    known = {"time": torch.tensor([0.5]), "context": torch.zeros(1, found["inputs"]["context"]["num_channels"])}
+    known["extent"] = torch.ones(1, found["inputs"]["extent"]["num_channels"])
+    keys = {"device": "cpu", "n": 2, "extra_forward_args": known, "ckpt_dir": str(root / "models/generator")}
     keys["_meta_#network_data_format"] = found  # the tool looks at this one
     verify_net_in_out("network_def", meta_file=str(path), config_file=str(root / "configs/generate.json"), **keys)
     shutil.rmtree(bundle / "models/generator")  # a downloaded bundle whose generator was removed
@@ -222,7 +222,9 @@ def changed_run(folder: Path, to: Path) -> Path:
     known = load_generator(str(folder / "run/checkpoints/model.pt"))
     with torch.no_grad():
         next(known.network.parameters()).add_(1)
-    save_weights(known.network, run / "checkpoints/model.pt", describe(known.space, known.flow, known.condition_dropout))
+    save_weights(
+        known.network, run / "checkpoints/model.pt", describe(known.statistics, known.flow, known.condition_dropout)
+    )
     return run
 
 

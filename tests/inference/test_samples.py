@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -21,7 +22,8 @@ from monai.bundle import verify_net_in_out
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.generator import describe, load_generator
-from scripts.diffusion.latent_unet import LatentUNet
+from scripts.diffusion.preconditioning import PREDICTIONS, Denoiser
+from scripts.diffusion.sampler import Sampler
 from tests.conftest import ROOT, save_volume
 from tests.diffusion.runs import encode, generate, leave_start, make_weights, workflow
 from tests.inference.test_exported_networks import run_documented
@@ -44,12 +46,18 @@ def generator(weights, tmp_path_factory) -> Path:
     rows = [f"sub-{i}\t{20 + 5 * i}\t{'FM'[i % 2]}" for i in range(4)]
     (folder / "volumes" / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *rows]))
     latents = encode(folder / "volumes", folder / "latents", weights)
-    keys = {"channels": [8, 16], "norm_num_groups": 4, "num_head_channels": 8, "condition_keys": ["age", "sex"]}
+    keys = {
+        "channels": [8, 16],
+        "norm_num_groups": 4,
+        "num_head_channels": 8,
+        "condition_keys": ["age", "sex"],
+        "prediction": "x",
+    }
     flow = workflow("train_diffusion.json", "training", "train", dataset_dir=latents, device="cpu", **keys)
     torch.manual_seed(0)
-    network, space = (flow.parser.get_parsed_content(name) for name in ("network_def", "space"))
+    network, statistics = (flow.parser.get_parsed_content(name) for name in ("network_def", "statistics"))
     leave_start(network)
-    save_weights(network, folder / "checkpoints" / "model.pt", describe(space, RectifiedFlow("x"), 0.1))
+    save_weights(network, folder / "checkpoints" / "model.pt", describe(statistics, RectifiedFlow(), 0.1))
     return folder / "checkpoints"
 
 
@@ -95,31 +103,28 @@ def test_same_seed_gives_the_same_bytes_and_another_one_others(samples, generato
 
 
 class WildOutside(torch.nn.Module):
-    """A network whose predictions of the padding are far from any latent."""
+    """A network whose estimates of the padding are far from any latent."""
 
-    def __init__(self, network: LatentUNet, size: tuple[int, ...]) -> None:
+    def __init__(self, network: Denoiser, size: tuple[int, ...]) -> None:
         super().__init__()
-        self.network, self.size = network, size
+        self.network, self.size, self.multiple = network, size, network.multiple
 
-    def forward(self, x: torch.Tensor, **told: torch.Tensor) -> torch.Tensor:
-        prediction = self.network(x, **told)
-        wild = torch.full_like(prediction, 1e4)
+    def forward(self, x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        estimate = self.network(x, *args)
+        wild = torch.full_like(estimate, 1e4)
         inside = (..., *(slice(n) for n in self.size))
-        wild[inside] = prediction[inside]
+        wild[inside] = estimate[inside]
         return wild
 
 
-@pytest.mark.parametrize("prediction", ["x", "v"])
-def test_what_the_network_makes_of_the_padding_does_not_matter(generator, weights, tmp_path, prediction):
-    paths = {"ckpt_dir": generator, "autoencoder": weights, "output_dir": tmp_path}
-    flow = workflow("generate.json", "generating", "infer", device="cpu", amp=False, **paths)
-    inferer = flow.parser.get_parsed_content("inferer")
-    inferer.generator.flow.prediction = prediction
-    network, size = inferer.generator.network, (4, 5, 3)
+def test_what_the_network_makes_of_the_padding_does_not_matter(generator):
+    known, size = load_generator(str(generator / "model.pt")), (4, 5, 3)
     noise = torch.randn(1, 8, 4, 6, 4, generator=torch.Generator().manual_seed(0))
-    context = torch.zeros(1, network.arguments["condition_size"])
-    told = {"context": context, "latent_size": torch.tensor([size]), "noise_seed": torch.tensor([0])}
-    plain, wild = (inferer.sample(noise, each, **told) for each in (network, WildOutside(network, size)))
+    context = torch.zeros(1, known.network.arguments["condition_size"])
+    plain, wild = (
+        Sampler(replace(known, network=network), 3)(noise, context, size, 0)
+        for network in (known.network, WildOutside(known.network, size))
+    )
     assert plain.shape[2:] == size and plain.std() > 0.01
     assert torch.equal(plain, wild)
 
@@ -204,10 +209,10 @@ def test_decoding_within_little_memory_makes_nearly_the_same_volume(samples, gen
 def test_conditions_and_guidance_change_the_sample(samples, generator, weights, tmp_path):
     found = [content_of(samples)["sample_0000.nii.gz"]]
     for i, keys in enumerate([{}, {"guidance_scale": 3.0}, {"guidance_scale": 0.0}]):
-        generate(generator, weights, tmp_path / str(i), num_samples=1, conditions={"age": 35, "sex": "M"}, **keys)
+        generate(generator, weights, tmp_path / str(i), num_samples=1, conditions={"age": 25, "sex": "M"}, **keys)
         found.append(content_of(tmp_path / str(i))["sample_0000.nii.gz"])
         known = json.loads((tmp_path / str(i) / "sample_0000.json").read_text())
-        assert known["conditions"] == {"age": 35.0, "sex": "M"}
+        assert known["conditions"] == {"age": 25.0, "sex": "M"}
     assert len(set(found)) == 4
 
 
@@ -221,7 +226,7 @@ def test_a_guide_changes_the_sample_where_it_predicts_something_else(samples, ge
         for key, parameter in known.network.named_parameters():
             parameter.data += size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key)))
         guide = tmp_path / f"{name}.pt"
-        save_weights(known.network, guide, describe(known.space, known.flow, known.condition_dropout))
+        save_weights(known.network, guide, describe(known.statistics, known.flow, known.condition_dropout))
         keys = {"guide": str(guide), "guidance_scale": 2, "guidance_interval": [0, 0.8]}
         generate(generator, weights, tmp_path / name, num_samples=1, **keys)
         settings = json.loads((tmp_path / name / "sample_0000.json").read_text())
@@ -255,19 +260,20 @@ def test_bundle_finds_every_property(generator, weights, tmp_path):
     assert workflow("generate.json", "generating", "infer", **keys).check_properties() == []
 
 
-@pytest.mark.parametrize("gain", [True, False])
-def test_network_is_exported_by_the_documented_command(generator, tmp_path, monkeypatch, gain):
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_network_is_exported_by_the_documented_command(generator, tmp_path, monkeypatch, prediction):
     known = load_generator(str(generator / "model.pt"))
-    network = LatentUNet(**{**known.network.arguments, "gain": gain}, amplitude=known.space.amplitude).eval()
+    arguments = {**known.network.arguments, "prediction": prediction}
+    network = Denoiser(**arguments, amplitude=known.statistics.amplitude).eval()
     leave_start(network)
-    save_weights(network, tmp_path / "model.pt", describe(known.space, known.flow, known.condition_dropout))
+    save_weights(network, tmp_path / "model.pt", describe(known.statistics, known.flow, known.condition_dropout))
     monkeypatch.chdir(ROOT)
     files = {"eval/diffusion/checkpoints/model.pt": "model.pt", "eval/diffusion/generator.ts": "generator.ts"}
     run_documented("ckpt_export", {name: str(tmp_path / file) for name, file in files.items()}, "--ckpt_dir", str(tmp_path))
     exported = torch.jit.load(tmp_path / "generator.ts")
     for size in ((4, 6, 8), (10, 2, 6)):
         x, context = torch.randn(2, 8, *size), torch.randn(2, network.arguments["condition_size"])
-        inputs = (x, torch.tensor([30.0, 900.0]), context, torch.rand(2, 3) / 2 + 0.5)
+        inputs = (x, torch.tensor([0.03, 0.9]), context, torch.rand(2, 3) / 2 + 0.5)
         with torch.no_grad():
             assert torch.allclose(exported(*inputs), network(*inputs), atol=1e-6, rtol=1e-6)
             assert torch.allclose(exported(*inputs[:3]), network(*inputs[:3]), atol=1e-6, rtol=1e-6)
@@ -275,9 +281,9 @@ def test_network_is_exported_by_the_documented_command(generator, tmp_path, monk
 
 def test_network_takes_and_gives_latents(generator):
     network = load_generator(str(generator / "model.pt")).network
-    told = {"timesteps": torch.tensor([500.0]), "context": torch.zeros(1, network.arguments["condition_size"])}
+    known = {"time": torch.tensor([0.5]), "context": torch.zeros(1, network.arguments["condition_size"])}
     files = {"meta_file": str(ROOT / "configs/metadata.json"), "config_file": str(ROOT / "configs/generate.json")}
     channels = {f"_meta_#network_data_format#{end}#num_channels": 8 for end in ("inputs#image", "outputs#pred")}
     for size in (network.multiple, 3 * network.multiple):
-        keys = {"device": "cpu", "any": size, "extra_forward_args": told, "ckpt_dir": str(generator), **channels}
+        keys = {"device": "cpu", "any": size, "extra_forward_args": known, "ckpt_dir": str(generator), **channels}
         verify_net_in_out("network_def", **files, **keys)

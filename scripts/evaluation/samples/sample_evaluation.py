@@ -6,7 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import torch
 from scripts.bundle.files import file_hash, write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import read_description
-from scripts.diffusion.latent_space import LatentSpace
+from scripts.diffusion.conditions import ClassCondition
+from scripts.diffusion.statistics import LatentStatistics
 from scripts.evaluation.metrics import grid_energy
 from scripts.evaluation.pictures import draw_columns, panels_of
-from scripts.evaluation.samples.nearest_latents import MirroredLatents, Nearest, NearestLatents
 from scripts.evaluation.samples.sample_features import (
     Standardised,
     channel_statistics,
@@ -29,7 +29,8 @@ from scripts.evaluation.samples.sample_features import (
 )
 from scripts.evaluation.samples.sample_metrics import (
     NUM_BANDS,
-    frechet_distance,
+    Nearest,
+    NearestLatents,
     kernel_mmd,
     median_distance,
     pairwise_ms_ssim,
@@ -89,7 +90,7 @@ class SampleEvaluation:
 
     - ``held_out``: volumes that training did not see, up to as many as there are samples;
     - ``training``: as many training volumes;
-    - ``covariance_gaussian``, ``gaussian``: what needs no network, see ``reference_samples``.
+    - ``covariance_gaussian``, ``gaussian``: what needs no network, see ``sample_sets``.
 
     All of them are latents that go through the autoencoder's decoder, so that what it cannot show is missing everywhere.
     Latents are compared in units of the image, whatever ``latent_gamma`` the generator was trained with. Results are
@@ -134,23 +135,23 @@ class SampleEvaluation:
         for index in view_samples:
             if index not in range(num_samples):
                 raise ValueError(f"`view_samples` has {index!r}; samples have the numbers 0 to {num_samples - 1}.")
-        self.inferer, self.weights = inferer, weights
+        self.inferer, self.sampler, self.weights = inferer, inferer.sampler, weights
         self.training = [item["image"] for item in datalist["training"]]
         self.held_out = [item["image"] for item in datalist["validation"]]
         self.output_dir, self.num_samples, self.seed = Path(output_dir), num_samples, seed
-        self.settings, self.max_pictures = dict(settings), max(max_pictures, view_nearest)
+        self.settings, self.max_pictures = {**self.sampler.settings, **settings}, max(max_pictures, view_nearest)
         self.view_nearest, self.view_samples, self.view_max_voxels = view_nearest, view_samples, view_max_voxels
         self.slice_features = load_slice_features()
         self.notes: list[str] = []
 
     def run(self) -> None:
         """Draw, measure and write."""
-        self.descriptions = [vars(read_description(Path(path))) for path in self.training]
-        self.space = LatentSpace.learn(self.descriptions, latent_gamma=1.0)
-        self.reader = LatentReader(self.space)
+        self.descriptions = [read_description(Path(path)) for path in self.training]
+        self.statistics = LatentStatistics.learn(self.descriptions, latent_gamma=1.0)
+        self.reader = LatentReader(self.statistics)
         self._note_limits()
         held_out = self.reader.chosen(self.held_out, self.num_samples, self.seed)
-        samples = draw_samples(self.inferer, self.space, held_out.volumes, self.num_samples, self.seed)
+        samples = draw_samples(self.sampler, self.statistics, held_out.volumes, self.num_samples, self.seed)
         sets = {SAMPLES: samples, HELD_OUT: held_out}
         sets[TRAINING] = self.reader.chosen(self.training, self.num_samples, self.seed)
         drawn, training_features = gaussians(self.reader, self.training, samples.latents, self.seed)
@@ -158,7 +159,7 @@ class SampleEvaluation:
         nearest = self._nearest({name: sets[name] for name in (SAMPLES, HELD_OUT, TRAINING)})
         limit = _limit(nearest[HELD_OUT])
         decoded = {name: self._measured(name, each.latents) for name, each in sets.items()}
-        channels = {name: [channel_statistics(z, self.space.amplitude) for z in s.latents] for name, s in sets.items()}
+        channels = {name: [channel_statistics(z, self.statistics.amplitude) for z in s.latents] for name, s in sets.items()}
         columns: list[dict[str, dict[str, Any]]] = [
             {name: {"number": len(each.latents)} for name, each in sets.items()},
             self._distances("coarse", {name: map(coarse_latent, s.latents) for name, s in sets.items()}, training_features),
@@ -184,25 +185,24 @@ class SampleEvaluation:
         first = samples.volumes[0]
         columns = {}
         for title, found, count in (("sample", samples, SAMPLES_DRAWN), ("held out", held_out, HELD_OUT_DRAWN)):
-            alike = [i for i, each in enumerate(found.volumes) if all(each[k] == first[k] for k in ("size", "spacing"))]
+            alike = [i for i, v in enumerate(found.volumes) if (v.size, v.spacing) == (first.size, first.spacing)]
             for i in alike[:count]:
-                known = found.volumes[i]["conditions"]
-                told = ", ".join(str(known[key]) for key in self.space.conditions.keys if key in known)
-                columns[f"{title} {i}" + f" ({told})" * bool(told)] = self._decode(found.latents[i])[0]
+                known = ", ".join(str(value) for value in found.volumes[i].conditions.values())
+                columns[f"{title} {i}" + f" ({known})" * bool(known)] = self._decode(found.latents[i])[0]
         file = io.BytesIO()
-        draw_columns(columns, first["spacing"]).savefig(file, format="png", dpi=60)
+        draw_columns(columns, first.spacing).savefig(file, format="png", dpi=60)
         path = self.output_dir / "samples.png"
         write_atomically(file.getvalue(), path)
         logger.info(f"picture: {path}")
 
     def _note_limits(self) -> None:
         """Say what makes the numbers tell less than they seem to."""
-        trained, here = self.inferer.generator.space.description, self.space.description
-        means = self.inferer.generator.space.training_mean, self.space.training_mean
-        if trained["volumes"] != here["volumes"] or not np.allclose(*means, rtol=SAME_SPLIT, atol=SAME_SPLIT):
+        trained, here = self.sampler.generator.statistics, self.statistics
+        means = trained.own_mean, here.own_mean
+        if trained.volumes != here.volumes or not np.allclose(*means, rtol=SAME_SPLIT, atol=SAME_SPLIT):
             self.notes.append(
-                f"The training half here ({here['volumes']} latents) is not the one that the generator was trained on "
-                f"({trained['volumes']} latents): held-out volumes may be among those. Give dataset_dir, val_fraction and "
+                f"The training half here ({here.volumes} latents) is not the one that the generator was trained on "
+                f"({trained.volumes} latents): held-out volumes may be among those. Give dataset_dir, val_fraction and "
                 "seed as in training."
             )
         if len(self.held_out) < FEW:
@@ -211,7 +211,7 @@ class SampleEvaluation:
                 "are rough, the test finds only large differences, and no limit tells which samples are close to a training "
                 "volume; with one, distances are not defined. A larger val_fraction in training and here holds out more."
             )
-        if len({tuple(each["preprocessed_shape"]) for each in self.descriptions}) > 1:
+        if len({each.preprocessed_shape for each in self.descriptions}) > 1:
             self.notes.append(
                 "Volumes differ in size. A latent is compared only with training latents of its own size, and there is no "
                 "Gaussian with the covariance of a size that fewer than two training latents have."
@@ -223,7 +223,7 @@ class SampleEvaluation:
         """The nearest training latent of each latent, other than itself."""
         latents = [z for each in sets.values() for z in each.latents]
         paths = [path for each in sets.values() for path in each.paths]
-        search = NearestLatents(self.space, MirroredLatents(self.inferer.autoencoder), latents, paths)
+        search = NearestLatents(latents, paths)
         for path in ProgressBar(self.training, desc="nearest training latents", unit="latent", leave=False):
             search.add(path, self.reader.read(path)[0])
         found = iter(search.found)
@@ -231,13 +231,13 @@ class SampleEvaluation:
 
     def _decode(self, latent: torch.Tensor) -> torch.Tensor:
         """A normalised latent to a volume ``CxHxWxD`` in [0, 1], as samples are written."""
-        return self.inferer.decoder(self.space.restored(latent[None]), self.inferer.autoencoder)[0].clamp(0, 1)
+        return self.inferer.decoder(self.statistics.denormalised(latent[None]), self.inferer.autoencoder)[0].clamp(0, 1)
 
     def _measured(self, name: str, latents: Sequence[torch.Tensor]) -> Decoded:
         found = Decoded()
         for latent in ProgressBar(latents, desc=f"decoding: {name}", unit="volume", leave=False):
             volume = self._decode(latent)
-            found.grid_energy.append(grid_energy(volume[None], self.space.factors))
+            found.grid_energy.append(grid_energy(volume[None], self.statistics.factors))
             found.spectra.append(power_spectrum(volume))
             found.small.append(shrunk(volume))
             found.local.append(local_statistics(volume))
@@ -253,16 +253,15 @@ class SampleEvaluation:
     def _distances(
         self, kind: str, features: Mapping[str, Iterable[torch.Tensor]], training: Sequence[torch.Tensor]
     ) -> dict[str, dict[str, float | None]]:
-        """MMD² to the held-out set, its p, and the Fréchet distance, in features that are standardised by the training's."""
+        """MMD² to the held-out set and its p, in features that are standardised by the training's."""
         standardised = Standardised(training)
         found = {name: standardised(list(each)) for name, each in features.items()}
-        names = [f"{metric}_{kind}" for metric in ("mmd2", "p", "frechet")]
+        names = [f"{metric}_{kind}" for metric in ("mmd2", "p")]
         rows: dict[str, dict[str, float | None]] = {name: dict.fromkeys(names) for name in found}
         bandwidth = median_distance(standardised(training)) if len(training) > 1 else 0
         for name, each in found.items():
             if name != HELD_OUT and min(len(each), len(found[HELD_OUT])) > 1 and bandwidth > 0:
-                values = (*kernel_mmd(each, found[HELD_OUT], bandwidth, self.seed), frechet_distance(each, found[HELD_OUT]))
-                rows[name] = dict(zip(names, values))
+                rows[name] = dict(zip(names, kernel_mmd(each, found[HELD_OUT], bandwidth, self.seed)))
         return rows
 
     def _obeyed(
@@ -271,15 +270,15 @@ class SampleEvaluation:
         """For each condition with classes, the share of volumes that are nearest to the mean of their class."""
         rows: dict[str, dict[str, float | None]] = {name: {} for name in sets}
         standardised = Standardised(training_features)
-        for key, seen in self.inferer.generator.space.conditions.description["keys"].items():
-            if len(seen.get("classes", ())) < 2:
+        for key, condition in self.sampler.generator.statistics.conditions.keys.items():
+            if not isinstance(condition, ClassCondition) or len(condition.classes) < 2:
                 continue
-            labels = [str(each["conditions"].get(key)) for each in self.descriptions]
+            labels = [str(each.conditions.get(key)) for each in self.descriptions]
             for name, each in sets.items():
-                asked = {i: str(v["conditions"][key]) for i, v in enumerate(each.volumes) if key in v["conditions"]}
+                asked = {i: str(v.conditions[key]) for i, v in enumerate(each.volumes) if key in v.conditions}
                 asked = {i: label for i, label in asked.items() if label in labels}
                 latents = [coarse_latent(each.latents[i]) for i in asked]
-                given = nearest_class(latents, training_features, labels, seen["classes"], standardised) if asked else []
+                given = nearest_class(latents, training_features, labels, condition.classes, standardised) if asked else []
                 hits = [one == other for one, other in zip(given, asked.values())]
                 rows[name][f"obeyed_{key}"] = _mean(hits)
         return rows
@@ -288,9 +287,9 @@ class SampleEvaluation:
         """What is known of each sample, the one nearest to a training volume first."""
         rows = []
         for index, (volume, other) in enumerate(zip(samples.volumes, nearest)):
-            row = {"index": index, **volume, "nearest": None, "mirrored": [], "distance": None, "close": None}
+            row = {"index": index, **asdict(volume), "nearest": None, "distance": None, "close": None}
             if other is not None:
-                row |= {"nearest": other.path, "mirrored": list(other.mirrored), "distance": _rounded(other.distance)}
+                row |= {"nearest": other.path, "distance": _rounded(other.distance)}
                 row["close"] = None if limit is None else other.distance < limit
             rows.append(row)
         return sorted(rows, key=lambda row: math.inf if row["distance"] is None else row["distance"])
@@ -314,16 +313,15 @@ class SampleEvaluation:
         """The sample and, if there is one, its nearest training volume."""
         volumes = {"sample": self._decode(samples.latents[described["index"]])[0]}
         if described["nearest"] is not None:
-            nearest = self._decode(self.reader.normalised(described["nearest"]))[0]
-            volumes["nearest training volume"] = nearest.flip(described["mirrored"])
+            volumes["nearest training volume"] = self._decode(self.reader.read(described["nearest"])[0])[0]
         return volumes
 
     def _configuration(self) -> dict[str, Any]:
-        generator = self.inferer.generator
+        generator = self.sampler.generator
         return {
             "weights": self.weights,
             "weights_sha256": file_hash(self.weights),
-            "autoencoder_sha256": generator.space.description["autoencoder"]["sha256"],
+            "autoencoder_sha256": generator.statistics.autoencoder.sha256,
             "network": generator.network.arguments,
             "settings": {"num_samples": self.num_samples, "seed": self.seed, **self.settings},
             "training_volumes": len(self.training),

@@ -1,9 +1,12 @@
-"""How far a set of generated volumes is from a set of real ones: distances between distributions, diversity and spectra."""
+"""How far a set of generated volumes is from a set of real ones: distances between distributions, diversity, spectra, and
+the nearest training latent of each.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +14,16 @@ import torch.nn.functional as F
 
 from scripts.evaluation.metrics import LargeVolumeMSSSIMMetric
 
-__all__ = ["NUM_BANDS", "frechet_distance", "kernel_mmd", "median_distance", "pairwise_ms_ssim", "power_spectrum", "shrunk"]
+__all__ = [
+    "NUM_BANDS",
+    "Nearest",
+    "NearestLatents",
+    "kernel_mmd",
+    "median_distance",
+    "pairwise_ms_ssim",
+    "power_spectrum",
+    "shrunk",
+]
 
 NUM_PERMUTATIONS = 1000
 NUM_BANDS = 16  # of frequency, from a volume's lowest to half a cycle per voxel
@@ -57,25 +69,6 @@ def kernel_mmd(x: torch.Tensor, y: torch.Tensor, bandwidth: float, seed: int = 0
 def median_distance(x: torch.Tensor) -> float:
     """Median distance between two of the features ``NxK``, the usual bandwidth of :py:func:`kernel_mmd`."""
     return float(torch.pdist(x.double()).median())
-
-
-def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """
-    Squared Fréchet distance between Gaussians with the means and covariances of two sets of features (Heusel et al.,
-    https://arxiv.org/abs/1706.08500). The trace of the root of the product of the covariances is the sum of the singular
-    values of the product of the centred sets: no matrix of the size of the features, and no root of a matrix, which is
-    unstable for fewer items than features.
-
-    It is biased: sets of few items are far from each other even if they have one distribution. Compare with sets of as many.
-
-    Args:
-        x: ``MxK``, at least two.
-        y: ``NxK``, at least two.
-    """
-    x, y = x.double(), y.double()
-    means = (x.mean(0) - y.mean(0)).square().sum()
-    x, y = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
-    return float((means + x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.t()).sum()).clamp(min=0))
 
 
 def shrunk(volume: torch.Tensor) -> torch.Tensor:
@@ -130,3 +123,38 @@ def power_spectrum(volume: torch.Tensor) -> torch.Tensor:
     total.index_add_(0, band.clamp(max=NUM_BANDS), power.flatten().double())
     count = torch.bincount(band.clamp(max=NUM_BANDS), minlength=NUM_BANDS + 1)
     return (10 * torch.log10((total / count).clamp(min=LEAST_POWER)))[:NUM_BANDS]
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """
+    Args:
+        path: path of the training latent.
+        distance: root mean square of the difference, in deviations of the latents in units of the image.
+    """
+
+    path: str
+    distance: float
+
+
+class NearestLatents:
+    """
+    Looks for the nearest of training latents that come one after the other: a generator may have learned volumes by heart.
+    Those of another size are not compared.
+
+    Args:
+        latents: normalised latents, ``CxHxWxD`` each.
+        paths: files that they were read from, which are not compared with themselves; empty texts for samples.
+    """
+
+    def __init__(self, latents: Sequence[torch.Tensor], paths: Sequence[str]) -> None:
+        self.latents, self.paths = latents, paths
+        self.found: list[Nearest | None] = [None] * len(latents)
+
+    def add(self, path: str, z: torch.Tensor) -> None:
+        """Compare with a training latent, normalised, ``CxHxWxD``."""
+        for i, (latent, own, known) in enumerate(zip(self.latents, self.paths, self.found)):
+            if latent.shape == z.shape and own != path:
+                distance = float((latent - z).square().mean().sqrt())
+                if known is None or distance < known.distance:
+                    self.found[i] = Nearest(path, distance)

@@ -33,7 +33,6 @@ MMD = (
     "squared maximum mean discrepancy to the held-out volumes, Gaussian kernel, unbiased: about 0 for the same distribution"
 )
 P = "share of random divisions that differ as much as these two sets; below 0.05 they are not of one distribution"
-FRECHET = "Fréchet distance to the held-out volumes; depends on the number of volumes, compare rows of equal numbers"
 COARSE = "on coarse latents (size, position, shape)"
 CHANNELS = "on mean and deviation of each latent channel over the volume (how much detail of each kind there is)"
 LOCAL = "on local means, deviations and edges of decoded volumes (what tissue looks like)"
@@ -42,23 +41,19 @@ COLUMNS = {
     "number": Column("number", "d", "volumes of the set"),
     "mmd2_coarse": Column("MMD², coarse", ".4f", f"{MMD}; {COARSE}"),
     "p_coarse": Column("p", ".3f", P),
-    "frechet_coarse": Column("Fréchet, coarse", ".4g", f"{FRECHET}; {COARSE}"),
     "mmd2_channels": Column("MMD², channels", ".4f", f"{MMD}; {CHANNELS}"),
     "p_channels": Column("p", ".3f", P),
-    "frechet_channels": Column("Fréchet, channels", ".4g", f"{FRECHET}; {CHANNELS}"),
     "mmd2_local": Column("MMD², local", ".4f", f"{MMD}; {LOCAL}"),
     "p_local": Column("p", ".3f", P),
-    "frechet_local": Column("Fréchet, local", ".4g", f"{FRECHET}; {LOCAL}"),
     "mmd2_slices": Column("MMD², slices", ".4f", f"{MMD}; {SLICES}"),
     "p_slices": Column("p", ".3f", P),
-    "frechet_slices": Column("Fréchet, slices", ".4g", f"{FRECHET}; {SLICES}"),
     "ms_ssim": Column(
         "pairwise MS-SSIM", ".3f", "how alike the volumes of a set are; above the held-out ones' is too little variety"
     ),
     "nearest": Column(
         "distance to training",
         ".3f",
-        "median over the set of the distance to the nearest training latent, mirrored ones included, in deviations",
+        "median over the set of the distance to the nearest training latent, in deviations",
     ),
     "close": Column(
         "closer than held-out",

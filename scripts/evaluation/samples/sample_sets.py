@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.progress import ProgressBar
-from scripts.diffusion.latent_data import ReadLatentd
-from scripts.diffusion.latent_space import LatentSpace
-from scripts.evaluation.samples.reference_samples import CovarianceGaussian, plain_gaussian
+from scripts.diffusion.conditions import Volume
+from scripts.diffusion.sampler import Sampler
+from scripts.diffusion.statistics import LatentStatistics
+from scripts.diffusion.training_data import ReadLatentd
 from scripts.evaluation.samples.sample_features import coarse_latent
-from scripts.inference.samples import PLAN, DrawStartd, SampleInferer
+from scripts.training.repeatable_batches import derive_seed
 
 __all__ = [
     "COVARIANCE",
@@ -24,13 +24,18 @@ __all__ = [
     "HELD_OUT",
     "SAMPLES",
     "TRAINING",
+    "CovarianceGaussian",
     "LatentReader",
     "VolumeSet",
     "draw_samples",
     "gaussians",
+    "plain_gaussian",
 ]
 
 SAMPLES, HELD_OUT, TRAINING, COVARIANCE, GAUSSIAN = "samples", "held_out", "training", "covariance_gaussian", "gaussian"
+
+
+Shape = tuple[int, ...]
 
 
 @dataclass
@@ -40,15 +45,15 @@ class VolumeSet:
 
     Args:
         latents: normalised, ``CxHxWxD`` each.
-        volumes: conditions, size and spacing of each, as :py:class:`ReadLatentd` notes them; empty for Gaussians.
+        volumes: size, spacing and conditions of each; empty for Gaussians.
         paths: files that the latents were read from; empty texts for samples.
     """
 
     latents: list[torch.Tensor] = field(default_factory=list)
-    volumes: list[dict[str, Any]] = field(default_factory=list)
+    volumes: list[Volume] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
 
-    def add(self, latent: torch.Tensor, volume: dict[str, Any], path: str = "") -> None:
+    def add(self, latent: torch.Tensor, volume: Volume, path: str = "") -> None:
         """Add a latent."""
         self.latents.append(latent)
         self.volumes.append(volume)
@@ -57,56 +62,47 @@ class VolumeSet:
 
 class LatentReader:
     """
-    Reads latents.
+    Reads latents, and normalises them.
 
     Args:
-        space: that normalises them.
+        statistics: statistics of the latents.
     """
 
-    def __init__(self, space: LatentSpace) -> None:
-        self.space, self._read = space, ReadLatentd(space)
+    def __init__(self, statistics: LatentStatistics) -> None:
+        self.statistics, self._read = statistics, ReadLatentd(statistics)
 
-    def read(self, path: str) -> tuple[torch.Tensor, dict[str, Any]]:
-        """A latent as the autoencoder made it, ``CxHxWxD``, and conditions, size and spacing of its volume."""
+    def read(self, path: str) -> tuple[torch.Tensor, Volume]:
+        """A normalised latent, ``CxHxWxD``, and its volume."""
         found = self._read({Keys.IMAGE: path})
-        return found[Keys.IMAGE], json.loads(found["volume"])
-
-    def normalised(self, path: str) -> torch.Tensor:
-        """A normalised latent, ``CxHxWxD``."""
-        return self.space.normalised(self.read(path)[0][None])[0]
+        return self.statistics.normalised(found[Keys.IMAGE][None])[0], found["volume"]
 
     def chosen(self, paths: Sequence[str], count: int, seed: int) -> VolumeSet:
         """Up to ``count`` of the latents, drawn at random."""
         found = VolumeSet()
         for i in sorted(np.random.default_rng(seed).permutation(len(paths))[:count]):
-            z, volume = self.read(paths[i])
-            found.add(self.space.normalised(z[None])[0], volume, paths[i])
+            found.add(*self.read(paths[i]), paths[i])
         return found
 
 
-def draw_samples(
-    inferer: SampleInferer, space: LatentSpace, like: Sequence[Mapping[str, Any]], count: int, seed: int
-) -> VolumeSet:
+def draw_samples(sampler: Sampler, statistics: LatentStatistics, like: Sequence[Volume], count: int, seed: int) -> VolumeSet:
     """
     Samples of a generator, each with size, spacing and conditions of one of the volumes, which take turns.
 
     Args:
-        inferer: that makes them.
-        space: that normalises them.
-        like: conditions, size and spacing of volumes.
-        count: how many.
-        seed: of the run; a sample depends on it and on its number.
+        sampler: sampler that makes them.
+        statistics: statistics by which they are normalised.
+        like: volumes.
+        count: number of samples.
+        seed: seed of the run; a sample depends on it and on its number.
     """
-    generator, drawn = inferer.generator, VolumeSet()
-    start, keys = DrawStartd(generator), generator.space.conditions.keys
+    drawn, keys = VolumeSet(), sampler.generator.statistics.conditions.keys
     for index in ProgressBar(range(count), desc="sampling", unit="sample", leave=False):
         volume = like[index % len(like)]
-        told = {key: volume["conditions"][key] for key in keys if key in volume["conditions"]}
-        plan = {"index": index, "seed": seed, "conditions": told}
-        item = start({PLAN: json.dumps({**plan, "spatial_size": volume["size"], "spacing": volume["spacing"]})})
-        noise, *told_to_network = (item[key][None] for key in (Keys.IMAGE, "context", "latent_size", "noise_seed"))
-        z = inferer.sample(noise, generator.network, *told_to_network).cpu()
-        drawn.add(space.normalised(z)[0], {**volume, "conditions": told})
+        given = replace(volume, conditions={key: volume.conditions[key] for key in keys if key in volume.conditions})
+        noise_seed = derive_seed(seed, index)
+        start = sampler.start(given, noise_seed)
+        z = sampler(start["noise"][None], start["context"][None], start["latent_size"].tolist(), noise_seed).cpu()
+        drawn.add(statistics.normalised(z)[0], given)
     return drawn
 
 
@@ -117,19 +113,66 @@ def gaussians(
     Gaussian samples, and coarse features of the training latents, which this reads once.
 
     Args:
-        reader: of the latents.
-        training: their paths.
+        reader: reader of the latents.
+        training: paths of the training latents.
         like: latents whose shapes the samples have.
-        seed: of the samples.
+        seed: seed of the samples.
     """
     shapes = [tuple(z.shape) for z in like]
     coarse, sizes = [], []
     for path in ProgressBar(training, desc="sizes", unit="latent", leave=False):
-        z = reader.normalised(path)
+        z, _ = reader.read(path)
         coarse.append(coarse_latent(z))
         sizes.append(tuple(z.shape))
     gaussian = CovarianceGaussian(shapes, sizes, seed)
     for path in ProgressBar(training, desc="covariance", unit="latent", leave=False):
-        gaussian.add(reader.normalised(path))
+        gaussian.add(reader.read(path)[0])
     sets = {COVARIANCE: VolumeSet(gaussian.samples)} if gaussian.samples else {}
-    return {**sets, GAUSSIAN: VolumeSet(plain_gaussian(shapes, reader.space.amplitude, seed))}, coarse
+    return {**sets, GAUSSIAN: VolumeSet(plain_gaussian(shapes, reader.statistics.amplitude, seed))}, coarse
+
+
+def plain_gaussian(shapes: Sequence[Shape], deviation: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """
+    Independent values with the deviations of the channels.
+
+    Args:
+        shapes: shapes of the samples, ``CxHxWxD`` each.
+        deviation: deviation of each channel around its mean, which is 0.
+        seed: seed of the samples.
+    """
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=random) * deviation.reshape(-1, *[1] * (len(shape) - 1)) for shape in shapes]
+
+
+class CovarianceGaussian:
+    """
+    Gaussian samples with mean and full covariance of the training latents of their size: the mean plus a sum of all centred
+    latents, each times a normal number, divided by the root of their number less one. Latents are added one after the other
+    and the covariance is never written down.
+
+    Args:
+        shapes: shapes of the samples, ``CxHxWxD`` each. One whose shape fewer than two training latents have is left out.
+        training: shapes of the training latents.
+        seed: seed of the samples.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], training: Sequence[Shape], seed: int) -> None:
+        random = np.random.default_rng(seed)
+        counts = Counter(training)
+        self.samples = [torch.zeros(shape) for shape in shapes if counts[shape] > 1]
+        self._weights = [_weights(counts[tuple(sample.shape)], random) for sample in self.samples]
+        self._taken: Counter[Shape] = Counter()
+
+    def add(self, latent: torch.Tensor) -> None:
+        """Add a training latent; the samples are done when all have been added."""
+        shape = tuple(latent.shape)
+        for sample, weights in zip(self.samples, self._weights):
+            if sample.shape == shape:
+                sample.add_(latent, alpha=float(weights[self._taken[shape]]))
+        self._taken[shape] += 1
+
+
+def _weights(count: int, random: np.random.Generator) -> np.ndarray:
+    """What each of so many latents is multiplied by: its part in the mean, and in the sum of centred ones."""
+    normal = random.standard_normal(count)
+    return 1 / count + (normal - normal.mean()) / np.sqrt(count - 1)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.evaluation.samples.reference_samples import CovarianceGaussian, plain_gaussian
 from scripts.evaluation.samples.sample_features import (
     Standardised,
     channel_statistics,
@@ -15,13 +14,13 @@ from scripts.evaluation.samples.sample_features import (
     nearest_class,
 )
 from scripts.evaluation.samples.sample_metrics import (
-    frechet_distance,
     kernel_mmd,
     median_distance,
     pairwise_ms_ssim,
     power_spectrum,
     shrunk,
 )
+from scripts.evaluation.samples.sample_sets import CovarianceGaussian, plain_gaussian
 
 
 def normal(count: int, seed: int, features: int = 6) -> torch.Tensor:
@@ -50,22 +49,6 @@ def test_discrepancy_of_two_pairs_is_the_mean_of_its_kernels():
     kernel = [np.exp(-(d**2) / 2) for d in range(4)]
     expected = 2 * kernel[1] - 2 * (kernel[2] + kernel[3] + kernel[1] + kernel[2]) / 4
     assert kernel_mmd(x, y, 1.0)[0] == pytest.approx(expected)
-
-
-def test_frechet_distance_is_that_of_the_gaussians():
-    random = np.random.default_rng(0)
-    x, y = (random.normal(size=(n, 3)) @ random.normal(size=(3, 3)) for n in (40, 30))
-    a, b = np.cov(x.T), np.cov(y.T)
-    root = np.sqrt(np.linalg.eigvals(a @ b).real).sum()
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
-    assert frechet_distance(torch.tensor(x), torch.tensor(y)) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_distance_is_stable_with_fewer_items_than_features():
-    x = normal(5, 0, features=200)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(x, x + 2) == pytest.approx(4 * 200)
-    assert frechet_distance(x, 3 * (x - x.mean(0)) + x.mean(0)) == pytest.approx(4 * float(x.var(0).sum()), rel=1e-5)
 
 
 def smooth(seed: int, shape: tuple[int, ...] = (24, 20, 22)) -> torch.Tensor:

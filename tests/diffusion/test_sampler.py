@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.diffusion.flow import BASE_VALUES, RectifiedFlow
-from scripts.diffusion.solvers import draw_noise, integrate
+from scripts.diffusion.flow import BASE_VALUES, FlowTarget, RectifiedFlow, draw_noise
+from scripts.diffusion.sampler import integrate
 
 MEAN, DEVIATION = 0.4, 0.6
 
@@ -26,7 +26,7 @@ def gaussian_velocity(state: torch.Tensor, time: float) -> torch.Tensor:
 @pytest.mark.parametrize("num_steps", [10, 30, 1000])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_samples_of_a_gaussian_have_its_mean_and_deviation(num_steps, shift, solver):
-    flow = RectifiedFlow("v", shift)
+    flow = RectifiedFlow(shift)
     noise = draw_noise((1_000_000 if solver == "stochastic" and num_steps < 1000 else 100_000,), seed=0)
     noise = (noise - noise.mean()) / noise.std()  # no error but the solver's
     sample = integrate(gaussian_velocity, noise, flow.sampling_times(num_steps, 1), solver)
@@ -39,7 +39,7 @@ def test_euler_needs_a_thousand_steps_for_that():
     noise = (noise - noise.mean()) / noise.std()
     deviations = {}
     for num_steps in (10, 1000):
-        times = RectifiedFlow("v", 1.0).sampling_times(num_steps, 1)
+        times = RectifiedFlow(1.0).sampling_times(num_steps, 1)
         deviations[num_steps] = integrate(gaussian_velocity, noise, times, "euler").std().item()
     assert deviations[1000] == pytest.approx(DEVIATION, rel=0.01)
     assert deviations[10] < 0.95 * DEVIATION
@@ -48,7 +48,7 @@ def test_euler_needs_a_thousand_steps_for_that():
 @pytest.mark.parametrize("num_steps", [1, 10, 30, 300, 1000])
 @pytest.mark.parametrize("shift", [1.0, 2.7, 22.6])
 def test_steps_sum_to_exactly_one(num_steps, shift):
-    times = RectifiedFlow("x", shift).sampling_times(num_steps, 1)
+    times = RectifiedFlow(shift).sampling_times(num_steps, 1)
     assert times[0] == 1 and times[-1] == 0 and len(times) == num_steps + 1
     steps = [Fraction(start) - Fraction(end) for start, end in itertools.pairwise(times)]
     assert all(step > 0 for step in steps) and sum(steps) == 1
@@ -56,20 +56,17 @@ def test_steps_sum_to_exactly_one(num_steps, shift):
     assert state.item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["x", "v"])
 @pytest.mark.parametrize("solver", ["euler", "midpoint"])
-def test_a_perfect_prediction_of_either_kind_leads_to_the_latent(prediction, solver):
+def test_a_perfect_estimate_leads_to_the_latent(solver):
     clean, noise = draw_noise((1, 4, 6, 6, 6), 1), draw_noise((1, 4, 6, 6, 6), 2)
-    flow = RectifiedFlow(prediction)
-    told = clean if prediction == "x" else clean - noise
-    times = flow.sampling_times(7, clean.numel())
-    sample = integrate(lambda state, time: (flow.clean(told, state, time) - state) / time, noise, times, solver)
+    times = RectifiedFlow().sampling_times(7, clean.numel())
+    sample = integrate(lambda state, time: (clean - state) / time, noise, times, solver)
     assert torch.allclose(sample, clean, atol=1e-5)
 
 
 def test_noise_that_a_stochastic_step_adds_depends_on_the_seed_and_goes_away():
     clean, noise = draw_noise((1, 4, 6, 6, 6), 1), draw_noise((1, 4, 6, 6, 6), 2)
-    times, seen = RectifiedFlow("x").sampling_times(7, clean.numel()), []
+    times, seen = RectifiedFlow().sampling_times(7, clean.numel()), []
     for seed in (0, 0, 1):
         states = {}
 
@@ -85,42 +82,34 @@ def test_noise_that_a_stochastic_step_adds_depends_on_the_seed_and_goes_away():
     assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2], atol=1e-3)
 
 
-def test_unknown_solvers_and_predictions_are_refused():
+def test_unknown_solvers_and_shifts_are_refused():
     with pytest.raises(ValueError, match="`solver` is 'heun'; it must be one of midpoint, stochastic, euler"):
         integrate(gaussian_velocity, torch.zeros(1), [1.0, 0.0], "heun")
-    with pytest.raises(ValueError, match="`prediction` is 'epsilon'"):
-        RectifiedFlow("epsilon")
     with pytest.raises(ValueError, match="`timestep_shift` is -1"):
-        RectifiedFlow("x", -1)
+        RectifiedFlow(-1)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def target_of(flow: RectifiedFlow, time: float):
-    clean, noise = draw_noise((2, 3, 4, 4, 4), 1), draw_noise((2, 3, 4, 4, 4), 2)
+def target_of(time: float) -> FlowTarget:
     mask = torch.ones(2, 1, 4, 4, 4)
     mask[0, ..., 3:] = 0
-    return flow.target(clean, noise, torch.tensor([time, time]), mask)
+    return FlowTarget(draw_noise((2, 3, 4, 4, 4), 1), torch.tensor([time, time]), mask)
 
 
 @pytest.mark.parametrize("time", [0.1, 0.5, 0.9])
-def test_the_same_error_costs_the_same_in_both_predictions(time):
-    losses = {}
-    for prediction in ("x", "v"):
-        flow = RectifiedFlow(prediction)
-        target = target_of(flow, time)
-        found = target.clean + 0.3  # wrong by so much
-        told = found if prediction == "x" else (found - target.noisy) / time
-        losses[prediction] = flow.loss(told, target).item()
-        assert flow.clean_error(told, target).mean().item() == pytest.approx(0.3, abs=1e-5)
-    assert losses["x"] == pytest.approx((0.3 / time) ** 2, rel=1e-4)
-    assert losses["v"] == pytest.approx(losses["x"], rel=1e-4)
+def test_loss_is_the_square_error_of_the_velocity(time):
+    target, flow = target_of(time), RectifiedFlow()
+    noise = draw_noise((2, 3, 4, 4, 4), 2)
+    noisy = flow.add_noise(target.clean, noise, target.times)
+    velocity = target.clean - noise + 0.3  # wrong by so much
+    assert flow.loss(noisy + time * velocity, target).item() == pytest.approx(0.3**2, rel=1e-4)
+    assert flow.loss(target.clean + 0.3, target).item() == pytest.approx((0.3 / time) ** 2, rel=1e-4)
 
 
 def test_padding_does_not_count():
-    flow = RectifiedFlow("x")
-    target = target_of(flow, 0.5)
+    flow, target = RectifiedFlow(), target_of(0.5)
     wrong = target.clean.clone()
     wrong[0, ..., 3:] = 100
     assert flow.loss(wrong, target).item() == 0
@@ -129,8 +118,8 @@ def test_padding_does_not_count():
 
 
 def test_larger_latents_see_more_noise():
-    flow = RectifiedFlow("x")
+    flow = RectifiedFlow()
     assert flow.shift(BASE_VALUES) == 1 and flow.shift(BASE_VALUES / 2) == 1 and flow.shift(4 * BASE_VALUES) == 2
-    medians = [np.median([flow.drawn_time(n, np.random.default_rng(i)) for i in range(999)]) for n in (4096, 65536)]
+    medians = [np.median([flow.draw_time(n, np.random.default_rng(i)) for i in range(999)]) for n in (4096, 65536)]
     assert medians[0] == pytest.approx(0.5, abs=0.03)
     assert medians[1] == pytest.approx(0.8, abs=0.03)  # odds of 4

@@ -1,28 +1,26 @@
-"""Latents that `encoding` wrote, as a generator is trained on them: lists, loading, and batches."""
+"""Latents that `encoding` wrote, as a generator is trained on them: lists, loading and batches."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from monai.transforms import Transform
-from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.weights import what_differs
-from scripts.data.latents import all_latents, read_description, read_latent
+from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent
 from scripts.data.subjects import split_by_subject
-from scripts.diffusion.latent_space import LatentSpace, spacing_of
-from scripts.diffusion.solvers import draw_noise
+from scripts.diffusion.flow import draw_noise
+from scripts.diffusion.statistics import LatentStatistics, volume_of
 from scripts.layers.factors import padded_size
+from scripts.layers.resampling import pad_at_end
 
-__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_space"]
+__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_statistics"]
 
 Item = dict[str, str]
 logger = logging.getLogger(__name__)
@@ -38,8 +36,8 @@ def latent_lists(
     Args:
         dataset_dir: folder that `encoding` wrote to.
         val_fraction: share of the subjects for validation, where no ``dataset.json`` had a validation list.
-        seed: of the split.
-        max_volumes: keep so many of each list; None for all.
+        seed: seed of the split.
+        max_volumes: largest number of items of each list; None for all.
         subject_pattern: finds the subject in the path of a volume, see :py:func:`scripts.data.subjects.subjects_of`.
 
     Returns:
@@ -49,11 +47,11 @@ def latent_lists(
         FileNotFoundError: when there is no latent, or none that ``dataset.json`` lists for training.
         ValueError: for latents of more than one autoencoder, by name, and when there is nothing to split.
     """
-    descriptions = {path: vars(read_description(Path(path))) for path in all_latents(dataset_dir)}
+    descriptions = {path: read_description(Path(path)) for path in all_latents(dataset_dir)}
     _refuse_mixture(descriptions)
     # the split looks at the paths of the volumes
-    items = [{"image": each["source"], "latent": path} for path, each in descriptions.items()]
-    listed = {path: each["dataset_list"] for path, each in descriptions.items() if each.get("dataset_list")}
+    items = [{"image": each.source, "latent": path} for path, each in descriptions.items()]
+    listed = {path: each.dataset_list for path, each in descriptions.items() if each.dataset_list}
     if listed:
         lists = {name: [item for item in items if listed.get(item["latent"]) == name] for name in ("training", "validation")}
         left_out = len(items) - sum(map(len, lists.values()))
@@ -66,27 +64,27 @@ def latent_lists(
     return {name: [{"image": item["latent"]} for item in items][:max_volumes] for name, items in lists.items()}
 
 
-def learn_space(items: Sequence[Item], latent_gamma: float, condition_keys: str | Sequence[str]) -> LatentSpace:
+def learn_statistics(items: Sequence[Item], latent_gamma: float, condition_keys: Sequence[str]) -> LatentStatistics:
     """
-    What the JSON files beside latents say, see :py:meth:`LatentSpace.learn`.
+    What the JSON files beside latents say, see :py:meth:`LatentStatistics.learn`.
 
     Args:
-        items: of the training list.
-        latent_gamma: see :py:class:`LatentSpace`.
-        condition_keys: names of the conditions to use, or the name of one.
+        items: training list.
+        latent_gamma: see :py:class:`LatentStatistics`.
+        condition_keys: names of the conditions to use.
     """
-    descriptions = [vars(read_description(Path(item["image"]))) for item in items]
-    space = LatentSpace.learn(descriptions, latent_gamma, ensure_tuple(condition_keys))
-    logger.info(space.summary())
-    return space
+    descriptions = [read_description(Path(item["image"])) for item in items]
+    statistics = LatentStatistics.learn(descriptions, latent_gamma, condition_keys)
+    logger.info(statistics.summary())
+    return statistics
 
 
-def _refuse_mixture(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_mixture(descriptions: Mapping[str, LatentDescription]) -> None:
     first, expected = next(iter(descriptions.items()))
     for path, description in descriptions.items():
-        details = what_differs(description["network"], expected["network"])
-        if not details and description["weights_sha256"] != expected["weights_sha256"]:
-            hashes = [each["weights_sha256"][:12] for each in (description, expected)]
+        details = what_differs(description.network, expected.network)
+        if not details and description.weights_sha256 != expected.weights_sha256:
+            hashes = [each.weights_sha256[:12] for each in (description, expected)]
             details = f"the SHA-256 of its weights begins with {hashes[0]} instead of {hashes[1]}"
         if details:
             raise ValueError(
@@ -97,35 +95,29 @@ def _refuse_mixture(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
 
 class ReadLatentd(Transform):
     """
-    Read a latent and what is known of its volume.
+    Read a latent and what is known of its volume: ``volume``, a :py:class:`scripts.diffusion.conditions.Volume`; ``seed``,
+    which follows from the file's name; and ``file``.
 
     Args:
-        space: of the latents.
-        key: of the path, and then of the latent, ``CxHxWxD``.
+        statistics: statistics of the latents.
+        key: key of the path, which is replaced by the latent, ``CxHxWxD``.
 
     Raises:
         ValueError: when called, for a latent that is damaged.
     """
 
-    def __init__(self, space: LatentSpace, key: str = Keys.IMAGE) -> None:
+    def __init__(self, statistics: LatentStatistics, key: str = Keys.IMAGE) -> None:
         self.key = key
-        network = space.description["autoencoder"]["network"]
-        self.kind = (space.factors, space.latent_channels, network["out_channels"])
+        self.kind = (statistics.factors, statistics.latent_channels, statistics.autoencoder.network["out_channels"])
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
         description = read_description(path)
-        volume = {
-            "conditions": description.conditions,
-            "size": description.preprocessed_shape,
-            "spacing": spacing_of(vars(description)),
-        }
-        seed = int.from_bytes(hashlib.sha256(description.source.encode()).digest()[:4], "big")
         return {
             **data,
             self.key: read_latent(path, description, *self.kind),
-            "volume": json.dumps(volume),
-            "seed": seed,
+            "volume": volume_of(description),
+            "seed": int.from_bytes(hashlib.sha256(description.source.encode()).digest()[:4], "big"),
             "file": str(path),
         }
 
@@ -137,7 +129,7 @@ class LatentCollate:
     depend on what else is in the batch.
 
     Args:
-        multiple: number that padded sizes are multiples of.
+        multiple: number of voxels that padded sizes are multiples of.
     """
 
     def __init__(self, multiple: int) -> None:
@@ -156,16 +148,13 @@ class LatentCollate:
         latents = [item[Keys.IMAGE] for item in items]
         largest = [max(sizes) for sizes in zip(*(z.shape[1:] for z in latents))]
         size = padded_size(largest, [self.multiple] * len(largest))
+        mask = torch.zeros(len(latents), 1, *size)
+        for i, z in enumerate(latents):
+            mask[i, 0][tuple(slice(n) for n in z.shape[1:])] = 1
         return {
-            Keys.IMAGE: torch.stack([_padded(z, size, "replicate") for z in latents]),
+            Keys.IMAGE: torch.cat([pad_at_end(z[None], size) for z in latents]),
             "noise": torch.stack([draw_noise((len(z), *size), item["seed"]) for z, item in zip(latents, items)]),
-            "mask": torch.stack([_padded(torch.ones_like(z[:1]), size, "constant") for z in latents]),
+            "mask": mask,
             "extent": torch.tensor([[n / padded for n, padded in zip(z.shape[1:], size)] for z in latents]),
             **{key: [item[key] for item in items] for key in ("volume", "seed", "file")},
         }
-
-
-def _padded(z: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:
-    """``CxHxWxD`` padded at the end of each axis."""
-    padding = [side for n, padded in zip(reversed(z.shape[1:]), reversed(size)) for side in (0, padded - n)]
-    return F.pad(z[None], padding, mode=mode)[0]

@@ -1,0 +1,151 @@
+"""The denoiser: what goes into the U-Net, and how a clean latent is made of what comes out (``gain``, ``x``, ``v``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from scripts.diffusion.network import LatentUNet
+
+__all__ = ["PREDICTIONS", "Denoiser", "posterior"]
+
+PREDICTIONS = ("gain", "x", "v")
+LEAST_TIME = 1e-4  # where the time is divided by, or what is left of it
+LOGIT = 4.0  # logits of the gain per unit of the U-Net's output: they span more than means do
+
+
+class Denoiser(nn.Module):
+    """
+    Estimates clean latents from noisy ones, by a :py:class:`scripts.diffusion.network.LatentUNet`.
+
+    Args:
+        spatial_dims: 2 or 3.
+        latent_channels: number of channels of the latent.
+        condition_size: length of the vector of conditions.
+        channels: number of channels of each level.
+        attention_levels: whether each level has attention. The middle block always has it.
+        num_res_blocks: number of residual blocks of each level.
+        norm_num_groups: number of groups of the normalisation; must divide all ``channels``.
+        num_head_channels: number of channels of a head of attention; must divide the channels where there is attention.
+        prediction: what the U-Net predicts: the clean latent (``"x"``), the velocity ``clean - noise`` (``"v"``), or mean,
+            gain and residual of each clean value (``"gain"``, see :py:func:`posterior`).
+        amplitude: deviation of each channel of the latents, for ``"gain"``; None where weights that are loaded have it.
+
+    Attributes:
+        arguments: all of them, plain JSON.
+        multiple: number of voxels that a latent's sizes must be multiples of.
+
+    Raises:
+        ValueError: for arguments that do not fit each other.
+    """
+
+    __constants__ = ("gain", "velocity")  # for TorchScript, which otherwise compiles what it leaves out
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        latent_channels: int,
+        condition_size: int,
+        channels: Sequence[int],
+        attention_levels: Sequence[bool],
+        num_res_blocks: int | Sequence[int] = 1,
+        norm_num_groups: int = 16,
+        num_head_channels: int = 32,
+        prediction: str = "gain",
+        amplitude: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"`prediction` is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}.")
+        if len(attention_levels) != len(channels):
+            raise ValueError(
+                f"`attention_levels` has {len(attention_levels)} entries for {len(channels)} levels (`channels`); it needs "
+                "one for each."
+            )
+        for width, attends in zip(channels, [*attention_levels[:-1], True]):
+            multiple = math.lcm(norm_num_groups, num_head_channels if attends else 1)
+            if width % multiple:
+                raise ValueError(
+                    f"`channels` has {width}; {'with' if attends else 'without'} attention it must be a multiple of "
+                    f"{multiple} (`norm_num_groups` {norm_num_groups}, `num_head_channels` {num_head_channels})."
+                )
+        of_unet = {
+            "channels": list(channels),
+            "attention_levels": [bool(attends) for attends in attention_levels],
+            "num_res_blocks": [num_res_blocks] * len(channels) if isinstance(num_res_blocks, int) else list(num_res_blocks),
+            "norm_num_groups": norm_num_groups,
+            "num_head_channels": num_head_channels,
+        }
+        self.arguments: dict[str, Any] = {
+            "spatial_dims": spatial_dims,
+            "latent_channels": latent_channels,
+            "condition_size": condition_size,
+            **of_unet,
+            "prediction": prediction,
+        }
+        self.multiple = 2 ** (len(channels) - 1)
+        self.gain, self.velocity = prediction == "gain", prediction == "v"
+        self.logit, self.least_time = LOGIT, LEAST_TIME  # TorchScript knows no constants of a module
+        if self.gain:
+            strength = torch.ones(latent_channels) if amplitude is None else torch.as_tensor(amplitude, dtype=torch.float32)
+            self.register_buffer("amplitude", strength.reshape(1, -1, *[1] * spatial_dims).clone())
+        outputs = latent_channels * (3 if self.gain else 1)
+        self.unet = LatentUNet(spatial_dims, latent_channels, outputs, condition_size, use_flash_attention=True, **of_unet)
+
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, extent: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: noisy latents, ``BxCxHxWxD``, sizes that are multiples of ``multiple``.
+            time: ``B``, from 0 (no noise) to 1 (nothing else).
+            context: vectors of conditions, ``BxK``.
+            extent: share of each axis that is volume, ``Bx3``, where the latents are padded at their end; None for all.
+
+        Returns:
+            the clean latents, of the shape of ``x``.
+        """
+        t = time.float().reshape([-1] + [1] * (x.dim() - 1))
+        if self.gain:
+            amplitude: torch.Tensor = self.amplitude  # type: ignore[assignment]
+            t = t.clamp(self.least_time, 1 - self.least_time)
+            strength = (((1 - t) * amplitude).square() + t.square()).sqrt()
+            prior_mean, logit, residual = self.unet(x / strength, time, context, extent).float().chunk(3, 1)
+            mean, deviation = posterior(x, t, amplitude, amplitude * prior_mean, self.logit * logit)
+            return mean + deviation * residual
+        output = self.unet(x, time, context, extent)
+        return x + t * output if self.velocity else output
+
+
+def posterior(
+    noisy: torch.Tensor, time: torch.Tensor, amplitude: torch.Tensor, mean: torch.Tensor, log_ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What is known of each clean value by Bayes' rule. Before the noisy latent is seen, the value has a Gaussian distribution,
+    of which ``mean`` and ``log_ratio`` are predicted; so it has afterwards. The noisy value counts by the gain (as in
+    Kalman's filter), a number from 0 to 1, and the predicted mean by the rest: where the noise is strong or the value is
+    certain, as in air, the predicted mean; elsewhere the noisy value.
+
+    With a mean and a logarithm of 0 this is Wiener's filter, the best linear estimate of each value by itself. A network
+    whose last layer is zero begins there.
+
+    What neighbours and other channels tell beyond it is predicted in units of the deviation afterwards, as Karras et al.
+    (https://arxiv.org/abs/2206.00364) predict it in those of Wiener's filter: with little noise it is the noise, and the
+    network need not reproduce the value that it sees.
+
+    Args:
+        noisy: ``(1 - time) * clean + time * noise``, ``BxCxHxWxD``.
+        time: between 0 and 1, ``Bx1x1x1x1``.
+        amplitude: deviation of each channel, ``1xCx1x1x1``.
+        mean: mean of each value before, like ``noisy``.
+        log_ratio: logarithm of its variance before, in units of the channel's, like ``noisy``.
+
+    Returns:
+        mean and deviation of each value afterwards, like ``noisy``.
+    """
+    gain = torch.sigmoid(2 * torch.log((1 - time) * amplitude / time) + log_ratio)
+    return (1 - gain) * mean + gain * noisy / (1 - time), gain.sqrt() * time / (1 - time)

@@ -1,0 +1,244 @@
+"""Statistics of the latents that a generator is trained on: the autoencoder that made them, how their channels are
+normalised, conditions, sizes, spacings and intensities.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+
+from scripts.bundle.json_files import Must, PositiveFloat, PositiveInt, Sha256, Share, checked
+from scripts.bundle.weights import NetworkArguments
+from scripts.data.latents import LatentDescription
+from scripts.diffusion.conditions import Conditions, Volume
+
+__all__ = ["LatentStatistics", "ranges", "volume_of"]
+
+NORMALISATION = ("latent_gamma", "channel_mean", "channel_deviation", "channel_amplitude")
+LEAST_SHARE = 1e-6  # of the strongest channel's deviation; a weaker channel is as good as constant
+MAX_SIZE = 2**15 - 1  # voxels along an axis, NIfTI's largest
+PLAIN = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}
+Size = Annotated[int, Must(f"an integer from 1 to {MAX_SIZE}", lambda n: 0 < n <= MAX_SIZE)]
+DataType = Annotated[str, Must("a data type such as <i2", lambda name: name[0] in "<>|" and name[1:2] in "iuf")]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LatentAutoencoder:
+    """Arguments and hash of the weights of the autoencoder that made the latents."""
+
+    network: NetworkArguments
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A size (voxels) and a spacing (mm), and how many training volumes have both."""
+
+    size: list[Size]
+    spacing: list[PositiveFloat]
+    count: PositiveInt
+
+
+@dataclass
+class LatentStatistics:
+    """
+    The latents of the training volumes, in numbers.
+
+    A generator works with normalised latents: each channel minus its mean, divided by its deviation and times an amplitude.
+    The amplitudes are the channels' deviations in units of the image (see :py:class:`scripts.layers.LinearShortcut`) to the
+    power of ``latent_gamma``: with 0 all channels are equally strong, with 1 each is as strong as it is in the image, where
+    the leading ones carry nearly all, and between is between. A common factor makes the mean square 1, so that the noise of
+    the flow is as strong as the latents.
+
+    Args:
+        autoencoder: autoencoder that made the latents.
+        volumes: number of training volumes.
+        latent_gamma: 0 to 1, see above.
+        channel_mean: mean of each channel.
+        channel_deviation: standard deviation of each channel.
+        channel_amplitude: amplitude of each channel, see above.
+        conditions: conditions and what was seen of them.
+        geometries: sizes and spacings, the most frequent first.
+        intensity_low: lower end of the median intensity window, of each image channel.
+        intensity_high: its upper end.
+        data_type: type of the volumes' voxels.
+        scl_slope: their scale.
+        scl_inter: their offset.
+        intensity_windows: ``lowest`` and ``highest`` end of the windows, of each image channel.
+        training_mean: mean of each channel over the training latents, where ``channel_mean`` is that of the latents that the
+            pretrained weights were trained on.
+    """
+
+    autoencoder: LatentAutoencoder
+    volumes: PositiveInt
+    latent_gamma: Share
+    channel_mean: list[float]
+    channel_deviation: list[PositiveFloat]
+    channel_amplitude: list[PositiveFloat]
+    conditions: Conditions
+    geometries: Annotated[list[Geometry], Must("sizes and spacings", len)]
+    intensity_low: list[float]
+    intensity_high: list[float]
+    data_type: DataType
+    scl_slope: float
+    scl_inter: float
+    intensity_windows: dict[str, list[float]] = field(default_factory=dict)
+    training_mean: list[float] | None = None
+
+    @classmethod
+    def learn(
+        cls, descriptions: Sequence[LatentDescription], latent_gamma: float, condition_keys: Sequence[str] = ()
+    ) -> LatentStatistics:
+        """
+        What the JSON files of latents say of them.
+
+        Args:
+            descriptions: what lies beside the training latents, all of one autoencoder.
+            latent_gamma: 0 to 1.
+            condition_keys: names of the conditions to use.
+
+        Raises:
+            ValueError: for a ``latent_gamma`` outside, or conditions that the volumes do not have.
+        """
+        gamma: float = checked(latent_gamma, Share, "latent_gamma")
+        volumes = [volume_of(each) for each in descriptions]
+        counts = Counter((tuple(volume.size), tuple(volume.spacing)) for volume in volumes)
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        return cls(
+            autoencoder=LatentAutoencoder(descriptions[0].network, descriptions[0].weights_sha256),
+            volumes=len(descriptions),
+            latent_gamma=gamma,
+            **_channels(descriptions, gamma),
+            conditions=Conditions.learn(condition_keys, volumes),
+            geometries=[Geometry(list(size), list(spacing), count) for (size, spacing), count in ordered],
+            **_intensities(descriptions),
+        )
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Total downsample factor of the autoencoder along each axis."""
+        network = self.autoencoder.network
+        return tuple(math.prod(along) for along in zip(network["initial_downsample_factor"], *network["downsample_factors"]))
+
+    @property
+    def latent_channels(self) -> int:
+        """Number of channels of the latents."""
+        return len(self.channel_mean)
+
+    @property
+    def amplitude(self) -> torch.Tensor:
+        """Amplitude of each channel."""
+        return torch.tensor(self.channel_amplitude)
+
+    @property
+    def own_mean(self) -> list[float]:
+        """Mean of each channel over the training latents, which tells them from others."""
+        return self.training_mean or self.channel_mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for checkpoints: a run that goes on keeps to the numbers that it began with."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the statistics of a checkpoint, with a warning where they are of other latents."""
+        here = self.volumes, self.own_mean
+        vars(self).update(vars(checked(dict(state), LatentStatistics)))
+        if here != (self.volumes, self.own_mean):
+            logger.warning(
+                f"the training latents are not those that the run began with ({here[0]} now, {self.volumes} then): "
+                "statistics of the channels, sizes and conditions stay those of then. A new run learns them from all."
+            )
+
+    @staticmethod
+    def must_match(state: Mapping[str, Any]) -> dict[str, Any]:
+        """What cannot change between two parts of a run. Statistics can: those of the first part stay."""
+        found = {
+            "SHA-256 of the autoencoder's weights": state["autoencoder"]["sha256"][:12],
+            "condition_keys": list(state["conditions"]["keys"]),
+        }
+        # a fine-tuned generator has the `latent_gamma` of the weights that it started from
+        return found if state["training_mean"] else {**found, "latent_gamma": state["latent_gamma"]}
+
+    def inherit_normalisation(self, before: LatentStatistics) -> None:
+        """Normalise latents, and standardise conditions, as a generator does that is trained further."""
+        self.training_mean = self.own_mean
+        for name in NORMALISATION:
+            setattr(self, name, getattr(before, name))
+        self.conditions = self.conditions.standardised_as(before.conditions)
+
+    def seen(self, name: str) -> list[tuple[float, float]]:
+        """Lowest and highest ``size`` (voxels) or ``spacing`` (mm) of the training volumes along each axis."""
+        return [(min(along), max(along)) for along in zip(*(getattr(each, name) for each in self.geometries))]
+
+    def normalised(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents as the autoencoder makes them, ``BxCxHxWxD``, to what the generator works with."""
+        mean, scale = self._mean_and_scale(z)
+        return (z - mean) * scale
+
+    def denormalised(self, z: torch.Tensor) -> torch.Tensor:
+        """The reverse of :py:meth:`normalised`."""
+        mean, scale = self._mean_and_scale(z)
+        return z / scale + mean
+
+    def _mean_and_scale(self, z: torch.Tensor) -> list[torch.Tensor]:
+        scale = np.divide(self.channel_amplitude, self.channel_deviation).tolist()
+        shape = (1, -1, *[1] * (z.dim() - 2))
+        return [torch.tensor(values, device=z.device).reshape(shape) for values in (self.channel_mean, scale)]
+
+    def summary(self) -> str:
+        """In words, for the log."""
+        sizes = {tuple(each.size) for each in self.geometries}
+        return (
+            f"{self.volumes} training latents of {self.latent_channels} channels, volumes of {len(sizes)} "
+            f"size{'s' * (len(sizes) != 1)}; channels from {min(self.channel_amplitude):.3g} to "
+            f"{max(self.channel_amplitude):.3g} times as strong as the noise (`latent_gamma` {self.latent_gamma:g}); "
+            f"conditions: {', '.join([*self.conditions.summary(), 'size', 'spacing'])}"
+        )
+
+
+def ranges(seen: Sequence[tuple[float, float]]) -> str:
+    """The lowest and the highest value along each axis as text, such as ``64 to 96 x 80 x 64``."""
+    return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in seen)
+
+
+def volume_of(description: LatentDescription) -> Volume:
+    """The volume that a latent was made of."""
+    affine = np.array(description.preprocessed_affine)
+    spacing = [round(float(length), 4) for length in np.sqrt(np.square(affine[:3, :3]).sum(0))]
+    return Volume(description.preprocessed_shape, spacing, description.conditions)
+
+
+def _channels(descriptions: Sequence[LatentDescription], latent_gamma: float) -> dict[str, Any]:
+    """Mean, deviation and amplitude of each channel over all latents."""
+    count = [each.count for each in descriptions]
+    mean = np.average([each.channel_mean for each in descriptions], axis=0, weights=count)
+    mean_square = np.average([each.channel_mean_square for each in descriptions], axis=0, weights=count)
+    deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
+    deviation = np.maximum(deviation, LEAST_SHARE * deviation.max())
+    amplitude = (deviation * np.array(descriptions[0].image_scale)) ** latent_gamma
+    amplitude /= np.sqrt(np.mean(amplitude**2))
+    return {
+        "channel_mean": mean.tolist(),
+        "channel_deviation": deviation.tolist(),
+        "channel_amplitude": amplitude.tolist(),
+    }
+
+
+def _intensities(descriptions: Sequence[LatentDescription]) -> dict[str, Any]:
+    """The median window, the range of the windows, and how voxels are stored: as in the files if these agree."""
+    low, high = (np.array([getattr(each, f"intensity_{side}") for each in descriptions]) for side in ("low", "high"))
+    stored = {tuple(getattr(each, key) for key in PLAIN) for each in descriptions}
+    return {
+        "intensity_low": np.median(low, axis=0).tolist(),
+        "intensity_high": np.median(high, axis=0).tolist(),
+        "intensity_windows": {"lowest": low.min(0).tolist(), "highest": high.max(0).tolist()},
+        **dict(zip(PLAIN, stored.pop() if len(stored) == 1 else PLAIN.values())),
+    }
