@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,17 +18,18 @@ import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.transforms import Transform
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, file_hash, write_atomically
-from scripts.bundle.json_files import Count, PositiveInt, Sha256, read_dataclass
+from scripts.bundle.json_files import Count, PositiveInt, Sha256, checked, read_dataclass
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import check_arguments
 from scripts.data.dataset_tables import log_participants
-from scripts.data.file_names import output_path
+from scripts.data.file_names import is_nifti, output_path, without_ending
 from scripts.data.restored_volumes import (
     NiftiHeader,
     Record,
@@ -35,9 +37,11 @@ from scripts.data.restored_volumes import (
     conditions_and_list,
     nifti_bytes,
     record_of,
+    rows_of,
     with_record,
 )
 from scripts.data.volume_checks import problem_of_claim, unreadable
+from scripts.data.volume_reader import read_volume, state_of
 
 __all__ = [
     "LatentDescription",
@@ -52,6 +56,7 @@ __all__ = [
 ]
 
 POSTFIX = "latent"
+OWN = f"_{POSTFIX}.nii.gz"  # end of the name of a latent that this bundle wrote
 SCALE_FILE = "latent_scale.json"
 logger = logging.getLogger(__name__)
 
@@ -134,23 +139,36 @@ class SaveLatentd(Transform):
 
 class LoadLatentd(Transform):
     """
-    Read a latent that :py:class:`SaveLatentd` wrote, and the record of its volume.
+    Read a latent and the record of its volume: one that :py:class:`SaveLatentd` wrote, or one of another program, as NIfTI
+    with channels last. The volume of that one has the latent's spacing divided by the total factor of the network.
 
     Args:
         key: of the path, which is replaced by the latent, ``CxHxWxD``.
         network: that is to decode it.
         weights: path of its weights.
+        dataset_dir: folder of the latents.
+        intensity_range: intensities of a volume whose latent is of another program; None for 0 to 1.
 
     Raises:
         ValueError: when called, for a latent that is damaged or was made by another network or other weights.
     """
 
-    def __init__(self, key: str, network: AutoencoderKL, weights: str) -> None:
+    def __init__(
+        self,
+        key: str,
+        network: AutoencoderKL,
+        weights: str,
+        dataset_dir: str,
+        intensity_range: Sequence[float] | None = None,
+    ) -> None:
         self.key, self.arguments, self.weights = key, network.arguments, weights
-        self.factors = network.total_downsample_factor
+        self.factors, self.dataset_dir = network.total_downsample_factor, dataset_dir
+        self.low, self.high = intensity_range or (0.0, 1.0)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
+        if not path.name.endswith(OWN):
+            return {**data, self.key: self._of_another_program(path, bool(data.get("keep_ending", False)))}
         description = read_description(path)
         check_arguments(description.network, self.arguments, path)
         if description.weights_sha256 != file_hash(self.weights):
@@ -159,6 +177,33 @@ class LoadLatentd(Transform):
             )
         channels = self.arguments["latent_channels"], self.arguments["out_channels"]
         return {**data, self.key: with_record(read_latent(path, description, self.factors, *channels), description)}
+
+    def _of_another_program(self, path: Path, keep_ending: bool) -> MetaTensor:
+        channels = self.arguments["latent_channels"]
+        values, affine = read_volume(str(path))
+        if channels == 1 and values.ndim == 3:
+            values = values[..., None]
+        if values.ndim != 4 or values.shape[-1] != channels:
+            raise ValueError(
+                f"has the shape {values.shape}, which is no latent of this network, with {channels} channels at the end."
+            )
+        if not np.isfinite(values).all():
+            raise ValueError("has values that are NaN or infinite.")
+        affine = affine @ np.linalg.inv(_to_volume(self.factors))
+        shape = tuple(int(n) * factor for n, factor in zip(values.shape, self.factors))
+        num_channels = self.arguments["out_channels"]
+        described = {
+            **vars(NiftiHeader.of_affine(affine)),
+            "source": path.relative_to(self.dataset_dir).as_posix(),
+            "keep_ending": keep_ending,
+            "shape": (*shape, num_channels) if num_channels > 1 else shape,
+            "preprocessed_shape": shape,
+            "preprocessed_affine": rows_of(affine),
+            "intensity_low": (self.low,) * num_channels,
+            "intensity_high": (self.high,) * num_channels,
+        }
+        z_mu = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32))
+        return with_record(z_mu, checked(described, Record))
 
 
 def read_latent(
@@ -211,14 +256,23 @@ def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(values).movedim(-1, 0)
 
 
-def find_latents(dataset_dir: str) -> list[dict[str, str]]:
+def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
     """
-    This process's share of the latents below a folder, ``[{"image": path}, ...]``.
+    This process's share of the latents below a folder, those of other programs included:
+    ``[{"image": path, "keep_ending": whether the name of its volume does}, ...]``. A NIfTI file is one of another program if
+    it is not called ``*_latent.nii.gz``.
 
     Raises:
         FileNotFoundError: when there is none.
     """
-    return share_of([{"image": path} for path in all_latents(dataset_dir)])
+    files = sorted(path for path in Path(dataset_dir).glob("**/*") if is_nifti(path.name) and path.is_file())
+    found = [path for path in files if not any(part[0] == "." for part in path.relative_to(dataset_dir).parts)]
+    if not found:
+        raise FileNotFoundError(f"there is no latent below `dataset_dir` {dataset_dir!r}; encode first.")
+    names = Counter(path.with_name(without_ending(path.name.replace(OWN, ".nii.gz"))) for path in found)
+    return share_of(
+        [{"image": str(path), "keep_ending": names[path.with_name(without_ending(path.name))] > 1} for path in found]
+    )
 
 
 def all_latents(dataset_dir: str) -> list[str]:
@@ -228,7 +282,7 @@ def all_latents(dataset_dir: str) -> list[str]:
     Raises:
         FileNotFoundError: when there is none.
     """
-    found = sorted(str(path) for path in Path(dataset_dir).glob(f"**/[!.]*_{POSTFIX}.nii.gz"))
+    found = sorted(str(path) for path in Path(dataset_dir).glob(f"**/[!.]*{OWN}"))
     if not found:
         raise FileNotFoundError(
             f"there is no latent (*_{POSTFIX}.nii.gz) below `dataset_dir` {dataset_dir!r}; encode first."
@@ -253,14 +307,18 @@ def without_whole_latents(
     missing = []
     changed = others = 0
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
-        source = Path(item["image"])
-        path = output_path(output_dir, str(source.relative_to(dataset_dir)), POSTFIX, item.get("keep_ending", False))
+        source = str(Path(item["image"]).relative_to(dataset_dir))
+        try:
+            path = output_path(output_dir, source, POSTFIX, item.get("keep_ending", False))
+        except ValueError:  # its name is refused when it is encoded
+            missing.append(item)
+            continue
         found = _usable_description(path)
         if (
             found is None
             or found.settings != dict(settings)
             or found.weights_sha256 != file_hash(weights)
-            or _description_path(path).stat().st_mtime < source.stat().st_mtime
+            or found.source_state != state_of(item["image"])
             or found.latent_sha256 != content_hash(path.read_bytes())
         ):
             missing.append(item)
@@ -296,7 +354,7 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
     """
     if idist.get_world_size() > 1:
         idist.barrier()
-    paths = sorted(Path(output_dir).glob(f"**/[!.]*_{POSTFIX}.nii.gz"))
+    paths = sorted(Path(output_dir).glob(f"**/[!.]*{OWN}"))
     found = [d for d in map(_usable_description, paths) if d is not None and d.weights_sha256 == file_hash(weights)]
     if not found:
         return None
@@ -315,10 +373,15 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
 
 def _latent_header(record: Record, factors: Sequence[int]) -> NiftiHeader:
     """Header of a latent, whose affine places each voxel at the centre of its block of the volume."""
-    to_volume = np.diag([*factors, 1.0])
-    to_volume[:3, 3] = [(factor - 1) / 2 for factor in factors]
-    affine = np.array(record.preprocessed_affine) @ to_volume
+    affine = np.array(record.preprocessed_affine) @ _to_volume(factors)
     return NiftiHeader.of_affine(affine, xyzt_units=record.xyzt_units, sform_code=record.sform_code or 1)
+
+
+def _to_volume(factors: Sequence[int]) -> np.ndarray:
+    """The affine from voxels of a latent to those of its volume."""
+    affine = np.diag([*factors, 1.0])
+    affine[:3, 3] = [(factor - 1) / 2 for factor in factors]
+    return affine
 
 
 def _image_scale(network: AutoencoderKL) -> tuple[float, ...]:

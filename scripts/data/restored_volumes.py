@@ -24,12 +24,12 @@ from monai.utils import ImageMetaKey, MetaKeys
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.files import write_atomically
-from scripts.bundle.json_files import Must, Share
+from scripts.bundle.json_files import Must, Share, checked
 from scripts.data.dataset_tables import conditions_of, dataset_list_of
 from scripts.data.file_names import output_path, stays_inside
 from scripts.data.intensity_window import intensity_window, unscaled
 from scripts.data.volume_checks import problem_of_memory
-from scripts.data.volume_reader import affine_of, geometry_note, is_read_by_nibabel, problem_of_affine
+from scripts.data.volume_reader import affine_of, geometry_note, is_read_by_nibabel, problem_of_affine, state_of
 
 __all__ = [
     "DescribeSourced",
@@ -188,6 +188,7 @@ class Record(NiftiHeader):
 
     Args:
         source: path of the file, relative to ``dataset_dir``.
+        source_state: state of the file, see :py:func:`scripts.data.volume_reader.state_of`.
         keep_ending: whether names of results keep the file's ending.
         shape: of the file, ``HxWxD`` and further axes.
         preprocessed_shape: of the volume that the network sees, without padding, ``HxWxD``.
@@ -205,6 +206,7 @@ class Record(NiftiHeader):
     """
 
     source: Source
+    source_state: str = ""
     keep_ending: bool = False
     shape: tuple[Size, ...]
     preprocessed_shape: tuple[Size, Size, Size]
@@ -379,20 +381,20 @@ def _record(image: MetaTensor, dataset_dir: Path, keep_ending: bool) -> Record:
     if not _same_place(loaded, np.array(header.affine)):
         raise ValueError(f"was read by the affine {loaded.tolist()}, but its header says {header.affine}.")
     window = intensity_window(image)
-    known = {**conditions_and_list(path, str(dataset_dir)), "preprocessed_shape": tuple(image.shape[1:])}
-    return Record(
+    described = {
         **vars(header),
-        source=Path(path).relative_to(dataset_dir).as_posix(),
-        keep_ending=keep_ending,
-        shape=shape,
-        preprocessed_affine=rows_of(image.affine),
-        intensity_low=tuple(window["low"]),
-        intensity_high=tuple(window["high"]),
-        clipped=window["clipped"],
-        clipped_below=window["clipped_below"],
-        clipped_above=window["clipped_above"],
-        **known,
-    )
+        "source": Path(path).relative_to(dataset_dir).as_posix(),
+        "source_state": state_of(path),
+        "keep_ending": keep_ending,
+        "shape": shape,
+        "preprocessed_shape": tuple(image.shape[1:]),
+        "preprocessed_affine": rows_of(image.affine),
+        "intensity_low": tuple(window["low"]),
+        "intensity_high": tuple(window["high"]),
+        **{name: window[name] for name in ("clipped", "clipped_below", "clipped_above")},
+        **conditions_and_list(path, str(dataset_dir)),
+    }
+    return checked(described, Record)  # what is encoded can be decoded
 
 
 def conditions_and_list(path: str, dataset_dir: str) -> dict[str, Any]:

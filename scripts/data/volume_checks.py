@@ -32,6 +32,7 @@ from scripts.data.volume_reader import (
     is_read_by_nibabel,
     problem_of_affine,
     read_volume,
+    state_of,
 )
 
 __all__ = [
@@ -63,7 +64,7 @@ class Checked:
         problem: what is wrong with the volume, or None.
     """
 
-    state: list[int]
+    state: list[int | str]
     problem: str | None
 
 
@@ -301,10 +302,9 @@ def _read_cache(file: Path) -> dict[str, Checked]:
         return {}
 
 
-def _state(path: str, image_channels: int) -> list[int]:
+def _state(path: str, image_channels: int) -> list[int | str]:
     """What the result of a check depends on."""
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns, image_channels, CHECKS]
+    return [state_of(path), image_channels, CHECKS]
 
 
 def _of_leader(content: dict[str, Any]) -> dict[str, Any]:

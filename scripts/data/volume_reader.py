@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,18 @@ from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple, optional_import
 from nibabel.fileholders import FileHolder
 
-__all__ = ["VolumeReader", "affine_of", "geometry_note", "is_read_by_nibabel", "problem_of_affine", "read_volume"]
+__all__ = [
+    "VolumeReader",
+    "affine_of",
+    "geometry_note",
+    "is_read_by_nibabel",
+    "problem_of_affine",
+    "read_volume",
+    "state_of",
+]
 
 NIBABEL_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz", ".mgh", ".mgz")
+PAIR = (".hdr", ".img")  # two files of one volume
 GZIP_SUFFIXES = (".gz", ".mgz")
 NRRD_SUFFIXES = (".nrrd", ".nhdr")
 OTHER_SUFFIXES = (
@@ -103,6 +114,24 @@ def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
 def is_read_by_nibabel(path: str) -> bool:
     """Whether a path is that of a NIfTI, Analyze or MGH file."""
     return path.lower().endswith(NIBABEL_SUFFIXES) and not Path(path).is_dir()
+
+
+def state_of(path: str) -> str:
+    """
+    A SHA-256 that changes when a file of a volume is replaced: of the name, size and time of each.
+
+    Args:
+        path: of the volume's file or folder.
+    """
+    volume = Path(path)
+    if volume.is_dir():
+        files = [file for file in volume.iterdir() if file.is_file()]
+    elif volume.suffix in PAIR:
+        files = [file for file in map(volume.with_suffix, PAIR) if file.is_file()]
+    else:
+        files = [volume]
+    states = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()
 
 
 def affine_of(image: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import tracemalloc
@@ -19,7 +20,7 @@ from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.weights import save_weights
 from scripts.data import DescribeSourced, LoadLatentd, SaveLatentd, SaveVolumed, ScaleIntensityWindowd
 from scripts.data.file_names import output_path
-from scripts.data.latents import save_latent_scale
+from scripts.data.latents import find_latents, save_latent_scale, without_whole_latents
 from tests.conftest import save_volume
 
 NAME = "head_latent"
@@ -82,7 +83,7 @@ class Encoded:
         SaveLatentd("pred", str(self.latents), self.network, self.weights, {})(item)
 
     def decode(self, latents: Path, output_dir: Path) -> Path:
-        item = LoadLatentd("image", self.network, self.weights)({"image": str(latents / f"{NAME}.nii.gz")})
+        item = LoadLatentd("image", self.network, self.weights, str(latents))({"image": str(latents / f"{NAME}.nii.gz")})
         with torch.no_grad():
             item["pred"] = self.network.decode(item["image"][None])[0]
         SaveVolumed("pred", str(output_dir), "reconstruction")(item)
@@ -203,6 +204,52 @@ def test_scale_of_latents_leaves_out_descriptions_that_are_false(encoded, latent
     described(latents, mean=1.0, mean_square=1.0)
     with pytest.raises(ValueError, match="have a variance of 0"):
         save_latent_scale(str(latents), encoded.weights)
+
+
+def test_latent_of_another_program_is_decoded_in_its_own_place(encoded, latents, tmp_path):
+    own = nib.load(latents / f"{NAME}.nii.gz")
+    for name in ("sample.nii.gz", "head.nii.gz"):
+        nib.save(nib.Nifti1Image(own.get_fdata(dtype=np.float32), own.affine), latents / name)
+    items = find_latents(str(latents))
+    assert [(Path(item["image"]).name, item["keep_ending"]) for item in items] == [
+        ("head.nii.gz", True),  # the volume of the other latent has the name already
+        (f"{NAME}.nii.gz", False),
+        ("sample.nii.gz", False),
+    ]
+    before = nib.load(encoded.decode(latents, tmp_path / "own"))
+    for window in (None, [-1000, 1000]):
+        item = LoadLatentd("image", encoded.network, encoded.weights, str(latents), window)(items[2])
+        with torch.no_grad():
+            item["pred"] = encoded.network.decode(item["image"][None])[0]
+        SaveVolumed("pred", str(tmp_path / "out"), "x")(item)
+        after = nib.load(tmp_path / "out" / "sample_x.nii.gz")
+        assert after.shape == (10, 8, 6)
+        assert np.allclose(after.affine, nib.as_closest_canonical(before).affine, atol=1e-5)
+        low, high = window or (0, 1)
+        expected = item["pred"][0].clamp(0, 1).numpy() * (high - low) + low
+        assert np.allclose(after.get_fdata(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 4, 3, 2), (3, 5, 4, 2)])
+def test_volume_that_is_no_latent_of_the_network_is_refused(encoded, latents, shape):
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4)), latents / "sample.nii.gz")
+    with pytest.raises(ValueError, match="is no latent of this network, with 3 channels"):
+        LoadLatentd("image", encoded.network, encoded.weights, str(latents))({"image": str(latents / "sample.nii.gz")})
+
+
+def test_latent_counts_as_made_until_its_volume_is_replaced(encoded, latents):
+    volumes = encoded.latents.parent / "volumes"
+    items = [{"image": str(volumes / "head.nii.gz")}]
+
+    def left() -> list[dict[str, str]]:
+        return without_whole_latents(items, str(volumes), str(latents), encoded.weights, {})
+
+    time = (volumes / "head.nii.gz").stat().st_mtime_ns
+    assert left() == []
+    os.utime(volumes / "head.nii.gz", ns=(0, 0))  # an older file
+    assert left() == items
+    os.utime(volumes / "head.nii.gz", ns=(time, time))
+    assert left() == []
 
 
 def mutated(description: dict[str, Any], chance: random.Random) -> bytes:

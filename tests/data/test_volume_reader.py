@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from monai.data import DataLoader, Dataset, decollate_batch
 from monai.transforms import Compose, LoadImaged, Orientationd
 
 from scripts.data import DescribeSourced, LoadLatentd, SaveLatentd, SaveVolumed, ScaleIntensityWindowd, VolumeReader
+from scripts.data.latents import without_whole_latents
 from scripts.data.volume_checks import find_problem, problem_of_header
-from scripts.data.volume_reader import affine_of, geometry_note, read_volume
+from scripts.data.volume_reader import affine_of, geometry_note, read_volume, state_of
 
 VOXELS = np.random.default_rng(0).permutation(5 * 4 * 3).reshape(5, 4, 3).astype(np.int16)
 SPACING = np.array([2.2, 1.8, 2.1])
@@ -67,7 +69,7 @@ def returned(path: Path, out: Path) -> list[Any]:
     weights.write_bytes(b"")
     SaveLatentd("image", str(out / "latents"), Identity(), str(weights), {})(item)
     latent = next((out / "latents").glob("*.nii.gz"))
-    loaded = LoadLatentd("image", Identity(), str(weights))({"image": str(latent)})
+    loaded = LoadLatentd("image", Identity(), str(weights), str(out / "latents"))({"image": str(latent)})
     SaveVolumed("image", str(out / "decoded"), "x")(loaded)
     return [nib.load(next((out / kind).glob("*.nii.gz"))) for kind in ("reconstructed", "decoded")]
 
@@ -248,3 +250,52 @@ def test_wrong_checksum_is_found(tmp_path, ending):
     assert "CRC" in str(find_problem(str(path), 1))
     with pytest.raises(gzip.BadGzipFile, match="CRC"):
         read_volume(str(path))
+
+
+@pytest.mark.parametrize("slope", [0.5, -2.0, 1e-36])
+def test_intensity_scale_of_any_size_comes_back(tmp_path, slope):
+    path = tmp_path / "a.nii"
+    image = nib.Nifti1Image(VOXELS, QFORM)
+    image.header.set_slope_inter(slope, 0)
+    nib.save(image, path)
+    before = nib.load(path)
+    for after in returned(path, tmp_path):
+        assert np.array_equal(after.dataobj.get_unscaled(), VOXELS)
+        assert after.dataobj.slope == before.dataobj.slope
+
+
+def test_intensity_scale_that_could_not_be_decoded_is_refused_before_encoding(tmp_path):
+    path = tmp_path / "a.nii"
+    image = nib.Nifti1Image(VOXELS, QFORM)
+    image.header.set_slope_inter(1e-40, 0)
+    nib.save(image, path)
+    with pytest.raises(RuntimeError) as stopped:
+        preprocessing(tmp_path)({"image": str(path)})
+    assert "`scl_slope` is" in str(stopped.value.__cause__)
+
+
+def test_control_character_in_a_name_is_the_problem_of_that_file_alone(tmp_path):
+    path = write(tmp_path / "a\x07.nii", VOXELS, sform=(QFORM, 1))
+    items = [{"image": str(path)}]
+    assert without_whole_latents(items, str(tmp_path), str(tmp_path / "out"), str(path), {}) == items
+    with pytest.raises(RuntimeError) as stopped:
+        preprocessing(tmp_path)(items[0])
+    assert "`source` is" in str(stopped.value.__cause__)
+
+
+def test_state_tells_a_replaced_file_also_by_an_older_one_and_in_a_folder(tmp_path):
+    path = write(tmp_path / "series" / "slice.nii", VOXELS, sform=(QFORM, 1))
+    write(tmp_path / "series" / "other.nii", VOXELS, sform=(QFORM, 1))
+    for volume in (path, path.parent):
+        before = state_of(str(volume))
+        assert state_of(str(volume)) == before
+        time = path.stat().st_mtime_ns
+        os.utime(path, ns=(time - 10**12, time - 10**12))
+        assert state_of(str(volume)) != before
+        os.utime(path, ns=(time, time))
+        assert state_of(str(volume)) == before
+    pair = tmp_path / "pair.hdr"
+    nib.save(nib.Nifti1Pair(VOXELS, QFORM), pair)
+    before = state_of(str(pair))
+    os.utime(pair.with_suffix(".img"), ns=(0, 0))
+    assert state_of(str(pair)) != before
