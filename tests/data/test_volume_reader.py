@@ -239,6 +239,29 @@ def test_formats_that_nibabel_reads(tmp_path, ending):
     assert np.allclose(after.get_fdata(), VOXELS, rtol=1e-6) and np.allclose(after.affine, QFORM, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_nrrd_with_space_directions(tmp_path, channels_first):
+    nrrd = pytest.importorskip("nrrd")
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ sheared(QFORM)
+    for name, affine in (("left-posterior-superior", lps), ("RAS", sheared(QFORM))):
+        directions, data = list(affine[:3, :3].T), VOXELS
+        if channels_first:
+            directions, data = [np.full(3, np.nan), *directions], np.stack([VOXELS, VOXELS + 60])
+        path = tmp_path / f"{name}.nrrd"
+        header = {"space": name, "space directions": np.array(directions), "space origin": affine[:3, 3]}
+        nrrd.write(str(path), data, header)
+        values, found = read_volume(str(path))
+        assert np.allclose(found, sheared(QFORM)) and np.array_equal(values[..., 0] if channels_first else values, VOXELS)
+
+
+def test_formats_without_orientation_or_reader_are_refused_by_name(tmp_path):
+    nrrd = pytest.importorskip("nrrd")
+    nrrd.write(str(tmp_path / "a.nrrd"), VOXELS, {"spacings": [1, 1, 1]})
+    (tmp_path / "a.mha").write_bytes(b"ObjectType = Image")
+    assert "has the `space` None" in str(find_problem(str(tmp_path / "a.nrrd"), 1))
+    assert "has a format that is not read; convert it to NIfTI" in str(find_problem(str(tmp_path / "a.mha"), 1))
+
+
 @pytest.mark.parametrize("ending", [".nii.gz", ".mgz"])
 def test_wrong_checksum_is_found(tmp_path, ending):
     path = tmp_path / f"a{ending}"
