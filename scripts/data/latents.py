@@ -40,7 +40,7 @@ from scripts.data.restored_volumes import (
     rows_of,
     with_record,
 )
-from scripts.data.volume_checks import problem_of_claim, unreadable
+from scripts.data.volume_checks import check_claim, explanation
 from scripts.data.volume_reader import read_volume, state_of
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
 POSTFIX = "latent"
 OWN = f"_{POSTFIX}.nii.gz"  # end of the name of a latent that this bundle wrote
 SCALE_FILE = "latent_scale.json"
+MAX_DESCRIPTION = 2**25  # bytes; a mask of missing voxels that are scattered at random takes up to 0.2 for each voxel
 logger = logging.getLogger(__name__)
 
 
@@ -242,14 +243,11 @@ def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     """The voxels of a latent, ``CxHxWxD``; ``shape`` is ``HxWxDxC``, as description and network determine it."""
     try:
         image: Any = nib.load(path)
-        problem = problem_of_claim(image, str(path))
-        if problem is None and image.shape == shape:
-            values = np.asarray(image.dataobj, dtype=np.float32)
+        check_claim(image, str(path))
+        values = np.asarray(image.dataobj, dtype=np.float32) if image.shape == shape else None
     except Exception as error:  # readers raise errors of any type
-        raise ValueError(f"{path} {unreadable(error)}") from error
-    if problem is not None:
-        raise ValueError(f"{path} {problem}")
-    if image.shape != shape:
+        raise ValueError(f"{path} {explanation(error, str(path))}") from error
+    if values is None:
         raise ValueError(f"{path} has the shape {image.shape}; by its description and network it must be {shape}.")
     if not np.isfinite(values).all():
         raise ValueError(f"{path} has values that are NaN or infinite; encode again.")
@@ -411,7 +409,7 @@ def read_description(path: Path) -> LatentDescription:
     """
     if not path.is_file() or not _description_path(path).is_file():
         raise ValueError(f"{path} or {_description_path(path).name} is missing; encode the volume again.")
-    return read_dataclass(_description_path(path), LatentDescription)
+    return read_dataclass(_description_path(path), LatentDescription, MAX_DESCRIPTION)
 
 
 def _usable_description(path: Path) -> LatentDescription | None:

@@ -28,7 +28,8 @@ from scripts.bundle.json_files import Must, Share, checked
 from scripts.data.dataset_tables import conditions_of, dataset_list_of
 from scripts.data.file_names import output_path, stays_inside
 from scripts.data.intensity_window import intensity_window, unscaled
-from scripts.data.volume_checks import problem_of_memory
+from scripts.data.missing_voxels import put_back_missing
+from scripts.data.volume_checks import check_memory
 from scripts.data.volume_reader import affine_of, geometry_note, is_read_by_nibabel, problem_of_affine, state_of
 
 __all__ = [
@@ -198,6 +199,7 @@ class Record(NiftiHeader):
         clipped: share of the voxels outside of that window.
         clipped_below: part of it.
         clipped_above: part of it.
+        missing: masks of the voxels without a measurement, see :py:func:`scripts.data.missing_voxels.pack_missing`.
         conditions: numbers and words that are known of the volume.
         dataset_list: list of ``dataset.json`` that has the volume.
 
@@ -216,6 +218,7 @@ class Record(NiftiHeader):
     clipped: Share = 0.0
     clipped_below: Share = 0.0
     clipped_above: Share = 0.0
+    missing: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, float | str] = field(default_factory=dict)
     dataset_list: Literal["training", "validation", "none"] | None = None
 
@@ -241,9 +244,8 @@ class Record(NiftiHeader):
                 "`preprocessed_affine` does."
             )
         voxels = {name: math.prod(getattr(self, name)[:3]) for name in RESTORING}
-        problem = problem_of_memory(len(self.intensity_low) * sum(size * voxels[name] for name, size in RESTORING.items()))
-        if problem is not None:
-            raise ValueError(f"`shape` {self.shape} and `preprocessed_shape` {self.preprocessed_shape} take {problem}.")
+        num_bytes = len(self.intensity_low) * sum(size * voxels[name] for name, size in RESTORING.items())
+        check_memory(num_bytes, f"`shape` {self.shape} and `preprocessed_shape` {self.preprocessed_shape}")
 
     def _lies_over(self) -> bool:
         """Whether the corners of the file's grid lie within the preprocessed grid or at most half its size away from it."""
@@ -336,7 +338,9 @@ def restore(image: torch.Tensor, record: Record) -> np.ndarray:
     for dim, size in enumerate(record.preprocessed_shape, start=1):
         image = image.narrow(dim, 0, size)
     image = unscaled(image.clamp(0, 1), record.intensity_low, record.intensity_high)
-    return as_stored(_to_source_grid(image, record), record).reshape(record.shape)
+    values = _to_source_grid(image, record)
+    put_back_missing(np.moveaxis(values, -1, 0), record.missing)
+    return as_stored(values, record).reshape(record.shape)
 
 
 def as_stored(values: np.ndarray, header: NiftiHeader) -> np.ndarray:
@@ -391,7 +395,7 @@ def _record(image: MetaTensor, dataset_dir: Path, keep_ending: bool) -> Record:
         "preprocessed_affine": rows_of(image.affine),
         "intensity_low": tuple(window["low"]),
         "intensity_high": tuple(window["high"]),
-        **{name: window[name] for name in ("clipped", "clipped_below", "clipped_above")},
+        **{name: window[name] for name in ("clipped", "clipped_below", "clipped_above", "missing")},
         **conditions_and_list(path, str(dataset_dir)),
     }
     return checked(described, Record)  # what is encoded can be decoded

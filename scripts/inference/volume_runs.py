@@ -20,7 +20,7 @@ from scripts.bundle.errors import reason
 from scripts.bundle.processes import merged, share_of
 from scripts.data.file_names import without_ending
 from scripts.data.label_maps import LabelMapError
-from scripts.data.volume_checks import problem_of_header, unreadable
+from scripts.data.volume_checks import check_header, check_shape, explanation
 from scripts.data.volume_lists import find_images
 
 __all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes"]
@@ -100,17 +100,16 @@ class VolumeDataset(Dataset):
 
     def _transform(self, index: int) -> dict[str, Any]:
         path = self.data[index]["image"]
-        if self.image_channels is not None:
-            problem = problem_of_header(path, self.image_channels)
-            if problem is not None:
-                return {"path": path, PROBLEM: problem}
         try:
-            return {**super()._transform(index), "path": path}
+            if self.image_channels is None:
+                return {**super()._transform(index), "path": path}
+            check_header(path, self.image_channels)
+            item: Any = super()._transform(index)
+            check_shape((*item["image"].shape[1:], len(item["image"])), self.image_channels)
+            return {**item, "path": path}
         except Exception as error:  # readers raise errors of any type
-            cause = reason(error)
-            if isinstance(cause, LabelMapError):
-                return {"path": path, LEFT_OUT: str(cause)}
-            return {"path": path, PROBLEM: str(cause) if isinstance(cause, ValueError) else unreadable(cause)}
+            kind = LEFT_OUT if isinstance(reason(error), LabelMapError) else PROBLEM
+            return {"path": path, kind: explanation(error, path)}
 
 
 class VolumeEvaluator(SupervisedEvaluator):

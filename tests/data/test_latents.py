@@ -303,4 +303,4 @@ def test_no_mutated_description_writes_elsewhere_or_takes_memory_or_fails_withou
     assert not Path("/x").exists()
     elsewhere = {path for path in files_below(tmp_path) if out not in path.parents}
     assert elsewhere == before
-    assert CASES // 2 < refused < CASES - 10  # some changes are harmless
+    assert CASES // 2 < refused < CASES - 5  # some changes are harmless

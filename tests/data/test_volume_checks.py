@@ -5,13 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.data.volume_checks import find_problem, problem_of_header, usable_volumes
+from scripts.data.volume_checks import check_header, find_problem, usable_volumes
 from tests.conftest import head_like, save_volume
 from tests.processes import bundle_run
 
@@ -61,20 +62,25 @@ FAULTS = {
     "truncated.nii.gz": (truncated, "cannot be read to its end"),
     "truncated.nii": (truncated, "cannot be read to its end"),
     "text.nii": (lambda path: (path.write_text("no volume"), str(path))[1], "cannot be read to its end"),
-    "nan.nii.gz": (lambda path: with_voxel(path, np.nan), "has 1 voxels that are NaN or infinite"),
-    "infinite.nii": (lambda path: with_voxel(path, -np.inf), "has 1 voxels that are NaN or infinite"),
+    "nan.nii.gz": (lambda path: save(path, np.full(SHAPE, np.nan, np.float32)), "is NaN, infinite or padding in 100.0% of"),
     "constant.nii": (lambda path: save(path, np.full(SHAPE, 7, np.int16)), "is constant (7)"),
     "slice.nii": (lambda path: save(path, head_like((9, 9, 1))), "a 2D slice; stack"),
     "flat.nii": (lambda path: save(path, head_like((9, 9, 1))[..., 0]), "a 2D slice; stack"),
-    "series.nii": (lambda path: save(path, np.ones((5, 6, 7, 20), np.int16)), "a 4D series, or 20 channels where 1 is"),
-    "vectors.nii": (lambda path: save(path, np.ones((5, 6, 7, 2, 3), np.int16)), "a volume has three axes"),
-    "rgb.nii.gz": (colours, "has colours for voxels (R, G, B); convert it to one number for each voxel"),
+    "series.nii": (
+        lambda path: save(path, np.ones((5, 6, 7, 20), np.int16)),
+        "its channels or times number 20, and `image_channels` is 1",
+    ),
+    "vectors.nii": (
+        lambda path: save(path, np.ones((5, 6, 7, 2, 3), np.int16)),
+        "a volume has three axes",
+    ),
+    "rgb.nii.gz": (colours, "has colours for voxels (R, G, B); convert them to channels"),
     "complex.nii.gz": (
         lambda path: save(path, head_like(SHAPE) * np.complex64(1 + 1j)),
-        "has complex voxels (complex64); save",
+        "has complex voxels (complex64); convert",
     ),
     "zero.nii": (lambda path: with_header(path, np.zeros((3, 4))), "singular affine: its three axes (0 x 0 x 0 mm long)"),
-    "flat_affine.nii.gz": (lambda path: with_header(path, FLAT), "write the right sform or qform into its header"),
+    "flat_affine.nii.gz": (lambda path: with_header(path, FLAT), "so that its orientation and spacing are unknown"),
     "nan_affine.nii": (lambda path: with_header(path, np.nan * FLAT), "an affine with values that are NaN"),
     "huge.nii": (
         lambda path: with_header(path, dim=HUGE),
@@ -90,18 +96,20 @@ SEEN_IN_THE_HEADER = [*FAULTS][[*FAULTS].index("rgb.nii.gz") :]
 def test_volume_that_cannot_be_used_is_told_why(name, tmp_path):
     make, words = FAULTS[name]
     path = make(tmp_path / name)
-    found = find_problem(path, image_channels=1) or ""
+    found = find_problem(path, 1) or ""
     assert words in found
     if name in SEEN_IN_THE_HEADER:
-        assert problem_of_header(path, image_channels=1) == found
+        with pytest.raises(ValueError, match=f"^{re.escape(found)}$"):
+            check_header(path, image_channels=1)
 
 
 def test_volume_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = str(save_volume(tmp_path / "a.nii.gz", SHAPE))
     monkeypatch.setattr("scripts.data.volume_checks.total_memory", lambda device: 4 * 8 * 9 * 10 - 1)
-    assert "has 8 x 9 x 10 voxels, as float32 " in (problem_of_header(path, 1) or "")
+    with pytest.raises(ValueError, match="its 8 x 9 x 10 voxels in float32 take 0 GiB, and this machine has 0 GiB"):
+        check_header(path, 1)
     monkeypatch.setattr("scripts.data.volume_checks.total_memory", lambda device: 4 * 8 * 9 * 10)
-    assert problem_of_header(path, 1) is None
+    check_header(path, 1)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"a": {"state": "x", "problem": null}}', "[" * 10**5])
@@ -115,20 +123,22 @@ def test_invalid_cache_of_checks_is_named_and_made_again(tmp_path, caplog, conte
 
 def test_volume_that_can_be_used_has_no_problem(tmp_path):
     assert find_problem(str(save_volume(tmp_path / "a.nii.gz", SHAPE)), 1) is None
+    for value in (np.nan, np.inf, -np.inf, -1e6):
+        assert find_problem(with_voxel(tmp_path / "voxel.nii.gz", value), 1) is None
     two = np.stack([head_like(SHAPE), head_like(SHAPE)], axis=-1)
     assert find_problem(save(tmp_path / "two.nii", two), 2) is None
-    assert "one channel where 2 are expected" in (find_problem(str(tmp_path / "a.nii.gz"), 2) or "")
+    assert "number 1, and `image_channels` is 2" in (find_problem(str(tmp_path / "a.nii.gz"), 2) or "")
 
 
 def volumes_with_two_bad(folder: Path) -> dict[str, list[dict[str, str]]]:
     paths = [str(save_volume(folder / f"{i}.nii", SHAPE, seed=i)) for i in range(4)]
-    paths += [truncated(folder / "bad.nii.gz"), with_voxel(folder / "nan.nii", np.nan)]
+    paths += [truncated(folder / "bad.nii.gz"), save(folder / "flat.nii", np.full(SHAPE, 7, np.int16))]
     return {"training": [{"image": path} for path in paths[1:]], "validation": [{"image": paths[0]}]}
 
 
 def test_all_bad_volumes_are_listed_before_the_run_stops_or_goes_on_without_them(tmp_path, caplog):
     lists, cache = volumes_with_two_bad(tmp_path), str(tmp_path / "checked.json")
-    with pytest.raises(ValueError, match=r"2 of 6 volumes(?s:.)*bad.nii.gz cannot(?s:.)*nan.nii has 1(?s:.)*skip_bad_files"):
+    with pytest.raises(ValueError, match=r"2 of 6 volumes(?s:.)*bad.nii.gz cannot(?s:.)*flat.nii is const(?s:.)*skip_bad_f"):
         usable_volumes(lists, 1, False, cache)
     caplog.set_level(logging.INFO)
     good = usable_volumes(lists, 1, True, cache)
@@ -136,7 +146,7 @@ def test_all_bad_volumes_are_listed_before_the_run_stops_or_goes_on_without_them
     assert "going on without 2 of 6" in caplog.text and "training: 3 volumes, size 8x9x10" in caplog.text
     assert f"validated on {tmp_path.name}/0.nii" in caplog.text
     lists["validation"] = lists["training"][3:]
-    with pytest.raises(ValueError, match="nothing is left for validation"):
+    with pytest.raises(ValueError, match="Nothing is left for validation"):
         usable_volumes(lists, 1, True, cache)
 
 
@@ -150,7 +160,8 @@ def test_checked_volumes_are_remembered_until_they_change(tmp_path, monkeypatch)
     lists, cache = volumes_with_two_bad(tmp_path), tmp_path / "checked.json"
     read = []
     monkeypatch.setattr(
-        "scripts.data.volume_checks.find_problem", lambda path, c: (read.append(Path(path).name), find_problem(path, c))[1]
+        "scripts.data.volume_checks.find_problem",
+        lambda path, *args: (read.append(Path(path).name), find_problem(path, *args))[1],
     )
     usable_volumes(lists, 1, True, str(cache))
     assert len(read) == 6
@@ -163,6 +174,36 @@ def test_checked_volumes_are_remembered_until_they_change(tmp_path, monkeypatch)
     usable_volumes(lists, 1, True, str(cache), max_volumes=1)
     assert sorted(read[7:]) == ["0.nii", "1.nii"]
     assert len(json.loads(cache.read_text())) == 2
+
+
+def test_constant_channel_is_found_before_the_training_with_its_own_value(tmp_path):
+    two = np.stack([head_like(SHAPE), np.full(SHAPE, 7, np.int16)], axis=-1)
+    assert find_problem(save(tmp_path / "two.nii", two), 2) == "(channel 1) is constant (7)."
+
+
+def test_dicom_that_is_no_volume_is_found_before_the_training(tmp_path):
+    series = pytest.importorskip("tests.data.test_dicom_series")
+
+    def colours(image, k):
+        image.PhotometricInterpretation, image.SamplesPerPixel, image.PlanarConfiguration = "RGB", 3, 0
+
+    series.save_series(tmp_path / "whole")
+    series.save_series(tmp_path / "rgb", change=colours)
+    series.save_series(tmp_path / "single", slices=[3], change=lambda image, k: setattr(image, "SliceThickness", 2))
+    found = {name: find_problem(str(tmp_path / name), 1) or "" for name in ("whole", "rgb", "single")}
+    assert found["whole"] == ""
+    assert "only gray values are read" in found["rgb"]
+    assert "a 2D slice" in found["single"]
+
+
+def test_series_is_checked_again_when_a_slice_changes(tmp_path):
+    series = pytest.importorskip("tests.data.test_dicom_series")
+    series.save_series(tmp_path / "series")
+    lists = {"training": [{"image": str(tmp_path / "series")}], "validation": [{"image": str(tmp_path / "series")}]}
+    usable_volumes(lists, 1, False, str(tmp_path / "checked.json"))
+    next((tmp_path / "series").iterdir()).write_bytes(b"")
+    with pytest.raises(ValueError, match="1 of 1 volumes cannot be used"):
+        usable_volumes(lists, 1, False, str(tmp_path / "checked.json"))
 
 
 def test_truncated_volume_stops_training_before_the_first_step(volumes, tmp_path):

@@ -146,6 +146,30 @@ def test_resampled_and_streamed_volumes_are_decoded_to_the_same_bits_too(weights
     assert np.corrcoef(before.get_fdata().ravel(), after.get_fdata().ravel())[0, 1] > 0.8
 
 
+@pytest.mark.parametrize("spacing", [None, [1.4, 1.0, 1.2]])
+def test_voxels_without_a_measurement_come_back_as_they_were(weights, tmp_path, spacing):
+    turned, outside = KINDS["turned"][1], np.hypot(*np.ogrid[-1:1:21j, -1:1:26j])[..., None] > np.ones(19)
+    masked = np.where(outside, np.nan, HEAD).astype(np.float32)
+    masked[10, 12, 9:12] = np.inf, -np.inf, -1e9  # the last one is a voxel like others, and clipped
+    (tmp_path / "in").mkdir()
+    save_as(tmp_path / "in" / "masked.nii.gz", masked, turned)
+    save_as(tmp_path / "in" / "padded.nii.gz", np.where(outside, -3024, HEAD - 1024).astype(np.int16), turned)
+    run("evaluating", tmp_path / "in", tmp_path / "out", weights, spacing=spacing)
+    run("encoding", tmp_path / "in", tmp_path / "latents", weights, spacing=spacing)
+    run("decoding", tmp_path / "latents", tmp_path / "out2", weights)
+    for name, missing in {"masked": ~np.isfinite(masked), "padded": outside}.items():
+        before = nib.load(tmp_path / "in" / f"{name}.nii.gz").get_fdata()
+        for folder in ("out", "out2"):
+            after = nib.load(tmp_path / folder / f"{name}_reconstruction.nii.gz").get_fdata()
+            assert np.array_equal(after[missing], before[missing], equal_nan=True)
+            measured = ~missing & (before > -1e9)
+            assert after[~missing].min() >= before[measured].min() - 1
+            assert np.corrcoef(before[measured], after[measured])[0, 1] > 0.8
+        assert (tmp_path / "out" / f"{name}_reconstruction.nii.gz").read_bytes() == (
+            tmp_path / "out2" / f"{name}_reconstruction.nii.gz"
+        ).read_bytes()
+
+
 def test_latent_lies_over_its_volume_and_says_where_it_comes_from(kinds, encoded):
     latent = nib.load(encoded / "oblique_int16_latent.nii.gz")
     volume = nib.as_closest_canonical(nib.load(kinds / "oblique_int16.nii.gz"))
@@ -240,7 +264,7 @@ def test_latents_with_false_descriptions_are_named_and_the_good_ones_decoded(enc
         "lps_uint8": ({"source": f"{tmp_path}/x/y.nii.gz"}, "`source` is '/"),
         "oblique_int16": ({"data_type": "O"}, "`data_type` is 'O'"),
         "slope": ({"shape": [30000] * 3}, "`shape` (30000, 30000, 30000)"),
-        "turned": (None, "is no JSON file or a damaged one"),
+        "turned": (None, "is damaged, or not JSON"),
     }
     for name, (change, _) in false.items():
         path = latents / f"{name}_latent.json"
@@ -276,8 +300,8 @@ def test_bad_files_are_named_and_the_good_ones_done(weights, tmp_path):
         assert lines[0] == "could not be done (6):"
         words = {
             "nan.nii.gz": "NaN, infinite or padding in 100.0%",
-            "series.nii.gz": "3 channels where 1",
-            "text.nii.gz": "cannot be read as NIfTI",
+            "series.nii.gz": "number 3, and `image_channels` is 1",
+            "text.nii.gz": "cannot be read to its end",
             "thin.nii.gz": "a 2D slice",
             "truncated.nii": "cannot be read to its end",
             "zeros.nii.gz": "is constant",
