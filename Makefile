@@ -53,8 +53,6 @@ test: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE)
 	$(BIN)/python -m benchmarks.planning
-	$(BIN)/python -m benchmarks.planning_requests
-	$(BIN)/python -m benchmarks.generator_memory
 	$(BIN)/python -m benchmarks.loop --device $(DEVICE)
 
 gpu: .venv/installed-dev

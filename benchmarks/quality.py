@@ -54,7 +54,7 @@ from scripts.evaluation.metrics import (
 )
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
-from scripts.planning.config_keys import read_plan
+from scripts.planning.plans import read_plan
 from scripts.planning.training_costs import training_cost
 from scripts.training import InitialWeights, RepeatableOrder, RunState
 from scripts.training.initial_weights import CODE_PATCHES, NEIGHBOUR_PATCHES

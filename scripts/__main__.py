@@ -18,13 +18,12 @@ from typing import Any
 
 import fire
 
-from scripts.bundle.config import ROOT
 from scripts.bundle.errors import is_of_user
 from scripts.planning import tables
-from scripts.planning.config_keys import TRAIN, read_plan
-from scripts.planning.estimates import Estimate, estimate_plan
-from scripts.planning.generator_estimates import GeneratorEstimate, estimate_generator, is_generator, plan_generator
-from scripts.planning.generator_tables import generator_table, generator_verdict
+from scripts.planning.costs import Estimate
+from scripts.planning.estimates import estimate_plan, what_would_fit
+from scripts.planning.generator_estimates import estimate_generator, plan_generator
+from scripts.planning.plans import TRAIN, is_generator, positive, read_plan
 from scripts.planning.recommendations import (
     FACTOR_KEYS,
     Recommendation,
@@ -32,10 +31,7 @@ from scripts.planning.recommendations import (
     recommend_downsample_factors,
     write_overlay,
 )
-from scripts.planning.request_checks import positive
-from scripts.planning.savings import what_would_fit
 from scripts.planning.self_test import check_all
-from scripts.planning.slab_costs import slab_table
 
 
 def estimate(
@@ -68,49 +64,31 @@ def estimate(
     """
     _refuse(unexpected)
     budget = None if memory_gb is None else positive("memory_gb", memory_gb)
-    if is_generator(config_file):
-        if volume_size is not None:
-            raise ValueError("`volume_size` is for an autoencoder; the size of a generator's volumes is `spatial_size`.")
-        _estimate_generator(config_file, spatial_size, autoencoder, budget, device, json, overrides)
-        return
-    if autoencoder is not None:
+    for_generator = is_generator(config_file)
+    if for_generator and volume_size is not None:
+        raise ValueError("`volume_size` is for an autoencoder; the size of a generator's volumes is `spatial_size`.")
+    if autoencoder is not None and not for_generator:
         raise ValueError("`autoencoder` is for the config of a generator, such as configs/train_diffusion.json.")
-    plan = read_plan(config_file, device=device, **overrides)
-    found = estimate_plan(plan, spatial_size, volume_size, device)
+    if for_generator:
+        found = estimate_generator(
+            plan_generator(config_file, spatial_size, autoencoder, device=device, **overrides), device
+        )
+    else:
+        plan = read_plan(config_file, device=device, **overrides)
+        found = estimate_plan(plan, spatial_size, volume_size, device)
     fits = None if budget is None else found.fits(budget)
-    streams = plan.patch_size is None and device == "cuda"  # a config that infers, with weights that fix the network
+    trains = not for_generator and plan.patch_size is not None
     changes = []
-    if budget is not None and not fits and not streams:
+    if budget is not None and not fits and trains:
         changes = what_would_fit(plan, found.spatial_size, found.volume_size, budget, device)
     if json:
-        _print_json({**_as_dict(found), "fits": fits, "changes": [asdict(change) for change in changes]})
+        _print_json({**found.as_dict(), "fits": fits, "changes": [asdict(change) for change in changes]})
         return
     print(tables.estimate_table(found))
-    if streams:
-        if budget is not None:
-            print("\n" + tables.one_pass_verdict(found, budget))
-        print("\n" + slab_table(plan.network, found.volume_size, budget, plan.amp_dtype))
-    elif budget is not None:
-        print("\n" + tables.verdict(found, budget, changes))
-
-
-def _estimate_generator(
-    config_file: str | Sequence[str],
-    spatial_size: int | Sequence[int] | None,
-    autoencoder: str | Sequence[str] | None,
-    budget: float | None,
-    device: str,
-    json: bool,
-    overrides: dict[str, Any],
-) -> None:
-    plan = plan_generator(config_file, spatial_size, autoencoder, device=device, **overrides)
-    found = estimate_generator(plan, device)
-    if json:
-        _print_json({**_as_dict(found), "fits": None if budget is None else found.fits(budget)})
-        return
-    print(generator_table(found))
     if budget is not None:
-        print("\n" + generator_verdict(found, budget))
+        print("\n" + tables.verdict(found, budget, changes))
+    if not (for_generator or trains) and device == "cuda":
+        print("\n" + tables.slab_table(plan.network, found.volume_size, budget, plan.amp_dtype))
 
 
 def recommend(
@@ -164,12 +142,12 @@ def recommend(
     if json:
         _print_json(
             [
-                {**asdict(item), "estimate": _as_dict(item.estimate), "generator": _as_dict(generator)}
+                {**vars(item), "estimate": item.estimate.as_dict(), "generator": generator.as_dict()}
                 for item, generator in zip(found, generators)
             ]
         )
     elif found:
-        print(tables.recommendations_table(found, [generator.training_bytes for generator in generators]))
+        print(tables.recommendations_table(found, generators))
     if not found:
         sys.exit(_what_would_fit(spatial_size, positive("memory_gb", memory_gb), device, overrides))
     if output is not None:
@@ -208,25 +186,18 @@ def _what_would_fit(spatial_size: Any, memory_gb: float, device: str, overrides:
     return f"nothing fits, not even with {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"
 
 
-def _generator_of(recommendation: Recommendation, device: str) -> GeneratorEstimate:
+def _generator_of(recommendation: Recommendation, device: str) -> Estimate:
     """What the generator of ``train_diffusion.json`` needs on the latents of a recommended autoencoder."""
-    size, overlay = recommendation.padded_size, recommendation.overlay
-    autoencoder = read_plan(device=device, **{key: value for key, value in overlay.items() if key != "patch_size"}).network
-    return estimate_generator(plan_generator(DIFFUSION, size, autoencoder, device=device), device)
-
-
-def _as_dict(estimate: Estimate | GeneratorEstimate) -> dict[str, Any]:
-    totals = [
-        name for name, value in vars(type(estimate)).items() if isinstance(value, property) and name.endswith("_bytes")
-    ]
-    return {**asdict(estimate), **{name: getattr(estimate, name) for name in totals if name != "needed_bytes"}}
+    overlay = {key: value for key, value in recommendation.overlay.items() if key != "patch_size"}
+    autoencoder = read_plan(device=device, **overlay).network
+    plan = plan_generator(spatial_size=recommendation.padded_size, autoencoder=autoencoder, device=device)
+    return estimate_generator(plan, device)
 
 
 def _print_json(content: Any) -> None:
     print(jsonlib.dumps(content, indent=2))
 
 
-DIFFUSION = str(ROOT / "configs" / "train_diffusion.json")
 COMMANDS = {"estimate": estimate, "recommend": recommend, "check": check}
 
 

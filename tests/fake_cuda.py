@@ -9,14 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from scripts.planning.allocations import AllocationTracker
 from scripts.planning.fake_tensors import fake_tensors
-from scripts.planning.operation_workspace import workspace
 
 
 @contextmanager
@@ -40,18 +36,3 @@ def fake_card() -> Iterator[None]:
     """Every tensor that is made inside is fake, and on a GPU."""
     with fake_tensors(), torch.device("cuda"):
         yield
-
-
-class CardMemory(AllocationTracker):
-    """Counts what is allocated on the fake card, and not what stays on the host beside it."""
-
-    def __init__(self) -> None:
-        super().__init__("cuda")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        on_card = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda"]
-        for tensor in on_card:
-            self._count(tensor.untyped_storage())
-        self._note(workspace(func, args, result, "cuda") if on_card else 0)
-        return result

@@ -14,9 +14,8 @@ from benchmarks.networks import MONAI, build_with
 from scripts.bundle.machine import GIB
 from scripts.inference.streaming import StreamingInferer
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock, _NormSiluConv
-from scripts.planning import cuda_casting
-from scripts.planning.cuda_casting import autocast, casting_rules
-from scripts.planning.fake_tensors import fake_tensors
+from scripts.planning import fake_tensors as module
+from scripts.planning.fake_tensors import autocast, casting_rules, fake_tensors
 from scripts.training.losses import ReconstructionLoss
 from tests.fake_cuda import autocast_of_cuda, fake_card
 
@@ -87,7 +86,7 @@ def test_planner_names_what_only_cuda_runs_in_float32():
     """Each name is an operator for which CUDA's autocast has a rule, or a Python function above such a one."""
     for_cuda = {name.split("::")[1].split(".")[0] for name in operators("AutocastCUDA")}
     above = {"__pow__", "__rpow__", "interpolate", "matrix_norm", "vector_norm"}
-    assert {*cuda_casting.FLOAT32_ON_CUDA, *cuda_casting.FLOAT32_RESULT_ON_CUDA} - above <= for_cuda
+    assert {*module.FLOAT32_ON_CUDA, *module.FLOAT32_RESULT_ON_CUDA} - above <= for_cuda
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.autoencoderkl import AutoencoderKL, Reconstructor, Upsample
 from scripts.bundle.weights import load_weights
-from scripts.planning.config_keys import read_plan
+from scripts.planning.allocations import AllocationTracker
 from scripts.planning.fake_tensors import fake_tensors
+from scripts.planning.plans import read_plan
 from scripts.slabs.slab_run import stream
 from scripts.training.pretrained import load_pretrained
 from tests.conftest import ROOT, save_volume
-from tests.fake_cuda import CardMemory, autocast_of_cuda
+from tests.fake_cuda import autocast_of_cuda
 
 NARROW = {"channels": [8, 16, 32], "norm_num_groups": 8}
 
@@ -93,7 +94,7 @@ def test_torchscript_and_export_enlarge_trilinearly():
 
 def test_slabs_on_a_gpu_keep_within_the_budget(monkeypatch):
     monkeypatch.setattr("scripts.slabs.slab_run.free_memory", lambda: 2**40)
-    tracker, budget = CardMemory(), 2**-5  # GiB
+    tracker, budget = AllocationTracker("cuda", only="cuda"), 2**-5  # GiB
     with fake_tensors(), torch.no_grad():
         with torch.device("cuda"):
             network = network_of_preset()

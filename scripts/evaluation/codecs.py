@@ -19,8 +19,8 @@ from scripts.evaluation.comparison import Codec
 from scripts.inference.exported_networks import SUFFIXES, ExportedNetwork
 from scripts.layers.factors import by, per_axis
 from scripts.layers.resampling import pad_to_multiple
-from scripts.planning.config_keys import read_plan
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
+from scripts.planning.plans import read_plan
 
 __all__ = ["read_codecs"]
 

@@ -122,6 +122,5 @@ class StreamingInferer(ReconstructionInferer):
             with torch.autocast(device.type, enabled=False):
                 dtype = self.dtype if self.amp else None
                 cost = inference_cost(network, key[1:], batch_size=key[0], amp_dtype=dtype, device=device.type)
-            # cuDNN may need as much again as the largest convolution
-            self._peaks[key] = cost.peak + (cost.convolution if device.type == "cuda" else 0)
+            self._peaks[key] = cost.peak + cost.convolution  # libraries may need as much again as the largest convolution
         return self._peaks[key]

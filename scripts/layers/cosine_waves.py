@@ -25,10 +25,11 @@ def lowest_frequencies(factors: Sequence[int], count: int) -> list[tuple[int, ..
     return sorted(itertools.product(*(range(f) for f in factors)), key=lambda k: (sum(i * i for i in k), k))[:count]
 
 
-def _wave(frequency: int, size: int) -> torch.Tensor:
-    """Cosine with a root mean square of 1."""
-    wave = torch.cos(math.pi * frequency * (torch.arange(size, dtype=torch.float64) + 0.5) / size)
-    return wave / wave.square().mean().sqrt()
+def _waves(frequencies: Sequence[int], size: int) -> torch.Tensor:
+    """Cosines with a root mean square of 1, one in each row."""
+    times = math.pi * torch.tensor(frequencies, dtype=torch.float64)
+    waves = torch.cos(times[:, None] * (torch.arange(size, dtype=torch.float64) + 0.5) / size)
+    return waves / waves.square().mean(1, keepdim=True).sqrt()
 
 
 def expected_deviation(index: Sequence[int]) -> float:
@@ -56,8 +57,8 @@ def waves_per_channel(
     """
     functions = torch.ones(len(indices), len(inner_indices), *[1] * len(outer), dtype=torch.float64)
     for axis, (f, g) in enumerate(zip(outer, inner)):
-        small = torch.stack([_wave(k[axis], g) for k in inner_indices])
-        large = torch.stack([_wave(k[axis], f * g) for k in indices]).reshape(-1, f, g)
+        small = _waves([k[axis] for k in inner_indices], g)
+        large = _waves([k[axis] for k in indices], f * g).reshape(-1, f, g)
         along = torch.einsum("kpn,jn->kjp", large, small) / g
         shape = [1] * len(outer)
         shape[axis] = f

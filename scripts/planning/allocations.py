@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from scripts.planning.operation_workspace import workspace
+from scripts.planning.costs import Cost
 
 __all__ = ["AllocationTracker", "nbytes_of"]
 
 UNIT = {"cpu": 64, "cuda": 512}  # bytes that the allocators round up to
+aten = torch.ops.aten
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -22,8 +23,6 @@ class AllocationTracker(TorchDispatchMode):
     A context that counts the storages that are allocated and freed in it, fake or real.
 
     ``peak`` is the largest number of bytes allocated at one time, and ``peak_phase`` the value of ``phase`` at that moment.
-    ``convolution`` has the bytes of input and result of the largest convolution; ``flops`` counts the operations, a
-    multiplication and an addition as two.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``, whose allocator is imitated.
@@ -44,10 +43,19 @@ class AllocationTracker(TorchDispatchMode):
 
     def track(self, *tensors: Any) -> None:
         """Count tensors that exist before the first operation."""
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, torch.Tensor) and self.only in (None, tensor.device.type):
-                self._count(tensor.untyped_storage())
+        self._count(tensors)
         self._note(0)
+
+    def cost(self, parameters: int, **parts: Any) -> Cost:
+        """
+        What has been counted.
+
+        Args:
+            parameters: bytes of the networks.
+            parts: further fields of the cost.
+        """
+        counted = {name: getattr(self, name) for name in ("device", "peak", "peak_phase", "convolution", "flops")}
+        return Cost(parameters=parameters, **counted, **parts)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,15 +63,19 @@ class AllocationTracker(TorchDispatchMode):
         # FlopCounterMode would count the same, but its hooks keep gradients in memory longer than a step does
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and self.only in (None, tensor.device.type):
-                self._count(tensor.untyped_storage())
-        self._note(workspace(func, args, result, self.device))
-        if func is torch.ops.aten.convolution.default:
+        self._count(result)
+        # squared errors are all there before their mean is taken
+        self._note(args[0].nbytes if func is aten.mse_loss.default and result.dim() == 0 else 0)
+        if func is aten.convolution.default:
             self.convolution = max(self.convolution, args[0].nbytes + result.nbytes)
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, tensors: Any) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor) and self.only in (None, tensor.device.type):
+                self._count_storage(tensor.untyped_storage())
+
+    def _count_storage(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.alive:
             return

@@ -1,70 +1,30 @@
-"""What a plan needs in memory and operations, margin included."""
+"""What an autoencoder needs in memory and operations, and which changes would need less."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scripts.bundle.machine import GIB
 from scripts.layers.factors import padded_size
-from scripts.planning.config_keys import TRAIN, Plan, read_plan
-from scripts.planning.inference_costs import InferenceCost, inference_cost
-from scripts.planning.request_checks import voxels
-from scripts.planning.training_costs import TrainingCost, training_cost
+from scripts.planning.costs import Estimate
+from scripts.planning.inference_costs import inference_cost
+from scripts.planning.plans import TRAIN, Plan, read_plan, voxels
+from scripts.planning.training_costs import training_cost
 
-__all__ = ["Estimate", "estimate_memory", "estimate_plan", "with_margin"]
+__all__ = ["Change", "estimate_memory", "estimate_plan", "what_would_fit"]
 
-CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB: CUDA's context and libraries; the process before the first step
-FRAGMENTATION = 0.08  # share of the peak that an allocator holds and cannot use
+LAST_RESORT_INITIAL = 8
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """
-    What a configuration needs.
+class Change:
+    """A change that saves memory: ``what`` to change, and the bytes that training or reconstruction then needs."""
 
-    Args:
-        spatial_size: of the training patch, voxels.
-        volume_size: of the volume that is reconstructed, voxels.
-        batch_size: patches per training step.
-        downsample_factor: total factor along each axis.
-        latent_shape: of one patch, channels first.
-        voxels_per_latent: voxels (times image channels) for each number of the latent.
-        training: cost of a step; None for a config that does not train.
-        inference: cost of reconstructing a volume.
-        device: ``"cuda"`` or ``"cpu"``.
-    """
-
-    spatial_size: tuple[int, ...]
-    volume_size: tuple[int, ...]
-    batch_size: int
-    downsample_factor: tuple[int, ...]
-    latent_shape: tuple[int, ...]
-    voxels_per_latent: float
-    training: TrainingCost | None
-    inference: InferenceCost
-    device: str
-
-    @property
-    def training_bytes(self) -> int:
-        """Memory that training needs: the peak, and the margin for context, allocator and convolution workspace."""
-        return 0 if self.training is None else with_margin(self.training, self.device)
-
-    @property
-    def inference_bytes(self) -> int:
-        """Memory that reconstruction needs, the same margin included."""
-        return with_margin(self.inference, self.device)
-
-    @property
-    def needed_bytes(self) -> int:
-        """The larger of the two."""
-        return max(self.training_bytes, self.inference_bytes)
-
-    def fits(self, memory_gb: float) -> bool:
-        """Whether training and reconstruction both fit into ``memory_gb`` GiB."""
-        return self.needed_bytes <= memory_gb * GIB
+    what: str
+    nbytes: int
 
 
 def estimate_memory(
@@ -79,16 +39,16 @@ def estimate_memory(
     **overrides: Any,
 ) -> Estimate:
     """
-    What a configuration needs in memory and operations, for a training step and for reconstructing a volume. The real
-    network runs on fake tensors: nothing is allocated, no GPU is needed, and it takes a second or two at any size.
+    What an autoencoder needs in memory and operations, for a training step and for reconstructing a volume. The real
+    network runs on fake tensors: nothing is allocated, no GPU is needed, and it takes a few seconds at any size.
 
     Args:
-        spatial_size: of the training patch, voxels; one number for a cube. None takes the config's ``patch_size``.
+        spatial_size: size of the training patch, voxels; one number for a cube. None takes the config's ``patch_size``.
         channels: feature channels of each level; None, as below, takes the config's.
         downsample_factors: the shrink between two levels, each an integer or one integer per axis.
         batch_size: patches per step.
         config_file: a config, or a list of a config and its overlays, as ``monai.bundle run`` takes them.
-        volume_size: of the volume that is reconstructed, voxels; None is ``spatial_size``.
+        volume_size: size of the volume that is reconstructed, voxels; None is ``spatial_size``.
         device: ``"cuda"`` or ``"cpu"``: whose rules of mixed precision, optimizer and allocator apply.
         overrides: further config keys, such as ``initial_downsample_factor``, ``amp`` or ``gradient_accumulation_steps``.
 
@@ -108,49 +68,65 @@ def estimate_plan(
     device: str = "cuda",
 ) -> Estimate:
     """:py:func:`estimate_memory` of a :py:class:`Plan`."""
-    network = plan.network
+    network, trains = plan.network, plan.patch_size is not None
+    axes, factors = network.arguments["spatial_dims"], network.total_downsample_factor
     if spatial_size is None:
-        spatial_size = plan.patch_size if plan.patch_size is not None else volume_size
+        spatial_size = plan.patch_size or volume_size
     if spatial_size is None:
         raise ValueError("this config does not train, so it has no `patch_size`: set `spatial_size`.")
-    size = voxels("spatial_size", spatial_size, network.arguments["spatial_dims"])
-    volume = size if volume_size is None else voxels("volume_size", volume_size, network.arguments["spatial_dims"])
-    latent = network.latent_shape(
-        size if plan.patch_size is not None else padded_size(size, network.total_downsample_factor)
-    )
+    size = voxels("spatial_size", spatial_size, axes)
+    volume = size if volume_size is None else voxels("volume_size", volume_size, axes)
+    latent = network.latent_shape(size if trains else padded_size(size, factors))
+    precision: dict[str, Any] = {"amp_dtype": plan.amp_dtype, "device": device}
+    costs = {"training": training_cost(network, size, **precision, **plan.training)} if trains else {}
     return Estimate(
         spatial_size=size,
         volume_size=volume,
-        batch_size=plan.batch_size,
-        downsample_factor=network.total_downsample_factor,
+        batch_size=plan.training.get("batch_size", 1),
+        downsample_factor=factors,
         latent_shape=latent,
-        voxels_per_latent=math.prod(network.total_downsample_factor) * network.arguments["in_channels"] / latent[0],
-        training=None if plan.patch_size is None else _training_cost(plan, size, device),
-        inference=inference_cost(network, volume, amp_dtype=plan.amp_dtype, device=device),
-        device=device,
+        voxels_per_latent=math.prod(factors) * network.arguments["in_channels"] / latent[0],
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        costs={**costs, "reconstruction": inference_cost(network, volume, **precision, in_slabs=not trains)},
     )
 
 
-def _training_cost(plan: Plan, size: Sequence[int], device: str) -> TrainingCost:
-    return training_cost(
-        plan.network,
-        size,
-        batch_size=plan.batch_size,
-        amp_dtype=plan.amp_dtype,
-        device=device,
-        loss=plan.loss,
-        loss_terms=plan.loss_terms,
-        optimizer=plan.optimizer,
-        accumulates=plan.accumulates,
-        discriminator=plan.discriminator,
-        averaged=plan.averaged,
-    )
+def what_would_fit(
+    plan: Plan, spatial_size: Sequence[int], volume_size: Sequence[int], memory_gb: float, device: str = "cuda"
+) -> list[Change]:
+    """
+    Changes of a plan that needs too much memory, each estimated.
+
+    Args:
+        plan: the plan, of a config that trains.
+        spatial_size: size of the training patch, voxels.
+        volume_size: size of the volume that is reconstructed, voxels.
+        memory_gb: the budget, GiB.
+        device: ``"cuda"`` or ``"cpu"``.
+
+    Returns:
+        the changes that fit; if none does, those that save memory, the smallest need first.
+    """
+    needed = estimate_plan(plan, spatial_size, volume_size, device).needed
+    changes = [
+        Change(what, estimate_plan(changed, patch, volume_size, device).needed)
+        for what, changed, patch in _changes(plan, tuple(spatial_size))
+    ]
+    fitting = [change for change in changes if change.nbytes <= memory_gb * GIB]
+    return fitting or sorted((each for each in changes if each.nbytes < needed), key=lambda change: change.nbytes)
 
 
-def with_margin(cost: TrainingCost | InferenceCost, device: str) -> int:
-    """
-    Peak and margin, bytes. The margin is for memory that PyTorch does not allocate itself (``CONTEXT``), for memory that its
-    allocator cannot use (``FRAGMENTATION``), and on CUDA for the workspace of one convolution, which the peak leaves out.
-    """
-    workspace = cost.convolution if device == "cuda" else 0
-    return int(cost.peak * (1 + FRAGMENTATION)) + workspace + int(CONTEXT[device] * GIB)
+def _changes(plan: Plan, size: tuple[int, ...]) -> Iterator[tuple[str, Plan, tuple[int, ...]]]:
+    batch_size, factors = plan.training["batch_size"], plan.network.total_downsample_factor
+    if batch_size > 1:
+        accumulating = replace(plan, training={**plan.training, "batch_size": 1, "accumulates": True})
+        yield f"batch_size 1 with gradient_accumulation_steps {batch_size}", accumulating, size
+    if not plan.network.use_checkpoint:
+        yield "activation checkpointing (use_checkpoint true)", plan.with_network(use_checkpoint=True), size
+    for divisor in (2, 4):
+        patch = tuple(max(n // divisor // f, 1) * f for n, f in zip(size, factors))
+        yield f"patch_size {list(patch)}", plan, patch
+    initial = [min(2 * f, LAST_RESORT_INITIAL) for f in plan.network.initial_downsample_factor]
+    if max(initial) > max(plan.network.initial_downsample_factor):
+        larger = plan.with_network(initial_downsample_factor=initial)
+        yield f"initial_downsample_factor {initial}", larger, padded_size(size, larger.network.total_downsample_factor)

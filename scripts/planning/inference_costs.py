@@ -1,36 +1,17 @@
-"""The memory and operations that reconstructing or decoding a volume needs, found by running it on fake tensors."""
+"""What reconstructing or decoding a volume in one pass needs, found by running it on fake tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from scripts.planning.allocations import AllocationTracker, nbytes_of
-from scripts.planning.cuda_casting import autocast, casting_rules
-from scripts.planning.fake_tensors import fake_copy, fake_image, fake_tensors
+from scripts.planning.costs import Cost
+from scripts.planning.fake_tensors import autocast, casting_rules, fake_copy, fake_image, fake_tensors
 
-__all__ = ["InferenceCost", "inference_cost"]
-
-
-@dataclass(frozen=True)
-class InferenceCost:
-    """
-    Cost of running a network without gradients. All but ``flops`` are bytes.
-
-    Args:
-        parameters: of the network, and its buffers.
-        peak: largest amount in use at one time, everything included.
-        convolution: input and result of the largest convolution: libraries may need as much again to reorder them.
-        flops: operations, a multiplication and an addition counted as two.
-    """
-
-    parameters: int
-    peak: int
-    convolution: int
-    flops: int
+__all__ = ["inference_cost"]
 
 
 def inference_cost(
@@ -42,19 +23,21 @@ def inference_cost(
     device: str = "cuda",
     operation: str = "reconstruct",
     others: Sequence[nn.Module] = (),
-) -> InferenceCost:
+    in_slabs: bool = False,
+) -> Cost:
     """
     Cost of reconstructing or decoding whole volumes without gradients, as ``ReconstructionInferer`` runs it.
 
     Args:
-        network: with ``encoder.in_channels``, as MONAI's ``AutoencoderKL``. It is not changed, and may be on the ``meta``
-            device.
-        spatial_size: of the volume, voxels.
+        network: network with ``encoder.in_channels``, as MONAI's ``AutoencoderKL``. It is not changed, and may be on the
+            ``meta`` device.
+        spatial_size: size of the volume, voxels.
         batch_size: volumes at once.
         amp_dtype: data type of mixed precision, None for none.
         device: ``"cuda"`` or ``"cpu"``, whose casting rules and allocator are imitated. No such device is needed.
         operation: ``"reconstruct"``, or ``"decode"`` from the latent of such a volume.
         others: networks that are in memory meanwhile.
+        in_slabs: whether the run would work in slabs where memory is short.
 
     Raises:
         ValueError: for another device.
@@ -71,4 +54,4 @@ def inference_cost(
             with autocast(amp_dtype):
                 result = getattr(network, operation)(given).to(given.dtype)
             del result
-    return InferenceCost(nbytes_of(network.state_dict()), tracker.peak, tracker.convolution, tracker.flops)
+    return tracker.cost(nbytes_of(network.state_dict()), in_slabs=in_slabs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,23 +14,9 @@ from ignite.engine import Events
 from monai.engines import Trainer
 from monai.engines.utils import IterationEvents
 
-__all__ = ["LevelCost", "LevelListener", "SavedTensors"]
+from scripts.planning.costs import LevelCost
 
-
-@dataclass(frozen=True)
-class LevelCost:
-    """
-    Bytes of one level that are kept for the backward pass.
-
-    Args:
-        part: ``"encoder"``, ``"decoder"`` or ``"other"`` (latent, shortcut and loss).
-        spatial_shape: finest grid on which the level works, voxels; empty for ``"other"``.
-        saved: bytes.
-    """
-
-    part: str
-    spatial_shape: tuple[int, ...]
-    saved: int
+__all__ = ["LevelListener", "SavedTensors"]
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
 from scripts.bundle.progress import ProgressBar
-from scripts.planning.config_keys import Plan, read_plan
 from scripts.planning.estimates import estimate_plan
+from scripts.planning.plans import Plan, read_plan
 from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 
@@ -100,7 +100,7 @@ def _run(name: str, plan: Plan, device: str) -> CheckResult:
     estimate = estimate_plan(plan, size, device=device)
     torch.manual_seed(0)
     network = plan.build().to(device)
-    image = torch.rand(plan.batch_size, network.arguments["in_channels"], *size, device=device)
+    image = torch.rand(estimate.batch_size, network.arguments["in_channels"], *size, device=device)
     _encode_and_decode(network, image, estimate.latent_shape)
     result = CheckResult(
         name=name,
@@ -108,10 +108,10 @@ def _run(name: str, plan: Plan, device: str) -> CheckResult:
         latent_shape=estimate.latent_shape,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
-    if estimate.training is None:
+    if "training" not in estimate.costs:
         return result
     saved, peak = _train(plan, network, image)
-    expected = estimate.training
+    expected = estimate.costs["training"]
     if abs(saved - expected.saved_activations) > TOLERANCE * saved:
         raise ArithmeticError(f"{saved} bytes of activations were saved, {expected.saved_activations} were estimated")
     return replace(
@@ -128,15 +128,15 @@ def _train(plan: Plan, network: AutoencoderKL, image: torch.Tensor) -> tuple[int
     trainer = AutoencoderTrainer.of_images(
         [image, image],
         network,
-        plan.optimizer(network.parameters()),
+        plan.training["optimizer"](network.parameters()),
         amp_dtype=plan.amp_dtype,
-        loss_function=plan.loss,
-        loss_terms=plan.loss_terms,
+        loss_function=plan.training["loss"],
+        loss_terms=plan.training["loss_terms"],
     )
     on_gpu = image.device.type == "cuda"
     if on_gpu:
         trainer.add_event_handler(Events.ITERATION_STARTED(once=2), lambda: torch.cuda.reset_peak_memory_stats())
-    average = AveragedModel(network) if plan.averaged else None  # noqa: F841  takes memory during training
+    average = AveragedModel(network) if plan.training["averaged"] else None  # noqa: F841  takes memory during training
     saved = SavedTensors(list(network.parameters()))
     saved.attach(trainer)
     with saved:

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from scripts.bundle.machine import GIB
-from scripts.layers.factors import by, padded_size
+from scripts.layers.factors import padded_size
 from scripts.planning.allocations import AllocationTracker
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
-from scripts.planning.tables import memory, table
 from scripts.slabs.feature_maps import FeatureMap, PaddedImage
 from scripts.slabs.slab_run import SlabRun
 
-__all__ = ["SlabCost", "least_slab_cost", "slab_cost", "slab_table"]
+__all__ = ["OPERATIONS", "SlabCost", "least_slab_cost", "slab_cost"]
 
 GPU = "cuda"
 OPERATIONS = ("reconstruct", "decode")
@@ -60,7 +59,7 @@ def slab_cost(
 
     Args:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`. It is not changed, and may be on the ``meta`` device.
-        spatial_size: of the volume, voxels.
+        spatial_size: size of the volume, voxels.
         memory_gb: budget in GiB, the network included.
         operation: ``"reconstruct"``, or ``"decode"`` from the latent of such a volume.
         amp_dtype: data type of mixed precision, None for none.
@@ -94,30 +93,6 @@ def least_slab_cost(network: Any, spatial_size: Sequence[int], **kwargs: Any) ->
     while found.peak + found.convolution > found.budget:  # with more memory, slabs may be thicker
         found = slab_cost(network, spatial_size, (found.peak + found.convolution) / GIB, **kwargs)
     return found
-
-
-def slab_table(network: Any, spatial_size: Sequence[int], memory_gb: float | None, amp_dtype: torch.dtype | None) -> str:
-    """
-    A Markdown table: the smallest budget for reconstructing and for decoding in slabs, and what a given one holds.
-
-    Args:
-        network: see :py:func:`slab_cost`.
-        spatial_size: ditto.
-        memory_gb: the given budget in GiB; None for none.
-        amp_dtype: see :py:func:`slab_cost`.
-    """
-    least = [least_slab_cost(network, spatial_size, operation=operation, amp_dtype=amp_dtype) for operation in OPERATIONS]
-    rows = [
-        ("smallest memory_gb", *(memory(cost.budget) for cost in least)),
-        ("  slabs", *(str(cost.slabs) for cost in least)),
-    ]
-    if memory_gb is not None:
-        given = [slab_cost(network, spatial_size, memory_gb, operation=name, amp_dtype=amp_dtype) for name in OPERATIONS]
-        rows += [
-            (f"peak with memory_gb {memory_gb:g}", *(memory(cost.peak) for cost in given)),
-            ("  slabs", *(str(cost.slabs) for cost in given)),
-        ]
-    return table([f"in slabs, {by(spatial_size)}", *OPERATIONS], rows)
 
 
 class _FakeRun(SlabRun):

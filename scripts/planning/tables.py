@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from scripts.bundle.machine import GIB, MIB
 from scripts.bundle.text_table import table
 from scripts.layers.factors import by
-from scripts.planning.estimates import Estimate
+from scripts.planning.costs import Cost, Estimate
+from scripts.planning.estimates import Change
 from scripts.planning.recommendations import Recommendation
-from scripts.planning.savings import Change
 from scripts.planning.self_test import CheckResult
+from scripts.planning.slab_costs import OPERATIONS, least_slab_cost, slab_cost
 
-__all__ = ["checks_table", "estimate_table", "memory", "one_pass_verdict", "recommendations_table", "verdict"]
+__all__ = ["checks_table", "estimate_table", "recommendations_table", "slab_table", "verdict"]
+
+IN_SLABS = "; with less it works in slabs, with the same result"
 
 
 def memory(nbytes: int | None) -> str:
@@ -23,105 +27,109 @@ def memory(nbytes: int | None) -> str:
 
 
 def estimate_table(estimate: Estimate) -> str:
-    """The whole estimate."""
+    """The whole estimate: a table for each cost."""
     latent = f"{estimate.latent_shape[0]} channels x {by(estimate.latent_shape[1:])}"
-    facts = (
-        f"total factor {by(estimate.downsample_factor)}, latent {latent}, {estimate.voxels_per_latent:.3g} voxels per value"
-    )
-    parts = [facts]
-    training = estimate.training
-    if training is not None:
-        rows = [
-            ("parameters", memory(training.parameters)),
-            ("gradients", memory(training.gradients)),
-            ("optimizer state", memory(training.optimizer_state)),
-            ("saved activations", memory(training.saved_activations)),
-            *((f"  {level.part} {by(level.spatial_shape)}".rstrip(), memory(level.saved)) for level in training.levels),
-            (f"peak (in the {training.peak_phase} pass)", memory(training.peak)),
-            ("with margin", memory(estimate.training_bytes)),
-            ("operations", f"{training.flops / 1e12:.3g} TFLOP"),
-        ]
-        parts.append(
-            table([f"training step, {by(estimate.spatial_size)}, batch {estimate.batch_size}", estimate.device], rows)
-        )
-    inference = estimate.inference
-    rows = [
-        ("parameters", memory(inference.parameters)),
-        ("peak", memory(inference.peak)),
-        ("with margin", memory(estimate.inference_bytes)),
-        ("operations", f"{inference.flops / 1e12:.3g} TFLOP"),
+    factor, ratio = by(estimate.downsample_factor), f"{estimate.voxels_per_latent:.3g} voxels per value"
+    facts = f"total factor {factor}, latent {latent}, {ratio}, {estimate.parameters / 1e6:.3g} million parameters"
+    headings = {
+        "training": f"training step, {by(estimate.spatial_size)}, batch {estimate.batch_size}",
+        "reconstruction": f"reconstruction of {by(estimate.volume_size)}",
+        "sampling": "one step of sampling, with guidance",
+        "decoding": "decoding in one pass",
+    }
+    tables = [table([headings[name], cost.device], _rows(cost)) for name, cost in estimate.costs.items()]
+    return "\n\n".join([facts, *tables])
+
+
+def _rows(cost: Cost) -> list[tuple[str, str]]:
+    trained = [
+        ("gradients", memory(cost.gradients)),
+        ("optimizer state", memory(cost.optimizer_state)),
+        ("saved activations", memory(cost.saved_activations)),
+        *((f"  {level.part} {by(level.spatial_shape)}".rstrip(), memory(level.saved)) for level in cost.levels),
     ]
-    parts.append(table([f"reconstruction of {by(estimate.volume_size)}", estimate.device], rows))
-    return "\n\n".join(parts)
+    return [
+        ("parameters", memory(cost.parameters)),
+        *(trained if cost.gradients else []),
+        (f"peak (in the {cost.peak_phase} pass)", memory(cost.peak)),
+        ("with margin", memory(cost.needed)),
+        ("operations", f"{cost.flops / 1e12:.3g} TFLOP"),
+    ]
 
 
-def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change]) -> str:
-    """Whether an estimate fits into a budget, and which changes would make it fit."""
-    parts = (("training", estimate.training_bytes), ("reconstruction", estimate.inference_bytes))
-    lines = [_fit(what, needed, memory_gb) for what, needed in parts if needed]
+def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change] = ()) -> str:
+    """Whether each part of an estimate fits into a budget, and which changes would make it fit."""
+    lines = []
+    for name, cost in estimate.costs.items():
+        fits = cost.needed <= memory_gb * GIB
+        says = f"{name} {'fits' if fits else 'does not fit'} into {memory_gb:g} GiB{' in one pass' * cost.in_slabs}: "
+        lines.append(f"{says}it needs {memory(cost.needed)}, margin included{'' if fits or not cost.in_slabs else IN_SLABS}")
     if changes:
-        lines.append(
-            "what would fit:" if changes[0].nbytes <= memory_gb * GIB else "no single change is enough; what helps:"
-        )
+        enough = changes[0].nbytes <= memory_gb * GIB
+        lines.append("what would fit:" if enough else "no single change is enough; what helps:")
         lines += [f"  {change.what}: {memory(change.nbytes)}" for change in changes]
-    elif not estimate.fits(memory_gb):
-        lines.append("no change of batch, patch, checkpointing or initial factor makes it smaller")
     return "\n".join(lines)
 
 
-def one_pass_verdict(estimate: Estimate, memory_gb: float) -> str:
-    """Whether a volume fits into a budget in one pass, for networks that run in slabs where it does not."""
-    in_one_pass = _fit("reconstruction in one pass", estimate.inference_bytes, memory_gb)
-    return in_one_pass if estimate.fits(memory_gb) else f"{in_one_pass}; inference with this memory_gb runs in slabs"
+def slab_table(network: Any, spatial_size: Sequence[int], memory_gb: float | None, amp_dtype: Any) -> str:
+    """
+    The smallest budget for reconstructing and for decoding in slabs on a GPU, and what a given one holds.
+
+    Args:
+        network: see :py:func:`scripts.planning.slab_costs.slab_cost`.
+        spatial_size: ditto.
+        memory_gb: the given budget in GiB; None for none.
+        amp_dtype: data type of mixed precision, None for none.
+    """
+    least = [least_slab_cost(network, spatial_size, operation=operation, amp_dtype=amp_dtype) for operation in OPERATIONS]
+    rows = [
+        ("smallest memory_gb", *(memory(cost.budget) for cost in least)),
+        ("  slabs", *(str(cost.slabs) for cost in least)),
+    ]
+    if memory_gb is not None:
+        given = [slab_cost(network, spatial_size, memory_gb, operation=name, amp_dtype=amp_dtype) for name in OPERATIONS]
+        rows += [
+            (f"peak with memory_gb {memory_gb:g}", *(memory(cost.peak) for cost in given)),
+            ("  slabs", *(str(cost.slabs) for cost in given)),
+        ]
+    return table([f"in slabs, {by(spatial_size)}", *OPERATIONS], rows)
 
 
-def _fit(what: str, needed: int, memory_gb: float) -> str:
-    fits = "fits" if needed <= memory_gb * GIB else "does not fit"
-    return f"{what} {fits} into {memory_gb:g} GiB: it needs {memory(needed)}, margin included"
-
-
-def recommendations_table(recommendations: Sequence[Recommendation], generators: Sequence[int]) -> str:
-    """Recommendations in their order, each with the bytes that training a generator on its latents needs."""
-    header = ["rank", "initial", "per level", "latent", "voxels/value", "training", "inference", "TFLOP/step"]
-    header += ["generator", "why"]
-    rows = []
-    for rank, (item, generator) in enumerate(zip(recommendations, generators), start=1):
-        estimate = item.estimate
-        assert estimate.training is not None  # recommendations are for training
-        rows.append(
-            [
-                str(rank),
-                by(item.initial_downsample_factor),
-                ", ".join(by(factor) for factor in item.downsample_factors),
-                f"{estimate.latent_shape[0]} x {by(estimate.latent_shape[1:])}",
-                f"{estimate.voxels_per_latent:.3g}",
-                memory(estimate.training_bytes),
-                memory(estimate.inference_bytes),
-                f"{estimate.training.flops / 1e12:.3g}",
-                memory(generator),
-                item.reason,
-            ]
-        )
-    return table(header, rows)
+def recommendations_table(recommendations: Sequence[Recommendation], generators: Sequence[Estimate]) -> str:
+    """Recommendations in their order, each with what a generator needs to be trained on its latents."""
+    header = ["rank", "initial", "per level", "latent", "voxels/value", "training", "reconstruction", "TFLOP/step"]
+    rows = [
+        [
+            str(rank),
+            by(item.initial_downsample_factor),
+            ", ".join(by(factor) for factor in item.downsample_factors),
+            f"{item.estimate.latent_shape[0]} x {by(item.estimate.latent_shape[1:])}",
+            f"{item.estimate.voxels_per_latent:.3g}",
+            *(memory(item.estimate.costs[name].needed) for name in ("training", "reconstruction")),
+            f"{item.estimate.costs['training'].flops / 1e12:.3g}",
+            memory(generator.costs["training"].needed),
+            item.reason,
+        ]
+        for rank, (item, generator) in enumerate(zip(recommendations, generators), start=1)
+    ]
+    return table([*header, "generator", "why"], rows)
 
 
 def checks_table(results: Sequence[CheckResult]) -> str:
     """Results of the self-test."""
     header = ["configuration", "factor", "latent", "parameters", "saved, estimated", "counted", "peak, estimated", "counted"]
-    return table(
-        [*header, "verdict"],
-        (
-            [
-                result.name,
-                by(result.downsample_factor),
-                by(result.latent_shape),
-                f"{result.parameters / 1e6:.2f} M",
-                memory(result.saved_estimated),
-                memory(result.saved_counted),
-                memory(result.peak_estimated),
-                memory(result.peak_counted),
-                "good" if result.error is None else result.error,
-            ]
-            for result in results
-        ),
-    )
+    rows = [
+        [
+            result.name,
+            by(result.downsample_factor),
+            by(result.latent_shape),
+            f"{result.parameters / 1e6:.2f} M",
+            memory(result.saved_estimated),
+            memory(result.saved_counted),
+            memory(result.peak_estimated),
+            memory(result.peak_counted),
+            result.error or "good",
+        ]
+        for result in results
+    ]
+    return table([*header, "verdict"], rows)

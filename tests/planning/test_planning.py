@@ -14,21 +14,20 @@ from monai.networks.nets import PatchDiscriminator
 
 from benchmarks.inference_peak import peak_bytes, restart_peak
 from benchmarks.networks import MONAI, build_with
-from benchmarks.planning_step import saved_in_a_step
 from scripts.__main__ import main
 from scripts.bundle.machine import GIB
-from scripts.planning.config_keys import TRAIN, read_plan
 from scripts.planning.estimates import estimate_memory
 from scripts.planning.inference_costs import inference_cost
+from scripts.planning.plans import TRAIN, read_plan
 from scripts.planning.recommendations import leanest, recommend_downsample_factors, write_overlay
 from scripts.planning.self_test import Configuration, check_all, check_configuration, configurations
 from scripts.planning.tables import verdict
-from scripts.planning.training_costs import training_cost
-from scripts.planning.training_start import log_estimate
+from scripts.planning.training_costs import log_estimate, training_cost
 from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.losses import LossTerm, SpectralLoss
 from tests.conftest import ROOT, SMALL
+from tests.planning.real_steps import saved_in_a_step
 from tests.processes import bundle_run
 
 NARROW = {"channels": (4, 8, 8), "norm_num_groups": 4}  # so narrow that slow bfloat16 does not matter
@@ -155,7 +154,7 @@ def test_optimizer_makes_its_temporaries_for_all_parameters_at_once_on_cuda_only
 def test_volume_of_512_takes_seconds_and_hardly_any_memory():
     start, before = time.process_time(), restart_peak()
     estimate = estimate_memory(512)
-    assert estimate.training.peak > 10 * GIB
+    assert estimate.costs["training"].peak > 10 * GIB
     assert time.process_time() - start < 5
     assert peak_bytes("cpu") - before < GIB
 
@@ -177,8 +176,8 @@ def test_estimate_follows_config_overlay_and_arguments(tmp_path):
 
 def test_inference_config_has_no_training():
     estimate = estimate_memory(20, config_file=str(ROOT / "configs" / "inference.json"))
-    assert estimate.training is None
-    assert estimate.inference.peak > estimate.inference.parameters
+    assert list(estimate.costs) == ["reconstruction"]
+    assert estimate.costs["reconstruction"].peak > estimate.costs["reconstruction"].parameters
     assert estimate.latent_shape == (24, 3, 3, 3)
 
 
@@ -217,7 +216,7 @@ def test_request_that_nothing_fits_names_what_would_fit():
     assert recommend_downsample_factors(48, memory_gb=0.6, **two_levels) == []
     least, changes = leanest(48, 0.6, **two_levels)
     assert max(least.initial_downsample_factor) >= 4
-    assert changes and all(change.nbytes < least.estimate.training_bytes for change in changes)
+    assert changes and all(change.nbytes < least.estimate.needed for change in changes)
     assert any("patch_size" in change.what for change in changes)
 
 
@@ -226,11 +225,8 @@ def test_leanest_of_a_volume_too_small_for_large_factors():
     assert least.initial_downsample_factor == (2, 2, 2)
 
 
-def test_verdict_says_when_no_change_helps():
-    estimate = estimate_memory(16, **TINY)
-    said = verdict(estimate, 0.1, [])
-    assert "training does not fit into 0.1 GiB" in said and "makes it smaller" in said
-    assert "smaller" not in verdict(estimate, 8, [])
+def test_verdict_says_what_does_not_fit():
+    assert "training does not fit into 0.1 GiB" in verdict(estimate_memory(16, **TINY), 0.1)
 
 
 def test_verdict_names_changes_that_are_enough(capsys):
@@ -244,10 +240,10 @@ def test_a_network_that_infers_is_not_to_be_changed_but_to_run_in_slabs(capsys):
     infers = ["estimate", "--config_file", "configs/inference.json", "--channels", "[4,8,8]", "--spatial_size", "64"]
     main([*infers, "--memory_gb", "0.1"])
     printed = capsys.readouterr().out
-    assert "in one pass does not fit into 0.1 GiB" in printed and "with this memory_gb runs in slabs" in printed
-    assert "initial_downsample_factor [" not in printed and "makes it smaller" not in printed
+    assert "reconstruction does not fit into 0.1 GiB in one pass" in printed and "with less it works in slabs" in printed
+    assert "initial_downsample_factor [" not in printed
     main([*infers, "--memory_gb", "8"])
-    assert "in one pass fits into 8 GiB" in (printed := capsys.readouterr().out) and "runs in slabs" not in printed
+    assert "fits into 8 GiB in one pass" in (printed := capsys.readouterr().out) and "works in slabs" not in printed
 
 
 def test_json_holds_the_estimate(capsys):
@@ -255,7 +251,7 @@ def test_json_holds_the_estimate(capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["fits"] is True
     assert printed["latent_shape"] == [24, 4, 4, 4]
-    assert printed["training"]["peak"] < printed["training_bytes"]
+    assert printed["costs"]["training"]["peak"] < printed["costs"]["training"]["needed"]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +344,7 @@ def test_start_of_training_logs_one_line_and_leaves_the_random_state(caplog):
 
 
 def test_start_of_training_warns_when_the_device_is_too_small(caplog, monkeypatch):
-    monkeypatch.setattr("scripts.planning.training_start.total_memory", lambda device: GIB // 4)
+    monkeypatch.setattr("scripts.planning.training_costs.total_memory", lambda device: GIB // 4)
     assert "cpu has 0.2 GiB" in log_of_a_training_start(caplog)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
 

@@ -1,18 +1,12 @@
-"""The bytes that a step of the real trainer saves for its backward pass, and by which it makes this process grow.
-
-python -m benchmarks.planning_step "'16x lean'"
-"""
+"""Real training steps, which count what they save for the backward pass."""
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
-import fire
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from benchmarks.inference_peak import peak_bytes, resident
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.planning.generator_estimates import GeneratorPlan, latent_batch, step_trainer
 from scripts.planning.saved_tensors import SavedTensors
@@ -55,24 +49,3 @@ def _saved_by(trainer: ResumableTrainer, modules: list[torch.nn.Module]) -> int:
     with saved:
         trainer.run()
     return saved.nbytes
-
-
-def step(name: str) -> None:
-    """
-    Print the bytes that a step saves, and the bytes by which two steps raise this process's peak above what it held before
-    the network was built.
-
-    Args:
-        name: of a row of :py:mod:`benchmarks.planning`.
-    """
-    from benchmarks.planning import GENERATORS, ROWS
-
-    row = (ROWS | GENERATORS)[name]
-    row.smallest().step()  # loads the libraries
-    gc.collect()  # a trainer and its handlers refer to each other, and so keep the network in memory
-    before = resident()
-    print(row.step(), peak_bytes("cpu") - before)
-
-
-if __name__ == "__main__":
-    fire.Fire(step)
