@@ -24,10 +24,9 @@ from ignite.engine import Engine, Events
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, serialise, write_atomically
 from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, is_of_this_bundle, named_as_here
-from scripts.bundle.json_files import Must, PositiveInt, Sha256, checked, read_dataclass, read_json, shortened
+from scripts.bundle.json_files import Must, PositiveInt, Sha256, checked, read_dataclass, shortened
 
 __all__ = [
-    "NETWORK",
     "NetworkArguments",
     "WeightsLoader",
     "check_arguments",
@@ -73,26 +72,6 @@ class Description:
     sha256_before: Sha256 | None = None
 
 
-_FACTORS = {
-    "type": "array",
-    "minItems": 1,
-    "maxItems": 3,
-    "items": {"type": "integer", "minimum": 1},
-    "description": "a positive integer for each axis",
-}
-NETWORK = {  # schema of a network's arguments: those that are used; others are only compared with another network's
-    "type": "object",
-    "required": ["spatial_dims", "channels", "downsample_factors", "initial_downsample_factor", "initial_mode"],
-    "propertyNames": {"type": "string", "maxLength": 80},
-    "properties": {
-        "spatial_dims": {"enum": [1, 2, 3], "description": "1, 2 or 3"},
-        "channels": {"type": "array", "items": {"type": "integer", "minimum": 1}, "description": "positive integers"},
-        "downsample_factors": {"type": "array", "items": _FACTORS},
-        "initial_downsample_factor": _FACTORS,
-        "initial_mode": {"type": "string", "description": "text"},
-    },
-    "description": "the arguments of an AutoencoderKL",
-}
 FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # torch's message where it refuses code
 logger = logging.getLogger(__name__)
 
@@ -198,8 +177,6 @@ def read_weights(path: str | Path, kind: Any = Description, wanted: str = "") ->
         raise FileNotFoundError(f"there are no weights at {path}. {wanted}")
     content = path.read_bytes()
     description = read_description(path, kind)
-    if isinstance(description, dict):  # of a kind that is still a schema
-        description = Description(description["network"], description["sha256"], description.get("sha256_before"))
     if description and content_hash(content) not in (description.sha256, description.sha256_before):
         raise ValueError(
             f"{path} is not the file that {path.with_suffix('.json')} describes: it was changed or damaged. "
@@ -226,8 +203,6 @@ def read_description(weights: str | Path, kind: Any = Description) -> Any:
     path = Path(weights).with_suffix(".json")
     if not path.is_file():
         return None
-    if isinstance(kind, Mapping):  # a JSON schema
-        return read_json(path, kind, advice="restore it, or remove it if you trust the weights")
     try:
         description = read_dataclass(path, kind)
     except ValueError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import fire
 
 from scripts.bundle.config import ROOT
 from scripts.bundle.files import content_hash, write_atomically
-from scripts.bundle.json_files import SHA256, read_dataclass, read_json
+from scripts.bundle.json_files import Sha256, read_dataclass
 from scripts.bundle.machine import MIB
 from scripts.bundle.shared_generator import DATA_FORMAT, FOLDER, OF_EVALUATION, SCORES
 from scripts.diffusion.generator import Generator, GeneratorDescription, load_generator
@@ -30,26 +30,24 @@ SETTINGS = (
     *("num_samples", "seed", "val_fraction", "num_inference_steps", "solver"),
     *("guidance_scale", "guidance_interval", "guide_sha256", "amp_dtype"),
 )
-ROW = {"type": "object", "additionalProperties": {"type": ["number", "null"]}, "description": "numbers by name"}
-METRICS = {  # schema of the part of an evaluation that is shared; the rest has paths and describes held-out volumes
-    "type": "object",
-    "required": ["weights_sha256", "training_volumes", "held_out_volumes", "settings", "notes", "sets"],
-    "properties": {
-        "weights_sha256": SHA256,
-        "training_volumes": {"type": "integer", "description": "an integer"},
-        "held_out_volumes": {"type": "integer", "description": "an integer"},
-        "settings": {"type": "object", "required": list(SETTINGS), "description": "the settings of an evaluation"},
-        "notes": {"type": "array", "items": {"type": "string"}, "description": "a list of texts"},
-        "sets": {
-            "type": "object",
-            "required": ["samples", "held_out"],
-            "additionalProperties": ROW,
-            "description": "the numbers of each set",
-        },
-    },
-    "description": "what an evaluation of samples wrote",
-}
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The part of an evaluation that is shared; the rest has paths and describes held-out volumes."""
+
+    weights_sha256: Sha256
+    training_volumes: int
+    held_out_volumes: int
+    settings: dict[str, Any]
+    notes: list[str]
+    sets: dict[str, dict[str, float | None]]
+
+    def __post_init__(self) -> None:
+        missing = [*(set(SETTINGS) - self.settings.keys()), *({"samples", "held_out"} - self.sets.keys())]
+        if missing:
+            raise ValueError(f"`{missing[0]}` is missing.")
 
 
 def share_generator(run_dir: str, data_source: str = "", license: str = "") -> str:
@@ -114,12 +112,11 @@ def _metrics(path: Path, generator: Generator) -> dict[str, Any] | None:
     if not path.is_file():
         logger.warning(f"there is no {path}: the card will have no scores. docs/generation.md says how to evaluate.")
         return None
-    found = read_json(path, METRICS, advice="evaluate again, or remove it", max_bytes=MAX_METRICS)
-    if found["weights_sha256"] != generator.sha256:
+    found = read_dataclass(path, Metrics, max_bytes=MAX_METRICS)
+    if found.weights_sha256 != generator.sha256:
         logger.warning(f"{path} is of other weights and is left out. Evaluate again to have scores in the card.")
         return None
-    found["settings"] = {name: found["settings"][name] for name in SETTINGS}
-    return {name: found[name] for name in METRICS["properties"]}  # type: ignore[attr-defined]
+    return {**asdict(found), "settings": {name: found.settings[name] for name in SETTINGS}}
 
 
 def _metadata(generator: Generator, metrics: dict[str, Any] | None) -> dict[str, Any]:

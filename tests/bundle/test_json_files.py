@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.bundle.json_files import SHA256, PositiveInt, Sha256, checked, problem_of_content, read_dataclass, read_json
+from scripts.bundle.json_files import PositiveInt, Sha256, checked, read_dataclass
 from scripts.bundle.weights import load_weights, save_weights
 
 
@@ -100,56 +100,6 @@ def test_file_that_is_no_json_is_refused_by_name(tmp_path, text):
     (tmp_path / "a.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"a\.json"):
         read_dataclass(tmp_path / "a.json", Volume)
-
-
-SCHEMA = {
-    "type": "object",
-    "required": ["sizes"],
-    "properties": {
-        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 1}, "description": "positive integers"},
-        "share": {"type": "number", "description": "a finite number"},
-        "hash": SHA256,
-    },
-    "description": "an object with `sizes`",
-}
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ([], "the content is []; it must be an object with `sizes`"),
-        ({}, "the content has no `sizes`"),
-        ({"sizes": [3, -1]}, "`sizes[1]` is -1; it must be positive integers"),
-        ({"sizes": [True]}, "`sizes[0]` is True"),
-        ({"sizes": [2.0]}, "`sizes[0]` is 2.0"),
-        ({"sizes": [1], "share": float("nan")}, "`share` is nan; it must be a finite number"),
-        ({"sizes": [1], "share": float("inf")}, "`share` is inf"),
-        ({"sizes": [1], "share": 10**400}, "`share` is 1000"),
-        ({"sizes": [1], "hash": "abc"}, "`hash` is 'abc'; it must be a SHA-256 in hexadecimal"),
-    ],
-)
-def test_field_is_named_with_what_was_found_and_what_it_must_be(content, words):
-    assert words in problem_of_content(content, SCHEMA)
-
-
-def test_content_that_follows_the_schema_has_no_problem():
-    assert problem_of_content({"sizes": [1, 2], "share": 3, "hash": "0" * 64, "more": None}, SCHEMA) is None
-
-
-def test_value_of_any_size_makes_a_short_message():
-    content = {"sizes": "x" * 10**6, "share": [[[[0] * 10**4] * 3] * 3] * 3}
-    assert len(problem_of_content(content, SCHEMA)) < 300
-    assert len(problem_of_content({"sizes": [{str(i): i for i in range(10**4)}]}, SCHEMA)) < 300
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b"\xff\xfe", b"[" * 10**5, b'{"sizes": ' + b"1" * 5000 + b"}", b" " * 2**20 + b"{}"]
-)
-def test_file_that_is_no_json_is_named_with_what_to_do(tmp_path, text):
-    path = tmp_path / "a.json"
-    path.write_bytes(text)
-    with pytest.raises(ValueError, match=r"a\.json.*do something\.$"):
-        read_json(path, SCHEMA, advice="do something")
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_what_does_not_belong_together_is_refused(folder, bundle, tmp_path):
         share_generator(str(tmp_path / "nowhere"))
     share_generator(str(folder / "run"))
     (bundle / "models/generator/README.md").rename(tmp_path / "README.md")
-    with pytest.raises(FileNotFoundError, match=r"README\.md is missing.*scripts\.generation\.share"):
+    with pytest.raises(FileNotFoundError, match=r"README\.md is missing.*scripts\.diffusion\.share"):
         build_release(str(tmp_path))
     (tmp_path / "README.md").rename(bundle / "models/generator/README.md")
     make_weights(bundle / "models", seed=1)
