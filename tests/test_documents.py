@@ -23,7 +23,7 @@ from monai.networks.nets import PatchDiscriminator
 
 from scripts.__main__ import COMMANDS
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.bundle.config import check_parser
+from scripts.bundle.config import _bundle_defaults, check_parser
 from scripts.planning.self_test import Configuration, check_configuration
 from scripts.training import Muon
 from tests.conftest import ROOT, save_volume
@@ -208,10 +208,12 @@ def test_make_weights_starts_from_nothing_and_each_further_part_from_weights_tha
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_options_in_the_text_are_keys_with_values_that_are_allowed(document):
     others = OF_MONAI | {name for f in COMMANDS.values() for name in inspect.signature(f).parameters}
+    known = _bundle_defaults()
     for inline in INLINE_OPTION.findall(BLOCK.sub("", document.read_text())):
         given = options(shlex.split(inline))
         keys = {key: value for key, value in given.items() if key not in others}
-        config("configs/train.json", keys)
+        assert {key.partition("#")[0] for key in keys} <= known.keys(), inline
+        config("configs/train.json", {key: value for key, value in keys.items() if " " in inline})  # a name has no value
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
