@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -24,10 +24,10 @@ from ignite.engine import Engine, Events
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, serialise, write_atomically
 from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, is_of_this_bundle, named_as_here
-from scripts.bundle.json_files import Must, PositiveInt, Sha256, checked, read_dataclass, shortened
+from scripts.bundle.json_files import Sha256, read_dataclass, shortened
+from scripts.bundle.network_arguments import NetworkArguments
 
 __all__ = [
-    "NetworkArguments",
     "WeightsLoader",
     "check_arguments",
     "load_weights",
@@ -37,22 +37,6 @@ __all__ = [
     "save_weights",
     "what_differs",
     "what_is_wrong",
-]
-
-
-@dataclass(frozen=True)
-class _Network:
-    """Those arguments of an AutoencoderKL that are used; the others are only compared with another network's."""
-
-    spatial_dims: Literal[1, 2, 3]
-    channels: list[PositiveInt]
-    downsample_factors: list[list[PositiveInt]]
-    initial_downsample_factor: list[PositiveInt]
-    initial_mode: str
-
-
-NetworkArguments = Annotated[
-    dict[str, Any], Must("the arguments of an AutoencoderKL", lambda found: checked(found, _Network, "network"))
 ]
 
 

@@ -2,14 +2,9 @@
 
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.generator import (
-    Generator,
-    describe,
-    load_autoencoder,
-    load_generator,
-    load_pretrained_generator,
-)
+from scripts.diffusion.generator import Generator, describe
 from scripts.diffusion.guidance import load_guide
+from scripts.diffusion.loading import load_autoencoder, load_generator, load_pretrained_generator
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.prepare_batch import FlowPrepareBatch
 from scripts.diffusion.sampler import Sampler

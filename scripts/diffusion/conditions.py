@@ -243,7 +243,7 @@ class Conditions:
         What a user asks for, in the form that training saw.
 
         Raises:
-            ValueError: for a condition or a class that training did not see, for a number that is none, and for one that is
+            ValueError: for a condition or a class that training did not see, a word for a number, and a number that is
                 further outside than a standard deviation. One that is less far outside is warned of.
         """
         for key in requested:

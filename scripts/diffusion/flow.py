@@ -45,7 +45,7 @@ class RectifiedFlow:
     0.05).
 
     Times of training are drawn from a logit-normal distribution (Esser et al., https://arxiv.org/abs/2403.03206) and shifted
-    towards noise, as the steps of sampling are: neighbours in a large latent tell the same, and so it needs more noise to
+    towards noise, as the steps of sampling are: neighbours in a large latent are alike, and so it needs more noise to
     become unrecognisable. It is wider than theirs: shape is decided where there is nearly nothing but noise, and the fine
     channels where there is little.
 

@@ -1,9 +1,7 @@
-"""Classifier-free guidance and autoguidance: which settings and which guides can be used; the sampler applies them."""
+"""Classifier-free guidance and autoguidance are in ``sampler``; here a guide is read, a lesser generator."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,38 +9,13 @@ import torch
 
 from scripts.bundle.weights import what_differs
 from scripts.diffusion.conditions import LEAST_DEVIATION
-from scripts.diffusion.generator import Generator, load_generator
+from scripts.diffusion.generator import Generator
+from scripts.diffusion.loading import load_generator
 from scripts.diffusion.statistics import LatentStatistics
 
-__all__ = ["check_guidance", "load_guide"]
+__all__ = ["load_guide"]
 
 SAME = 0.05  # of a deviation: statistics of other volumes of the same kind agree as well as that
-
-
-def check_guidance(generator: Generator, scale: float, interval: Sequence[float], guide: Generator | None) -> None:
-    """
-    See :py:class:`scripts.diffusion.Sampler`.
-
-    Raises:
-        ValueError: for a scale below 0 or an invalid interval, for a guide or an interval without a scale that would use it,
-            and for classifier-free guidance of a generator that was trained without ``condition_dropout``.
-    """
-    if type(scale) not in (int, float) or not 0 <= scale < math.inf:
-        raise ValueError(f"`guidance_scale` is {scale!r}; it must be a number from 0 on.")
-    times = interval if isinstance(interval, (list, tuple)) else ()
-    if [type(time) in (int, float) for time in times] != [True, True] or not 0 <= times[0] < times[1] <= 1:
-        raise ValueError(
-            f"`guidance_interval` is {interval!r}; it must be two times from 0 to 1, the lower one first, such as [0, 0.6]."
-        )
-    if scale == 1 and guide is not None:
-        raise ValueError("`guidance_scale` is 1, with which a `guide` has no influence. Set it to 1.5.")
-    if scale == 1 and tuple(times) != (0, 1):
-        raise ValueError("`guidance_scale` is 1, with which `guidance_interval` has no influence. Set it to 1.5.")
-    if scale != 1 and guide is None and generator.condition_dropout == 0:
-        raise ValueError(
-            f"`guidance_scale` is {scale}, but the generator was trained with `condition_dropout` 0 and has no "
-            "unconditional estimate to compare with. Set it to 1, or give a `guide`."
-        )
 
 
 def load_guide(path: str | None, generator: Generator, device: Any, memory_format: torch.memory_format) -> Generator | None:

@@ -133,7 +133,7 @@ def posterior(
     With a mean and a logarithm of 0 this is Wiener's filter, the best linear estimate of each value by itself. A network
     whose last layer is zero begins there.
 
-    What neighbours and other channels tell beyond it is predicted in units of the deviation afterwards, as Karras et al.
+    What follows from neighbours and other channels is predicted in units of the deviation afterwards, as Karras et al.
     (https://arxiv.org/abs/2206.00364) predict it in those of Wiener's filter: with little noise it is the noise, and the
     network need not reproduce the value that it sees.
 

@@ -13,7 +13,6 @@ from scripts.bundle.precision import autocast_dtype
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.flow import draw_noise
 from scripts.diffusion.generator import Generator
-from scripts.diffusion.guidance import check_guidance
 from scripts.layers.factors import padded_size
 from scripts.layers.resampling import pad_at_end
 from scripts.training.repeatable_batches import derive_seed
@@ -59,7 +58,7 @@ class Sampler:
     ) -> None:
         if type(num_inference_steps) is not int or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it must be a positive integer.")
-        check_guidance(generator, guidance_scale, guidance_interval, guide)
+        _check_guidance(generator, guidance_scale, guidance_interval, guide)
         check_solver(solver)
         self.generator, self.guide = generator, guide
         self.num_inference_steps, self.solver = num_inference_steps, solver
@@ -159,6 +158,26 @@ class Sampler:
         return uncond.lerp(cond, self.scale)
 
 
+def _check_guidance(generator: Generator, scale: float, interval: Sequence[float], guide: Generator | None) -> None:
+    """Refuse an invalid scale or interval, one without influence, and a scale with nothing to compare with."""
+    if type(scale) not in (int, float) or not 0 <= scale < math.inf:
+        raise ValueError(f"`guidance_scale` is {scale!r}; it must be a number from 0 on.")
+    times = interval if isinstance(interval, (list, tuple)) else ()
+    if [type(time) in (int, float) for time in times] != [True, True] or not 0 <= times[0] < times[1] <= 1:
+        raise ValueError(
+            f"`guidance_interval` is {interval!r}; it must be two times from 0 to 1, the lower one first, such as [0, 0.6]."
+        )
+    if scale == 1 and guide is not None:
+        raise ValueError("`guidance_scale` is 1, with which a `guide` has no influence. Set it to 1.5.")
+    if scale == 1 and tuple(times) != (0, 1):
+        raise ValueError("`guidance_scale` is 1, with which `guidance_interval` has no influence. Set it to 1.5.")
+    if scale != 1 and guide is None and generator.condition_dropout == 0:
+        raise ValueError(
+            f"`guidance_scale` is {scale}, but the generator was trained with `condition_dropout` 0 and has no "
+            "unconditional estimate to compare with. Set it to 1, or give a `guide`."
+        )
+
+
 def check_solver(solver: str) -> None:
     """
     Raises:
@@ -186,8 +205,8 @@ def integrate(
         times: times between which the steps lead, falling to 0.
         solver: ``"euler"`` asks for the velocity once per step, ``"midpoint"`` (the explicit midpoint method, of second
             order) twice: at the step's beginning and in its middle. Heun's method would ask at time 0, where an estimate
-            of the clean latent does not tell the velocity. ``"stochastic"`` first adds noise to the state and goes back in
-            time by as much, then takes a longer midpoint step to the same end, as in algorithm 2 of Karras et al.
+            of the clean latent does not determine the velocity. ``"stochastic"`` first adds noise to the state and goes back
+            in time by as much, then takes a longer midpoint step to the same end, as in algorithm 2 of Karras et al.
             (https://arxiv.org/abs/2206.00364): errors of earlier steps are covered by noise and made good.
         seed: seed of the noise that ``"stochastic"`` adds.
         after_step: called after each step.

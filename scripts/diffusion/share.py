@@ -20,7 +20,8 @@ from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.json_files import Sha256, read_dataclass
 from scripts.bundle.machine import MIB
 from scripts.bundle.shared_generator import DATA_FORMAT, FOLDER, OF_EVALUATION, SCORES
-from scripts.diffusion.generator import Generator, GeneratorDescription, load_generator
+from scripts.diffusion.generator import Generator, GeneratorDescription
+from scripts.diffusion.loading import load_generator
 from scripts.diffusion.model_card import write_card
 
 __all__ = ["share_generator"]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -15,16 +14,13 @@ import numpy as np
 import torch
 
 from scripts.bundle.json_files import Must, PositiveFloat, PositiveInt, Sha256, Share, checked
-from scripts.bundle.weights import NetworkArguments
-from scripts.data.latents import LatentDescription
-from scripts.diffusion.conditions import Conditions, Volume
+from scripts.bundle.network_arguments import NetworkArguments
+from scripts.diffusion.conditions import Conditions
 
-__all__ = ["LatentStatistics", "ranges", "volume_of"]
+__all__ = ["Geometry", "LatentAutoencoder", "LatentStatistics", "ranges"]
 
 NORMALISATION = ("latent_gamma", "channel_mean", "channel_deviation", "channel_amplitude")
-LEAST_SHARE = 1e-6  # of the strongest channel's deviation; a weaker channel is as good as constant
 MAX_SIZE = 2**15 - 1  # voxels along an axis, NIfTI's largest
-PLAIN = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}
 Size = Annotated[int, Must(f"an integer from 1 to {MAX_SIZE}", lambda n: 0 < n <= MAX_SIZE)]
 DataType = Annotated[str, Must("a data type such as <i2", lambda name: name[0] in "<>|" and name[1:2] in "iuf")]
 logger = logging.getLogger(__name__)
@@ -93,35 +89,6 @@ class LatentStatistics:
     intensity_windows: dict[str, list[float]] = field(default_factory=dict)
     training_mean: list[float] | None = None
 
-    @classmethod
-    def learn(
-        cls, descriptions: Sequence[LatentDescription], latent_gamma: float, condition_keys: Sequence[str] = ()
-    ) -> LatentStatistics:
-        """
-        What the JSON files of latents say of them.
-
-        Args:
-            descriptions: what lies beside the training latents, all of one autoencoder.
-            latent_gamma: 0 to 1.
-            condition_keys: names of the conditions to use.
-
-        Raises:
-            ValueError: for a ``latent_gamma`` outside, or conditions that the volumes do not have.
-        """
-        gamma: float = checked(latent_gamma, Share, "latent_gamma")
-        volumes = [volume_of(each) for each in descriptions]
-        counts = Counter((tuple(volume.size), tuple(volume.spacing)) for volume in volumes)
-        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        return cls(
-            autoencoder=LatentAutoencoder(descriptions[0].network, descriptions[0].weights_sha256),
-            volumes=len(descriptions),
-            latent_gamma=gamma,
-            **_channels(descriptions, gamma),
-            conditions=Conditions.learn(condition_keys, volumes),
-            geometries=[Geometry(list(size), list(spacing), count) for (size, spacing), count in ordered],
-            **_intensities(descriptions),
-        )
-
     @property
     def factors(self) -> tuple[int, ...]:
         """Total downsample factor of the autoencoder along each axis."""
@@ -140,7 +107,7 @@ class LatentStatistics:
 
     @property
     def own_mean(self) -> list[float]:
-        """Mean of each channel over the training latents, which tells them from others."""
+        """Mean of each channel over the training latents, by which they are known from others."""
         return self.training_mean or self.channel_mean
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,38 +174,3 @@ class LatentStatistics:
 def ranges(seen: Sequence[tuple[float, float]]) -> str:
     """The lowest and the highest value along each axis as text, such as ``64 to 96 x 80 x 64``."""
     return " x ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in seen)
-
-
-def volume_of(description: LatentDescription) -> Volume:
-    """The volume that a latent was made of."""
-    affine = np.array(description.preprocessed_affine)
-    spacing = [round(float(length), 4) for length in np.sqrt(np.square(affine[:3, :3]).sum(0))]
-    return Volume(description.preprocessed_shape, spacing, description.conditions)
-
-
-def _channels(descriptions: Sequence[LatentDescription], latent_gamma: float) -> dict[str, Any]:
-    """Mean, deviation and amplitude of each channel over all latents."""
-    count = [each.count for each in descriptions]
-    mean = np.average([each.channel_mean for each in descriptions], axis=0, weights=count)
-    mean_square = np.average([each.channel_mean_square for each in descriptions], axis=0, weights=count)
-    deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
-    deviation = np.maximum(deviation, LEAST_SHARE * deviation.max())
-    amplitude = (deviation * np.array(descriptions[0].image_scale)) ** latent_gamma
-    amplitude /= np.sqrt(np.mean(amplitude**2))
-    return {
-        "channel_mean": mean.tolist(),
-        "channel_deviation": deviation.tolist(),
-        "channel_amplitude": amplitude.tolist(),
-    }
-
-
-def _intensities(descriptions: Sequence[LatentDescription]) -> dict[str, Any]:
-    """The median window, the range of the windows, and how voxels are stored: as in the files if these agree."""
-    low, high = (np.array([getattr(each, f"intensity_{side}") for each in descriptions]) for side in ("low", "high"))
-    stored = {tuple(getattr(each, key) for key in PLAIN) for each in descriptions}
-    return {
-        "intensity_low": np.median(low, axis=0).tolist(),
-        "intensity_high": np.median(high, axis=0).tolist(),
-        "intensity_windows": {"lowest": low.min(0).tolist(), "highest": high.max(0).tolist()},
-        **dict(zip(PLAIN, stored.pop() if len(stored) == 1 else PLAIN.values())),
-    }

@@ -1,27 +1,33 @@
-"""Latents that `encoding` wrote, as a generator is trained on them: lists, loading and batches."""
+"""Latents that `encoding` wrote, as a generator is trained on them: lists, statistics, loading and batches."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.transforms import Transform
 from monai.utils.enums import CommonKeys as Keys
 
+from scripts.bundle.json_files import Share, checked
 from scripts.bundle.weights import what_differs
 from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent
 from scripts.data.subjects import split_by_subject
+from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import draw_noise
-from scripts.diffusion.statistics import LatentStatistics, volume_of
+from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
 from scripts.layers.factors import padded_size
 from scripts.layers.resampling import pad_at_end
 
-__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_statistics"]
+__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_statistics", "statistics_of"]
 
+LEAST_SHARE = 1e-6  # of the strongest channel's deviation; a weaker channel is as good as constant
+PLAIN = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}
 Item = dict[str, str]
 logger = logging.getLogger(__name__)
 
@@ -66,17 +72,80 @@ def latent_lists(
 
 def learn_statistics(items: Sequence[Item], latent_gamma: float, condition_keys: Sequence[str]) -> LatentStatistics:
     """
-    What the JSON files beside latents say, see :py:meth:`LatentStatistics.learn`.
+    What the JSON files beside latents say, see :py:func:`statistics_of`.
 
     Args:
         items: training list.
         latent_gamma: see :py:class:`LatentStatistics`.
         condition_keys: names of the conditions to use.
     """
-    descriptions = [read_description(Path(item["image"])) for item in items]
-    statistics = LatentStatistics.learn(descriptions, latent_gamma, condition_keys)
+    statistics = statistics_of([read_description(Path(item["image"])) for item in items], latent_gamma, condition_keys)
     logger.info(statistics.summary())
     return statistics
+
+
+def statistics_of(
+    descriptions: Sequence[LatentDescription], latent_gamma: float, condition_keys: Sequence[str] = ()
+) -> LatentStatistics:
+    """
+    Statistics of latents.
+
+    Args:
+        descriptions: what lies beside the latents, all of one autoencoder.
+        latent_gamma: 0 to 1, see :py:class:`LatentStatistics`.
+        condition_keys: names of the conditions to use.
+
+    Raises:
+        ValueError: for a ``latent_gamma`` outside, or conditions that the volumes do not have.
+    """
+    gamma: float = checked(latent_gamma, Share, "latent_gamma")
+    volumes = [volume_of(each) for each in descriptions]
+    counts = Counter((tuple(volume.size), tuple(volume.spacing)) for volume in volumes)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return LatentStatistics(
+        autoencoder=LatentAutoencoder(descriptions[0].network, descriptions[0].weights_sha256),
+        volumes=len(descriptions),
+        latent_gamma=gamma,
+        **_channels(descriptions, gamma),
+        conditions=Conditions.learn(condition_keys, volumes),
+        geometries=[Geometry(list(size), list(spacing), count) for (size, spacing), count in ordered],
+        **_intensities(descriptions),
+    )
+
+
+def volume_of(description: LatentDescription) -> Volume:
+    """The volume that a latent was made of."""
+    affine = np.array(description.preprocessed_affine)
+    spacing = [round(float(length), 4) for length in np.sqrt(np.square(affine[:3, :3]).sum(0))]
+    return Volume(description.preprocessed_shape, spacing, description.conditions)
+
+
+def _channels(descriptions: Sequence[LatentDescription], latent_gamma: float) -> dict[str, Any]:
+    """Mean, deviation and amplitude of each channel over all latents."""
+    count = [each.count for each in descriptions]
+    mean = np.average([each.channel_mean for each in descriptions], axis=0, weights=count)
+    mean_square = np.average([each.channel_mean_square for each in descriptions], axis=0, weights=count)
+    deviation = np.sqrt(np.maximum(mean_square - mean**2, 0))
+    deviation = np.maximum(deviation, LEAST_SHARE * deviation.max())
+    amplitude = (deviation * np.array(descriptions[0].image_scale)) ** latent_gamma
+    amplitude /= np.sqrt(np.mean(amplitude**2))
+    return {
+        "channel_mean": mean.tolist(),
+        "channel_deviation": deviation.tolist(),
+        "channel_amplitude": amplitude.tolist(),
+    }
+
+
+def _intensities(descriptions: Sequence[LatentDescription]) -> dict[str, Any]:
+    """The median window, the range of the windows, and how voxels are stored: as in the files if these agree."""
+    low, high = (np.array([getattr(each, f"intensity_{side}") for each in descriptions]) for side in ("low", "high"))
+    stored = {tuple(getattr(each, key) for key in PLAIN) for each in descriptions}
+    return {
+        "intensity_low": np.median(low, axis=0).tolist(),
+        "intensity_high": np.median(high, axis=0).tolist(),
+        "intensity_windows": {"lowest": low.min(0).tolist(), "highest": high.max(0).tolist()},
+        **dict(zip(PLAIN, stored.pop() if len(stored) == 1 else PLAIN.values())),
+    }
 
 
 def _refuse_mixture(descriptions: Mapping[str, LatentDescription]) -> None:

@@ -3,8 +3,8 @@ exported networks; and samples of a generator.
 """
 
 from scripts.inference.exported_networks import ExportedNetwork, refuse_latents
-from scripts.inference.inferers import ReconstructionInferer
-from scripts.inference.samples import DrawNoised, SampleInferer, SamplePlan, SaveSampled
+from scripts.inference.inferers import ReconstructionInferer, SampleInferer
+from scripts.inference.samples import DrawNoised, SamplePlan, SaveSampled
 from scripts.inference.streaming import StreamingInferer
 from scripts.inference.volume_runs import VolumeDataset, VolumeEvaluator, find_share, join_processes
 

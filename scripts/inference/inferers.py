@@ -1,4 +1,4 @@
-"""The inferer of validation and inference, which reconstructs whole volumes."""
+"""The inferers that reconstruct whole volumes and that make samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from monai.inferers import Inferer
 
 from scripts.bundle.precision import autocast_dtype
+from scripts.bundle.progress import ProgressBar
+from scripts.diffusion.sampler import Sampler
 
-__all__ = ["ReconstructionInferer"]
+__all__ = ["ReconstructionInferer", "SampleInferer"]
 
 
 class ReconstructionInferer(Inferer):
@@ -36,3 +38,43 @@ class ReconstructionInferer(Inferer):
         """
         with torch.autocast(inputs.device.type, self.dtype, enabled=self.amp):
             return network.reconstruct(inputs).float()
+
+
+class SampleInferer(Inferer):
+    """
+    From noise to a volume: along the flow to a latent, and through the autoencoder's decoder.
+
+    Args:
+        sampler: sampler that makes the latents.
+        autoencoder: :py:class:`scripts.autoencoderkl.AutoencoderKL` that decodes them, on its device.
+        decoder: inferer that calls it, such as :py:class:`scripts.inference.StreamingInferer`.
+        progress: whether to show a bar of the steps of each sample.
+    """
+
+    def __init__(self, sampler: Sampler, autoencoder: torch.nn.Module, decoder: Inferer, progress: bool = False) -> None:
+        self.sampler, self.autoencoder, self.decoder, self.progress = sampler, autoencoder, decoder, progress
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor,
+        network: Any,
+        context: torch.Tensor,
+        latent_size: torch.Tensor,
+        noise_seed: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            inputs: noise, ``1xCxHxWxD``.
+            network: network of the generator, which the sampler has.
+            context: vector of conditions, ``1xK``.
+            latent_size: size of the latent without padding, ``1x3``.
+            noise_seed: seed of the noise that the solver adds, ``1``.
+
+        Returns:
+            the volume in the range of the autoencoder, ``1xCxHxWxD`` on the device of ``inputs``, in sizes that are
+            multiples of the total factor.
+        """
+        steps = self.sampler.num_inference_steps
+        with ProgressBar(total=steps, desc="sampling", unit="step", leave=False, disable=not self.progress) as bar:
+            latent = self.sampler(inputs, context, latent_size[0].tolist(), int(noise_seed), bar.update)
+        return self.decoder(latent.to(inputs.device), self.autoencoder)

@@ -11,21 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers import Inferer
 from monai.transforms import Transform
 from monai.utils.enums import CommonKeys as Keys
 
-from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.processes import share_of
-from scripts.bundle.progress import ProgressBar
 from scripts.data.restored_volumes import NiftiHeader, Record, nifti_bytes, restore, rows_of
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import LatentStatistics, ranges
 from scripts.training.repeatable_batches import derive_seed
 
-__all__ = ["DrawNoised", "SampleInferer", "SamplePlan", "SaveSampled"]
+__all__ = ["DrawNoised", "SamplePlan", "SaveSampled"]
 
 HEADER = "synthetic volume of a generative model, no patient"  # up to 79 characters
 logger = logging.getLogger(__name__)
@@ -179,46 +176,6 @@ class DrawNoised(Transform):
             "latent_size": start["latent_size"],
             "noise_seed": torch.tensor(seed),
         }
-
-
-class SampleInferer(Inferer):
-    """
-    From noise to a volume: along the flow to a latent, and through the autoencoder's decoder.
-
-    Args:
-        sampler: sampler that makes the latents.
-        autoencoder: autoencoder that decodes them, on its device.
-        decoder: inferer that calls it, such as :py:class:`scripts.inference.StreamingInferer`.
-        progress: whether to show a bar of the steps of each sample.
-    """
-
-    def __init__(self, sampler: Sampler, autoencoder: AutoencoderKL, decoder: Inferer, progress: bool = False) -> None:
-        self.sampler, self.autoencoder, self.decoder, self.progress = sampler, autoencoder, decoder, progress
-
-    def __call__(  # type: ignore[override]
-        self,
-        inputs: torch.Tensor,
-        network: Any,
-        context: torch.Tensor,
-        latent_size: torch.Tensor,
-        noise_seed: torch.Tensor,
-    ) -> torch.Tensor:
-        """
-        Args:
-            inputs: noise, ``1xCxHxWxD``.
-            network: network of the generator, which the sampler has.
-            context: vector of conditions, ``1xK``.
-            latent_size: size of the latent without padding, ``1x3``.
-            noise_seed: seed of the noise that the solver adds, ``1``.
-
-        Returns:
-            the volume in the range of the autoencoder, ``1xCxHxWxD`` on the device of ``inputs``, in sizes that are
-            multiples of the total factor.
-        """
-        steps = self.sampler.num_inference_steps
-        with ProgressBar(total=steps, desc="sampling", unit="step", leave=False, disable=not self.progress) as bar:
-            latent = self.sampler(inputs, context, latent_size[0].tolist(), int(noise_seed), bar.update)
-        return self.decoder(latent.to(inputs.device), self.autoencoder)
 
 
 class SaveSampled(Transform):

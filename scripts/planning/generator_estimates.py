@@ -26,7 +26,7 @@ from scripts.diffusion.conditions import Volume
 from scripts.diffusion.generator import Generator
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.sampler import Sampler
-from scripts.diffusion.statistics import LatentStatistics
+from scripts.diffusion.training_data import statistics_of
 from scripts.layers.factors import padded_size
 from scripts.planning.allocations import AllocationTracker, nbytes_of
 from scripts.planning.costs import Cost, Estimate
@@ -114,7 +114,7 @@ def plan_generator(
         network, size = _volumes(parser, spatial_size, autoencoder, device)
         keys = ensure_tuple(parser.get_parsed_content("condition_keys"))
         description = _description(network, size, keys)
-        parser["statistics"] = LatentStatistics.learn([description], parser.get_parsed_content("latent_gamma"), keys)
+        parser["statistics"] = statistics_of([description], parser.get_parsed_content("latent_gamma"), keys)
         parse(parser)
         with torch.device("meta"):
             denoiser = parser.get_parsed_content("network_def")

@@ -109,8 +109,8 @@ class RunState:
             ValueError: when it is of another network or of other settings that must stay.
         """
         checkpoint = checked(content, Checkpoint)
+        self._refuse_other_settings(content, path)  # first: on conditions the network's arguments depend
         check_arguments(checkpoint.arguments, self.network.arguments, path)
-        self._refuse_other_settings(content, path)
         self.network.load_state_dict(content["network"])
         for name, item in self.items.items():
             if name not in content:

@@ -18,7 +18,7 @@ from monai.engines.utils import IterationEvents
 
 from scripts.bundle.errors import reason
 from scripts.diffusion.conditions import Volume
-from scripts.diffusion.generator import load_generator
+from scripts.diffusion.loading import load_generator
 from scripts.diffusion.training_data import LatentCollate, latent_lists, learn_statistics
 from scripts.training.checkpoints import find_checkpoints
 from tests.conftest import ROOT, save_volume

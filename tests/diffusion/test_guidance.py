@@ -13,8 +13,9 @@ from scripts.bundle.json_files import checked
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.generator import Generator, describe, load_generator
+from scripts.diffusion.generator import Generator, describe
 from scripts.diffusion.guidance import load_guide
+from scripts.diffusion.loading import load_generator
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import LatentStatistics

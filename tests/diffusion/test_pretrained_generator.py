@@ -12,7 +12,8 @@ from monai.bundle import ConfigWorkflow
 from scripts.bundle.errors import reason
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.conditions import Conditions, Volume
-from scripts.diffusion.generator import describe, load_generator, load_pretrained_generator
+from scripts.diffusion.generator import describe
+from scripts.diffusion.loading import load_generator, load_pretrained_generator
 from tests.conftest import save_volume
 from tests.diffusion.runs import KEYS, encode, leave_start, make_weights, workflow
 

@@ -22,7 +22,8 @@ from scripts.bundle.files import content_hash
 from scripts.bundle.release import NAME, build_release
 from scripts.bundle.weights import save_weights
 from scripts.diffusion import share
-from scripts.diffusion.generator import describe, load_generator
+from scripts.diffusion.generator import describe
+from scripts.diffusion.loading import load_generator
 from scripts.diffusion.share import share_generator
 from tests.conftest import ROOT, save_volume
 from tests.diffusion.runs import KEYS, encode, generate, make_weights, workflow

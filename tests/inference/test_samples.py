@@ -21,7 +21,8 @@ from monai.bundle import verify_net_in_out
 
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.generator import describe, load_generator
+from scripts.diffusion.generator import describe
+from scripts.diffusion.loading import load_generator
 from scripts.diffusion.preconditioning import PREDICTIONS, Denoiser
 from scripts.diffusion.sampler import Sampler
 from tests.conftest import ROOT, save_volume

@@ -17,7 +17,7 @@ from scripts.bundle.files import file_hash, write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import read_description
 from scripts.diffusion.conditions import ClassCondition
-from scripts.diffusion.statistics import LatentStatistics
+from scripts.diffusion.training_data import statistics_of
 from scripts.evaluation.metrics import grid_energy
 from scripts.evaluation.pictures import draw_columns, panels_of
 from scripts.evaluation.samples.sample_features import (
@@ -51,7 +51,7 @@ from scripts.evaluation.samples.sample_sets import (
 )
 from scripts.evaluation.samples.slice_features import ADVICE, load_slice_features
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
-from scripts.inference.samples import SampleInferer
+from scripts.inference.inferers import SampleInferer
 
 __all__ = ["SampleEvaluation"]
 
@@ -147,7 +147,7 @@ class SampleEvaluation:
     def run(self) -> None:
         """Draw, measure and write."""
         self.descriptions = [read_description(Path(path)) for path in self.training]
-        self.statistics = LatentStatistics.learn(self.descriptions, latent_gamma=1.0)
+        self.statistics = statistics_of(self.descriptions, latent_gamma=1.0)
         self.reader = LatentReader(self.statistics)
         self._note_limits()
         held_out = self.reader.chosen(self.held_out, self.num_samples, self.seed)
@@ -196,7 +196,7 @@ class SampleEvaluation:
         logger.info(f"picture: {path}")
 
     def _note_limits(self) -> None:
-        """Say what makes the numbers tell less than they seem to."""
+        """Note what limits the numbers."""
         trained, here = self.sampler.generator.statistics, self.statistics
         means = trained.own_mean, here.own_mean
         if trained.volumes != here.volumes or not np.allclose(*means, rtol=SAME_SPLIT, atol=SAME_SPLIT):

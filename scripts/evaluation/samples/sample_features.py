@@ -30,7 +30,7 @@ def coarse_latent(z: torch.Tensor) -> torch.Tensor:
 def channel_statistics(z: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
     """
     Mean and deviation of each channel over a latent, in units of the channel: how much detail of each kind there is. Heads
-    differ in it from a Gaussian with their mean and covariance, which coarse latents hardly tell from heads.
+    differ in it from a Gaussian with their mean and covariance, which coarse latents hardly distinguish from heads.
 
     Args:
         z: ``CxHxWxD``.
