@@ -30,7 +30,7 @@ def autoencoder_in(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
         path: of the file, for the error.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: when the file has no weights of an autoencoder.
     """
     dictionaries = [content, *content.values()] if isinstance(content, dict) else []
     for found in dictionaries:

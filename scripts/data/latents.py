@@ -261,7 +261,7 @@ def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
     it is not called ``*_latent.nii.gz``.
 
     Raises:
-        FileNotFoundError: when there is none.
+        FileNotFoundError: when there are no latents.
     """
     files = sorted(path for path in Path(dataset_dir).glob("**/*") if is_nifti(path.name) and path.is_file())
     found = [path for path in files if not any(part[0] == "." for part in path.relative_to(dataset_dir).parts)]
@@ -278,7 +278,7 @@ def all_latents(dataset_dir: str) -> list[str]:
     The latents below a folder, sorted.
 
     Raises:
-        FileNotFoundError: when there is none.
+        FileNotFoundError: when there are no latents.
     """
     found = sorted(str(path) for path in Path(dataset_dir).glob(f"**/[!.]*{OWN}"))
     if not found:

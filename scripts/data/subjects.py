@@ -64,7 +64,7 @@ def split_by_subject(
 def subjects_of(paths: Sequence[str], dataset_dir: str, subject_pattern: str | None = None) -> list[str]:
     """
     The subject of each volume: the ``sub-...`` in its path, otherwise its first folder below ``dataset_dir``, otherwise its
-    name. A folder of many subjects (``imagesTr``, ``training``, or the only one that holds volumes) is none, and the
+    name. A folder of many subjects (``imagesTr``, ``training``, or the only one that holds volumes) does not count, and the
     channels of nnU-Net (``case_0000``, ``case_0001``) are one subject. The log says what was taken.
 
     Args:

@@ -99,7 +99,7 @@ class EvaluationSaver:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                 raise ValueError(
-                    f"`view_volumes` has {name!r}, which is none of the {len(known)} volumes that are evaluated; the "
+                    f"`view_volumes` has {name!r}, not one of the {len(known)} volumes that are evaluated; the "
                     f"nearest name is {nearest!r}."
                 )
 

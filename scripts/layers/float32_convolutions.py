@@ -58,10 +58,10 @@ def keep_in_float32(module: nn.Module) -> None:
         module: changed in place.
     """
     for layer in module.modules():
-        layer.__class__ = SPARED.get(type(layer), type(layer))
+        layer.__class__ = REPLACEMENTS.get(type(layer), type(layer))
 
 
-class _Spared(nn.Module):
+class _InFloat32WhereNeeded(nn.Module):
     """A convolution, transposed or not, that stays in float32 where bfloat16 fails."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -79,22 +79,22 @@ class _Spared(nn.Module):
 
 
 # One for each type of layer: TorchScript reads no type from a variable.
-class Conv1d(_Spared, nn.Conv1d):
+class Conv1d(_InFloat32WhereNeeded, nn.Conv1d):
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, self.weight, self.bias)
 
 
-class Conv2d(_Spared, nn.Conv2d):
+class Conv2d(_InFloat32WhereNeeded, nn.Conv2d):
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, self.weight, self.bias)
 
 
-class Conv3d(_Spared, nn.Conv3d):
+class Conv3d(_InFloat32WhereNeeded, nn.Conv3d):
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, self.weight, self.bias)
 
 
-class ConvTranspose1d(_Spared, nn.ConvTranspose1d):  # type: ignore[misc]
+class ConvTranspose1d(_InFloat32WhereNeeded, nn.ConvTranspose1d):  # type: ignore[misc]
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv_transpose1d(
             x,
@@ -108,7 +108,7 @@ class ConvTranspose1d(_Spared, nn.ConvTranspose1d):  # type: ignore[misc]
         )
 
 
-class ConvTranspose2d(_Spared, nn.ConvTranspose2d):  # type: ignore[misc]
+class ConvTranspose2d(_InFloat32WhereNeeded, nn.ConvTranspose2d):  # type: ignore[misc]
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv_transpose2d(
             x,
@@ -122,7 +122,7 @@ class ConvTranspose2d(_Spared, nn.ConvTranspose2d):  # type: ignore[misc]
         )
 
 
-class ConvTranspose3d(_Spared, nn.ConvTranspose3d):  # type: ignore[misc]
+class ConvTranspose3d(_InFloat32WhereNeeded, nn.ConvTranspose3d):  # type: ignore[misc]
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv_transpose3d(
             x,
@@ -136,7 +136,7 @@ class ConvTranspose3d(_Spared, nn.ConvTranspose3d):  # type: ignore[misc]
         )
 
 
-SPARED: dict[type[nn.Module], type[nn.Module]] = {
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,

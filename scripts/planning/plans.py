@@ -182,7 +182,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def voxels(name: str, size: Any, spatial_dims: int) -> tuple[int, ...]:
-    """A spatial size, one number of voxels per axis; one number is a cube. A ValueError names what is none."""
+    """A spatial size, one number of voxels per axis; one number is a cube. Anything else is a ValueError."""
     try:
         return per_axis(name, size, spatial_dims)
     except ValueError as error:

@@ -117,7 +117,7 @@ class _FakeRun(SlabRun):
 
 @contextlib.contextmanager
 def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """Mixed precision as on a GPU; ``torch.autocast`` disables itself where there is none."""
+    """Mixed precision as on a GPU; ``torch.autocast`` disables itself without one."""
     before = torch.is_autocast_enabled(GPU), torch.get_autocast_dtype(GPU)
     torch.set_autocast_enabled(GPU, dtype is not None)
     torch.set_autocast_dtype(GPU, dtype or before[1])
