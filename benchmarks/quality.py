@@ -57,7 +57,7 @@ from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.plans import read_plan
 from scripts.planning.training_costs import training_cost
 from scripts.training import InitialWeights, RepeatableOrder, RunState
-from scripts.training.initial_weights import CODE_PATCHES, NEIGHBOUR_PATCHES
+from scripts.training.handlers import CODE_PATCHES, NEIGHBOUR_PATCHES
 from scripts.training.repeatable_batches import training_patches
 
 RESULTS = Path("eval/quality")

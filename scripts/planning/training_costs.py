@@ -29,9 +29,8 @@ from scripts.planning.allocations import AllocationTracker, nbytes_of
 from scripts.planning.costs import Cost
 from scripts.planning.fake_tensors import casting_rules, fake_copy, fake_image, fake_tensors
 from scripts.planning.saved_tensors import LevelListener, SavedTensors
-from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
-from scripts.training.losses import LossTerm
+from scripts.training.losses import Adversary, LossTerm
 from scripts.training.resumable_trainer import ResumableTrainer
 
 __all__ = ["FakeStep", "log_estimate", "step_cost", "training_cost"]
@@ -144,7 +143,7 @@ class FakeStep(ResumableTrainer):
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [module for _, module in self.optimizers_and_modules()]
+        return [module for module, _, _ in self.trained_parts()]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -156,14 +155,14 @@ class FakeStep(ResumableTrainer):
 
     @property
     def optimizer_states(self) -> list[Any]:
-        return [dict(optimizer.state) for optimizer, _ in self.optimizers_and_modules()]
+        return [dict(optimizer.state) for _, optimizer, _ in self.trained_parts()]
 
     def make_optimizer_states(self, device: str) -> None:
         """
         Give the optimizers their state by a first step of one parameter of each shape; that of the others is alike.
         Gradients remain where batches accumulate.
         """
-        for optimizer, _ in self.optimizers_and_modules():
+        for _, optimizer, _ in self.trained_parts():
             alike: dict[Any, list[nn.Parameter]] = {}
             for index, group in enumerate(optimizer.param_groups):
                 if group.get("foreach", True) is None:  # left to PyTorch, which cannot tell the device of fake tensors

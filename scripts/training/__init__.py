@@ -2,18 +2,15 @@
 and the handlers of a run: initial weights, checkpoints and exact resume, curves and progress, signals.
 """
 
-from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.checkpoints import TrainingSaver, claim_ckpt_dir, find_checkpoints, resumed_precision
-from scripts.training.handlers import RunHandlers
-from scripts.training.initial_weights import InitialWeights
-from scripts.training.losses import LossTerm, ReconstructionLoss, SpectralLoss, perceptual_loss
-from scripts.training.mlflow_run import MLflowRun
+from scripts.training.handlers import InitialWeights, RunHandlers
+from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, SpectralLoss, perceptual_loss
 from scripts.training.muon import Muon
 from scripts.training.pretrained import load_pretrained
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
 from scripts.training.resumable_trainer import ResumableTrainer, moving_average
-from scripts.training.run_log import BeforeAndAfter, log_factors
+from scripts.training.run_log import BeforeAndAfter, MLflowRun, log_factors
 from scripts.training.run_state import RunState
 
 __all__ = [

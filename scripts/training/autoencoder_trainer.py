@@ -9,12 +9,10 @@ import torch
 from monai.engines.utils import IterationEvents
 from monai.inferers import SimpleInferer
 from monai.utils.enums import CommonKeys as Keys
-from torch.optim.lr_scheduler import LRScheduler
 
 from scripts.bundle.precision import dtype_name
-from scripts.training.adversary import Adversary
-from scripts.training.losses import LossTerm, kl_divergence
-from scripts.training.resumable_trainer import Output, ResumableTrainer
+from scripts.training.losses import Adversary, LossTerm, kl_divergence
+from scripts.training.resumable_trainer import Output, ResumableTrainer, TrainedPart
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.10 has none
@@ -97,17 +95,11 @@ class AutoencoderTrainer(ResumableTrainer):
     @property
     def active_adversary(self) -> Adversary | None:
         """The adversary, once its warm-up is over."""
-        return self.adversary if self.adversary and self.adversary.has_started(self.state.epoch) else None
+        return self.adversary if self.adversary and self.state.epoch > self.adversary.warmup_epochs else None
 
-    def optimizers_and_modules(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Module]]:
-        adversary = self.active_adversary
-        own = super().optimizers_and_modules()
-        return own if adversary is None else [*own, (adversary.optimizer, adversary.discriminator)]
-
-    def lr_schedulers(self) -> list[LRScheduler]:
-        adversary = self.active_adversary
-        own = super().lr_schedulers()
-        return own if adversary is None else [*own, adversary.lr_scheduler]
+    def trained_parts(self) -> list[TrainedPart]:
+        adversary, own = self.active_adversary, super().trained_parts()
+        return [*own, (adversary.discriminator, adversary.optimizer, adversary.lr_scheduler)] if adversary else own
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Output:  # type: ignore[override]
         adversary = self.active_adversary

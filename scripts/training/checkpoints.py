@@ -12,20 +12,19 @@ import re
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
-from monai.engines import Evaluator
 
 from scripts.bundle.files import UNFINISHED, serialise, write_atomically
-from scripts.bundle.json_files import checked
 from scripts.bundle.precision import Precision, choose_precision
 from scripts.bundle.weights import save_weights, what_is_wrong
 from scripts.training.resumable_trainer import ResumableTrainer
-from scripts.training.run_state import Checkpoint, RunState
+from scripts.training.run_state import RunState
 
 __all__ = ["TrainingSaver", "claim_ckpt_dir", "find_checkpoints", "newest_checkpoint", "resumed_precision"]
 
@@ -68,9 +67,7 @@ def _read(path: Path) -> dict[str, Any]:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} in it has changed")
-    checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    checked(checkpoint, Checkpoint)
-    return checkpoint
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def resumed_precision(ckpt_dir: str, device: str | torch.device) -> Precision:
@@ -126,6 +123,7 @@ def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
         path.unlink()
 
 
+@dataclass(eq=False)
 class TrainingSaver:
     """
     Handler that writes a checkpoint after every epoch, every few minutes within one, and when a signal ends the run; and
@@ -143,44 +141,37 @@ class TrainingSaver:
             trained.
     """
 
-    def __init__(
-        self,
-        ckpt_dir: str,
-        state: RunState,
-        minutes: float = 10.0,
-        keep: int = 2,
-        describe: Callable[[], dict[str, Any]] = dict,
-    ) -> None:
-        if keep < 1:
-            raise ValueError(f"`keep` is {keep!r}; at least 1 checkpoint must be kept.")
-        self.ckpt_dir = Path(ckpt_dir)
-        self.state = state
-        self.evaluator: Any = state.evaluator
-        self.minutes = minutes
-        self.keep = keep
-        self.describe = describe
-        self.saved_metric: float | None = None
+    ckpt_dir: str
+    state: RunState
+    minutes: float = 10.0
+    keep: int = 2
+    describe: Callable[[], dict[str, Any]] = dict
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"`keep` is {self.keep!r}; at least 1 checkpoint must be kept.")
 
     def attach(self, engine: ResumableTrainer) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_if_due)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_checkpoint)
-        engine.add_event_handler(Events.TERMINATE, self._save_unless_saved)
-        self.evaluator.add_event_handler(Events.COMPLETED, lambda: self.save_best(engine))
+        engine.add_event_handler(Events.TERMINATE, self.save_checkpoint)
+        self.state.evaluator.add_event_handler(Events.COMPLETED, self._save_best, engine)
 
     def _start(self, trainer: ResumableTrainer) -> None:
-        self.ckpt_dir.mkdir(parents=True, exist_ok=True)
+        Path(self.ckpt_dir).mkdir(parents=True, exist_ok=True)
         if trainer.state.iteration == 0:  # those of a run that is overwritten could be taken for newer ones
             for path in find_checkpoints(self.ckpt_dir):
                 path.unlink()
-        self.saved_metric = _best(self.evaluator)
-        self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
+        self.saved_at = time.monotonic()
 
-    def save_best(self, trainer: ResumableTrainer) -> None:
-        if trainer.state.iteration > 0 and _best(self.evaluator) not in (None, self.saved_metric):
-            self.saved_metric = _best(self.evaluator)
-            done = {"iteration": trainer.state.iteration, "epoch": trainer.state.epoch, "best_metric": self.saved_metric}
-            save_weights(self.evaluator.network, self.ckpt_dir / WEIGHTS, {**self.describe(), "trained": done})
+    def _save_best(self, evaluator: Any, trainer: ResumableTrainer) -> None:
+        measured, trained = evaluator.state, trainer.state
+        is_best = measured.best_metric_epoch == measured.epoch and not math.isnan(measured.best_metric)
+        if is_best and trained.iteration > 0:
+            best = float(measured.best_metric)
+            done = {"iteration": trained.iteration, "epoch": trained.epoch, "best_metric": best}
+            save_weights(evaluator.network, Path(self.ckpt_dir, WEIGHTS), {**self.describe(), "trained": done})
 
     def _save_if_due(self, trainer: ResumableTrainer) -> None:
         # not at an epoch's last iteration: the checkpoint after its validation follows
@@ -188,22 +179,13 @@ class TrainingSaver:
         if due and trainer.step_is_complete and trainer.state.iteration % trainer.state.epoch_length:
             self.save_checkpoint(trainer)
 
-    def _save_unless_saved(self, trainer: ResumableTrainer) -> None:
-        if self.saved_iteration != trainer.state.iteration:
-            self.save_checkpoint(trainer)
-
     def save_checkpoint(self, trainer: ResumableTrainer) -> None:
-        content = serialise(self.state.state_dict(trainer))
-        write_atomically(content, self.ckpt_dir / f"checkpoint_{trainer.state.iteration:08d}.pt")
-        self.saved_at, self.saved_iteration = time.monotonic(), trainer.state.iteration
-        self._prune(best=self.evaluator.state.best_metric_epoch * trainer.state.epoch_length)
-
-    def _prune(self, best: int) -> None:
+        write_atomically(serialise(self.state.state_dict(trainer)), self._path(trainer.state.iteration))
+        self.saved_at = time.monotonic()
+        best = self._path(self.state.evaluator.state.best_metric_epoch * trainer.state.epoch_length)
         for path in find_checkpoints(self.ckpt_dir)[self.keep :]:
-            if path.name != f"checkpoint_{best:08d}.pt":
+            if path != best:
                 path.unlink(missing_ok=True)
 
-
-def _best(evaluator: Evaluator) -> float | None:
-    best = float(evaluator.state.best_metric)
-    return None if evaluator.state.best_metric_epoch == -1 or math.isnan(best) else best
+    def _path(self, iteration: int) -> Path:
+        return Path(self.ckpt_dir, f"checkpoint_{iteration:08d}.pt")

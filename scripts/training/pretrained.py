@@ -17,8 +17,7 @@ from scripts.bundle.weights import read_weights, what_differs
 
 __all__ = ["load_pretrained"]
 
-LAYER = re.compile(r"((?:encoder|decoder)\.blocks\.\d+|decoder\.refine|\w+)\.(.+)")  # and the name of a tensor in it
-BLOCK = re.compile(r"(encoder|decoder)\.blocks\.(\d+)")
+LAYER = re.compile(r"((?:encoder|decoder)\.blocks\.\d+|decoder\.refine|[^.]+)\.?(.*)")  # and the name of a tensor in it
 # What a block is can be told from the names of its tensors
 KINDS = {"conv1.": "residual", "attn.": "attention", "conv.conv.": "step", "postconv.": "step", "deconv.": "step"}
 # Layers that compute latent and image from the features; beside a linear shortcut they only compute a correction of both
@@ -48,8 +47,8 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
     """
     content, arguments = read_weights(path)
     state = autoencoder_in(content, path)
-    if arguments is None:
-        arguments = content.get("arguments")  # of a checkpoint of this bundle
+    arguments = arguments or content.get("arguments")  # of a checkpoint of this bundle
+    differing = what_differs(arguments or {}, network.arguments)
     if arguments is None:
         maisi = is_maisi(state)
         whose = "MAISI's" if maisi else "MONAI's"
@@ -59,22 +58,19 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
         )
         arguments = _as_monai(network.arguments, "trilinear" if maisi else "nearest")
         state = named_as_here(state)
-    elif what_differs(arguments, network.arguments):
-        logger.info(f"{path} was made for another network: {what_differs(arguments, network.arguments)}")
+    elif differing:
+        logger.info(f"{path} was made for another network: {differing}")
     target = _layers(network.state_dict())
     taken, reasons = _match(_layers(state), arguments, target, network.arguments)
-    if reasons and not what_differs(arguments, network.arguments):
-        raise ValueError(f"{path} is not what its arguments say, which are this network's: {_listed(reasons)}.")
+    first = "; ".join(reasons[:3])
+    if reasons and not differing:
+        raise ValueError(f"{path} is not what its arguments say, which are this network's: {first}.")
     for reason in reasons:
         logger.info(f"not taken over: {reason}")
     if not taken:
-        raise ValueError(f"nothing in {path} fits this network: {_listed(reasons)}.")
+        raise ValueError(f"nothing in {path} fits this network: {first}.")
     network.load_state_dict({**network.state_dict(), **_merged(taken)})
     logger.info(f"training starts from {path}: {len(taken)} of {len(target)} layers taken over")
-
-
-def _listed(reasons: list[str]) -> str:
-    return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
 
 
 def _as_monai(arguments: dict[str, Any], upsample_mode: str) -> dict[str, Any]:
@@ -94,13 +90,12 @@ def _layers(state: dict[str, torch.Tensor]) -> dict[str, Layer]:
     """
     tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in state.items():
-        match = LAYER.fullmatch(key)
-        layer, name = (match[1], match[2]) if match else (key, "")
+        [(layer, name)] = LAYER.findall(key)
         tensors[layer][name] = value
     places = {name: name for name in tensors}
     for part in ("encoder", "decoder"):
-        blocks = sorted((int(match[2]), name) for name in tensors if (match := BLOCK.fullmatch(name)) and match[1] == part)
-        names = [name for _, name in blocks]
+        names = [name for name in tensors if name.startswith(f"{part}.blocks.")]
+        names.sort(key=lambda name: int(name.rpartition(".")[2]))
         places.update(zip(names, _places(part, [_kind(tensors[name]) for name in names])))
     return {places[name]: (name, tensors[name]) for name in tensors}
 

@@ -16,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.bundle.precision import autocast_dtype
+from scripts.bundle.precision import autocast_dtype, dtype_name
 
-__all__ = ["Output", "ResumableTrainer", "moving_average"]
+__all__ = ["Output", "ResumableTrainer", "TrainedPart", "moving_average"]
 
 Output = list[dict[str, Any]]
+TrainedPart = tuple[torch.nn.Module, torch.optim.Optimizer, LRScheduler | None]  # a network, its optimizer and schedule
 logger = logging.getLogger(__name__)
 
 
@@ -78,6 +79,11 @@ class ResumableTrainer(SupervisedTrainer):
         return (Keys.LOSS.value,)
 
     @property
+    def precision(self) -> dict[str, Any]:
+        """``amp`` and ``amp_dtype`` of the run."""
+        return {"amp": self.autocast["enabled"], "amp_dtype": dtype_name(self.autocast["dtype"])}
+
+    @property
     def step_is_complete(self) -> bool:
         """Whether the optimizer uses the gradients of this batch, so that none is lost if the run stops after it."""
         position = self._position + 1  # the last step of an epoch may be of fewer batches
@@ -113,20 +119,16 @@ class ResumableTrainer(SupervisedTrainer):
 
     # --- the parts of an iteration -----------------------------------------------------------------------------------
 
-    def optimizers_and_modules(self) -> list[tuple[torch.optim.Optimizer, torch.nn.Module]]:
-        """Each optimizer of this step, and the network that it trains."""
-        return [(self.optimizer, self.network)]
-
-    def lr_schedulers(self) -> list[LRScheduler]:
-        """The schedules of these optimizers."""
-        return [self.lr_scheduler] if self.lr_scheduler else []
+    def trained_parts(self) -> list[TrainedPart]:
+        """Each network that this step trains, with its optimizer and schedule."""
+        return [(self.network, self.optimizer, self.lr_scheduler)]
 
     def start_batch(self) -> None:
         """Set the network to training, and remove the gradients of the step before where a new one starts."""
         self.network.train()
         if self._position % self.accumulation_steps == 0:
             self.batches_of_step = []
-            for optimizer, _ in self.optimizers_and_modules():
+            for _, optimizer, _ in self.trained_parts():
                 optimizer.zero_grad(set_to_none=True)
 
     def prepare(self, batchdata: dict[str, Any]) -> tuple[Any, Any, tuple, dict[str, Any]]:
@@ -158,8 +160,8 @@ class ResumableTrainer(SupervisedTrainer):
         self.batches_of_step.append((files, losses[Keys.LOSS]))
         if not self.step_is_complete:
             return
-        norms = []
-        for optimizer, network in self.optimizers_and_modules():
+        parts, norms = self.trained_parts(), []
+        for network, optimizer, _ in parts:
             self.scaler.unscale_(optimizer)
             norms.append(torch.nn.utils.clip_grad_norm_(network.parameters(), self.max_grad_norm))
         # The norms are those of the gradients of all processes, so all agree. A gradient scaler skips steps by itself, and
@@ -167,11 +169,11 @@ class ResumableTrainer(SupervisedTrainer):
         decisive = [loss for _, loss in self.batches_of_step] if self.scaler.is_enabled() else norms
         finite, scale = self.are_finite(decisive), self.scaler.get_scale()
         if finite or self.scaler.is_enabled():
-            for optimizer, _ in self.optimizers_and_modules():
+            for _, optimizer, _ in parts:
                 self.scaler.step(optimizer)
             self.scaler.update()
         if finite and self.scaler.get_scale() >= scale:  # it falls when the scaler has skipped a step
-            for schedule in self.lr_schedulers():
+            for schedule in (schedule for *_, schedule in parts if schedule):
                 schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.network)

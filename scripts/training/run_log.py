@@ -1,10 +1,13 @@
-"""What a training run reports: factors at the start, progress, throughput, curves, the metric before and after."""
+"""What a training run reports: factors at the start, progress, curves, the metric before and after; and to MLflow."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,20 @@ from ignite.engine import Events
 from ignite.handlers import Timer
 from ignite.metrics import Average
 from monai.engines import Evaluator, Trainer
-from monai.handlers import from_engine
+from monai.handlers import MLFlowHandler, from_engine
 from monai.utils.enums import CommonKeys as Keys
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.files import write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import by
 from scripts.training.resumable_trainer import ResumableTrainer
 
-__all__ = ["BeforeAndAfter", "Curves", "Throughput", "TrainingProgress", "log_factors"]
+__all__ = ["BeforeAndAfter", "Curves", "MLflowRun", "TrainingProgress", "log_factors"]
 
 THROUGHPUT = ("volumes_per_second", "data_wait")
+MLFLOW_RUN = "mlflow_run.txt"  # in the run's folder: the id of its run of MLflow
 logger = logging.getLogger(__name__)
 
 
@@ -52,26 +57,38 @@ def log_factors(network: AutoencoderKL, patch_size: Sequence[int]) -> None:
 class TrainingProgress:
     """
     Trainer handler that shows one progress bar over all iterations (epoch, losses, time left; Ignite's ``ProgressBar``
-    covers one epoch only), and logs the mean losses of every epoch. All processes of a distributed run need it, because the
-    means are taken over all of them; the first shows the bar.
+    covers one epoch only). After every epoch, it logs the mean losses, how many volumes were trained on per second, by all
+    processes, and the share of the time that was spent waiting for data: a large share means that the loader is too slow.
+    (Ignite's ``Frequency`` rounds down to whole volumes, and its profilers measure the whole run.)
+
+    It must be attached before validation, whose time is not that of training, in all processes of a distributed run.
     """
 
-    bar: ProgressBar | None = None
+    def __init__(self) -> None:
+        self.bar: ProgressBar | None = None
+        self.epoch, self.waiting = Timer(), Timer()
+        self.volumes = 0
 
     def attach(self, engine: ResumableTrainer) -> None:
         for name in engine.loss_names:
             Average(output_transform=from_engine([name], first=True)).attach(engine, name)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
-        engine.add_event_handler(Events.STARTED, self._start)
+        start = Events.EPOCH_STARTED
+        self.epoch.attach(engine, start)
+        self.waiting.attach(engine, start, pause=Events.GET_BATCH_COMPLETED, resume=Events.GET_BATCH_STARTED)
+        engine.add_event_handler(start, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
         for event in (Events.COMPLETED, Events.TERMINATE, Events.EXCEPTION_RAISED):
             engine.add_event_handler(event, self._close)
 
     def _start(self, engine: ResumableTrainer) -> None:
-        total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = ProgressBar(total=total, initial=engine.state.iteration, desc="training", unit="step")
+        self.volumes = 0
+        if self.bar is None:
+            total = engine.state.max_epochs * engine.state.epoch_length
+            self.bar = ProgressBar(total=total, initial=engine.state.iteration, desc="training", unit="step")
 
     def _advance(self, engine: ResumableTrainer) -> None:
+        self.volumes += len(engine.state.batch[Keys.IMAGE]) * idist.get_world_size()
         assert self.bar is not None
         if self.bar.update():  # only when it is redrawn, because reading the losses makes the GPU wait
             losses = {name: f"{engine.state.output[0][name].item():.3g}" for name in engine.loss_names}
@@ -79,51 +96,20 @@ class TrainingProgress:
             self.bar.set_postfix({"epoch": epoch, **losses}, refresh=False)
 
     def _log(self, engine: ResumableTrainer) -> None:
-        losses = ", ".join(f"{name} {engine.state.metrics[name]:.4g}" for name in engine.loss_names)
-        logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}")
+        seconds, metrics = self.epoch.value(), engine.state.metrics
+        metrics |= {"volumes_per_second": self.volumes / seconds, "data_wait": self.waiting.value() / seconds}
+        losses = ", ".join(f"{name} {metrics[name]:.4g}" for name in engine.loss_names)
+        speed = f"{metrics['volumes_per_second']:.3g} volumes/s, {metrics['data_wait']:.0%} of the time waiting for data"
+        logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {losses}; {speed}")
 
     def _close(self, engine: ResumableTrainer, error: BaseException | None = None) -> None:
-        if self.bar is not None:  # None when the run ends while it starts
+        if self.bar is not None:  # None when the run ends before its first step
             self.bar.close()
         if error is not None:
             raise error  # ignite swallows an exception that has a handler
 
 
-class Throughput:
-    """
-    Trainer handler that logs after every epoch how many volumes were trained on per second, by all processes, and the share
-    of the time that was spent waiting for data: a large share means that the loader is too slow. It must be attached before
-    validation. (Ignite's ``Frequency`` rounds down to whole volumes, and its profilers measure the whole run.)
-    """
-
-    def __init__(self) -> None:
-        self.epoch, self.waiting = Timer(), Timer()
-        self.volumes = 0
-
-    def attach(self, engine: Trainer) -> None:
-        start = Events.EPOCH_STARTED
-        self.epoch.attach(engine, start)
-        self.waiting.attach(engine, start, pause=Events.GET_BATCH_COMPLETED, resume=Events.GET_BATCH_STARTED)
-        engine.add_event_handler(start, self._start)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._count)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._log)
-
-    def _start(self) -> None:
-        self.volumes = 0
-
-    def _count(self, engine: Trainer) -> None:
-        self.volumes += len(engine.state.batch[Keys.IMAGE]) * idist.get_world_size()
-
-    def _log(self, engine: Trainer) -> None:
-        seconds = self.epoch.value()
-        volumes, waiting = self.volumes / seconds, self.waiting.value() / seconds
-        engine.state.metrics |= {"volumes_per_second": volumes, "data_wait": waiting}
-        logger.info(
-            f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {volumes:.3g} volumes/s, "
-            f"{waiting:.0%} of the time waiting for data"
-        )
-
-
+@dataclass(eq=False)
 class Curves:
     """
     Trainer handler that writes TensorBoard's curves: learning rate and losses of every iteration, throughput and metrics of
@@ -136,10 +122,9 @@ class Curves:
         overwrite: whether a new run removes the curves of an earlier one.
     """
 
-    def __init__(self, writer: SummaryWriter, evaluator: Evaluator, overwrite: bool = False) -> None:
-        self.writer = writer
-        self.evaluator: Any = evaluator
-        self.overwrite = overwrite
+    writer: SummaryWriter
+    evaluator: Any
+    overwrite: bool = False
 
     def attach(self, engine: ResumableTrainer) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -163,6 +148,7 @@ class Curves:
             self.writer.add_scalar(name, values[name], engine.state.iteration)
 
 
+@dataclass(eq=False)
 class BeforeAndAfter:
     """
     Trainer handler that validates before the first step and after the last. At the end it logs the validation engine's key
@@ -177,17 +163,11 @@ class BeforeAndAfter:
         files: files that the run has written: ``{text: path}``.
     """
 
-    def __init__(
-        self,
-        validator: Evaluator,
-        name: str,
-        unit: str = "",
-        compare: Mapping[str, str] | None = None,
-        files: Mapping[str, str] | None = None,
-    ) -> None:
-        self.validator: Any = validator
-        self.name, self.unit = name, unit
-        self.compare, self.files = compare or {}, files or {}
+    validator: Any
+    name: str
+    unit: str = ""
+    compare: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def attach(self, engine: Trainer) -> None:
         engine.add_event_handler(Events.STARTED, self._validate_before)
@@ -230,3 +210,66 @@ class BeforeAndAfter:
 
     def _value(self, value: float) -> str:
         return f"{value:#.4g} {self.unit}".rstrip()
+
+
+class MLflowRun(MLFlowHandler):
+    """
+    Trainer handler: MONAI's, with a run of MLflow for each run of training. A resumed run goes on with its own, also when
+    that was finished; MONAI's joins any run of the experiment that is not.
+
+    Losses and metrics are means over epochs, because the database is too slow for values of every step. Parameters are the
+    plain values at the top of the config, and precision; what another part of the run changed is a tag. The whole config is
+    an artifact.
+
+    Args:
+        evaluator: validation engine, whose metrics are tracked.
+        run_dir: folder of the run, which keeps the id of its run of MLflow.
+        config: config of the run, as JSON has it.
+        kwargs: arguments of ``MLFlowHandler``.
+    """
+
+    def __init__(self, evaluator: Evaluator, run_dir: str, config: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(iteration_log=False, close_on_complete=True, **kwargs)
+        self.evaluator: Any = evaluator
+        self.file = Path(run_dir, MLFLOW_RUN)
+        self.config = config
+
+    def attach(self, engine: ResumableTrainer) -> None:  # type: ignore[override]
+        super().attach(engine)
+        self.evaluator.add_event_handler(Events.COMPLETED, self._log_validation, engine)
+
+    def _log_validation(self, evaluator: Evaluator, trainer: ResumableTrainer) -> None:
+        self.start(trainer)  # unless the run has started: the first validation is before the first step
+        self._default_epoch_log(evaluator)
+
+    def start(self, engine: ResumableTrainer) -> None:  # type: ignore[override]
+        """Make the run, or go on with it, and log parameters and config."""
+        if self.cur_run is not None:
+            return
+        self._set_experiment()
+        run = self.cur_run = self._own_run(resumed=engine.state.iteration > 0)
+        run_id, known = run.info.run_id, run.data.params
+        wanted = {key: str(value) for key, value in {**_plain(self.config), **engine.precision}.items()}
+        self._log_params({key: value for key, value in wanted.items() if key not in known})
+        for key, value in wanted.items():
+            if known.get(key, value) != value:
+                self.client.set_tag(run_id, key, value)
+        self.client.log_dict(run_id, self.config, f"config_{engine.state.iteration:08d}.json")
+
+    def _own_run(self, resumed: bool) -> Any:
+        if resumed and self.file.is_file():
+            run_id = self.file.read_text().strip()
+            with contextlib.suppress(Exception):  # errors of any type where another server or database does not know it
+                self.client.update_run(run_id, status="RUNNING")
+                return self.client.get_run(run_id)
+        assert self.experiment is not None
+        run = self.client.create_run(experiment_id=self.experiment.experiment_id, run_name=self.run_name)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.info.run_id.encode(), self.file)
+        return run
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """The values at the top of a config that are neither expressions nor objects."""
+    texts = {key: json.dumps(value) for key, value in config.items()}
+    return {key: config[key] for key, text in texts.items() if not any(mark in text for mark in ("{", '"$', '"@', '"%'))}

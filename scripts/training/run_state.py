@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monai.engines import Evaluator
 from monai.utils.enums import CommonKeys as Keys
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from scripts.bundle.json_files import Count, PositiveInt, checked
-from scripts.bundle.precision import dtype_name
 from scripts.bundle.weights import check_arguments, what_differs
 from scripts.training.resumable_trainer import ResumableTrainer
 
-__all__ = ["Checkpoint", "RunState"]
+__all__ = ["RunState"]
 
+METRICS = ("best_metric", "metric_before")  # of the evaluator
 NEW_IN_EACH_PART = ("resume", "overwrite")  # keys of the config
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run is."""
-
-    iteration: Count
-    epoch: Count
-    epoch_length: PositiveInt
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds besides the state of its objects, which have keys of their own."""
-
-    arguments: dict[str, Any]
-    network: dict[str, Any]
-    scaler: dict[str, Any]
-    trainer: Position
-    evaluator: dict[str, Any]
-    config: dict[str, Any]
-    validation: list[str]
-
-
+@dataclass(eq=False)
 class RunState:
     """
     All that a run needs to be continued exactly: weights, optimizers, schedules, position, best metric.
@@ -64,34 +40,27 @@ class RunState:
         dataset_dir: folder from which validation volumes are named, so that it may be moved.
     """
 
-    def __init__(
-        self,
-        network: Any,
-        items: dict[str, Any],
-        evaluator: Evaluator,
-        config: dict[str, Any] | None = None,
-        dataset_dir: str | Path = "",
-    ) -> None:
-        self.network = network
-        self.items = {name: item for name, item in items.items() if item is not None}
-        self.evaluator: Any = evaluator
-        self.config = config or {}
-        self.dataset_dir = dataset_dir or "."
+    network: Any
+    items: dict[str, Any]
+    evaluator: Any
+    config: dict[str, Any] = field(default_factory=dict)
+    dataset_dir: str | Path = ""
+
+    def __post_init__(self) -> None:
+        self.items = {name: item for name, item in self.items.items() if item is not None}
 
     def state_dict(self, trainer: ResumableTrainer) -> dict[str, Any]:
         """The content of a checkpoint: tensors, numbers, text, lists and dictionaries."""
         measured = self.evaluator.state
-        numbers = {"best_metric": float(measured.best_metric), "best_metric_epoch": measured.best_metric_epoch}
-        if hasattr(measured, "metric_before"):
-            numbers["metric_before"] = float(measured.metric_before)
+        metrics = {name: float(getattr(measured, name)) for name in METRICS if hasattr(measured, name)}
         return {
             "arguments": self.network.arguments,
             "network": self.network.state_dict(),
             "scaler": trainer.scaler.state_dict(),
-            "precision": {"amp": trainer.autocast["enabled"], "amp_dtype": dtype_name(trainer.autocast["dtype"])},
+            "precision": trainer.precision,
             "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
-            "evaluator": numbers,
-            "config": json.loads(json.dumps(self.config, default=str)),
+            "evaluator": {**metrics, "best_metric_epoch": measured.best_metric_epoch},
+            "config": self.config,
             "validation": self._validation_volumes(),
             **{name: item.state_dict() for name, item in self.items.items()},
         }
@@ -108,27 +77,26 @@ class RunState:
         Raises:
             ValueError: when it is of another network or of other settings that must stay.
         """
-        checkpoint = checked(content, Checkpoint)
         self._refuse_other_settings(content, path)  # first: on conditions the network's arguments depend
-        check_arguments(checkpoint.arguments, self.network.arguments, path)
+        check_arguments(content["arguments"], self.network.arguments, path)
         self.network.load_state_dict(content["network"])
         for name, item in self.items.items():
             if name not in content:
                 logger.warning(f"{path} has no `{name}`, which this run has: the run starts with a new one")
-            elif isinstance(item, Optimizer):
-                _load_optimizer(item, content[name])
+            elif isinstance(item, Optimizer):  # the settings are those of this run
+                item.load_state_dict({**item.state_dict(), "state": content[name]["state"]})
             elif isinstance(item, LRScheduler):
                 _load_schedule(item, content[name])
             else:
                 item.load_state_dict(content[name])
-        if checkpoint.scaler:  # empty when the run so far had no scaler
-            trainer.scaler.load_state_dict(checkpoint.scaler)
-        if self._has_the_validation_volumes_of(checkpoint, path):
-            for name, value in checkpoint.evaluator.items():
+        if content["scaler"]:  # empty when the run so far had no scaler
+            trainer.scaler.load_state_dict(content["scaler"])
+        if self._has_the_validation_volumes(content["validation"], path):
+            for name, value in content["evaluator"].items():
                 setattr(self.evaluator.state, name, value)
-        _set_position(trainer, checkpoint.trainer)
+        _set_position(trainer, **content["trainer"])
         logger.info(f"resumed {path} after iteration {trainer.state.iteration}, epoch {trainer.state.epoch} complete")
-        changes = what_differs(_settings(checkpoint.config), _settings(json.loads(json.dumps(self.config, default=str))))
+        changes = what_differs(_settings(content["config"]), _settings(self.config))
         if changes:
             logger.info(f"settings that changed since {path} was written: {changes}")
         if trainer.state.epoch >= trainer.state.max_epochs:
@@ -150,8 +118,8 @@ class RunState:
         items = getattr(self.evaluator.data_loader.dataset, "data", [])
         return sorted(os.path.relpath(str(item[Keys.IMAGE]), self.dataset_dir) for item in items)
 
-    def _has_the_validation_volumes_of(self, checkpoint: Checkpoint, path: Path) -> bool:
-        before, now = set(checkpoint.validation), set(self._validation_volumes())
+    def _has_the_validation_volumes(self, volumes: list[str], path: Path) -> bool:
+        before, now = set(volumes), set(self._validation_volumes())
         if before == now:
             return True
         came, went = (", ".join(sorted(names)) or "none" for names in (now - before, before - now))
@@ -173,38 +141,25 @@ def _settings(config: dict[str, Any], place: str = "") -> dict[str, Any]:
     return found
 
 
-def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """The moments of the checkpoint, and the settings of this run. A rate that a schedule has lowered keeps its share."""
-    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, settings in zip(optimizer.param_groups, own):
-        rate, base = group["lr"], group.get("initial_lr")
-        group.update(settings)
-        if base == settings.get("initial_lr") is not None:
-            group["lr"] = rate
-        elif base:
-            group["lr"] = settings["initial_lr"] * (rate / base)
-
-
 def _load_schedule(schedule: LRScheduler, saved: dict[str, Any]) -> None:
     """The position of the checkpoint in the schedule of this run, whose base rate and length may be others."""
-    if not isinstance(schedule, LambdaLR):  # its settings cannot be told from its position
-        schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs})
+    if isinstance(schedule, LambdaLR):
+        schedule.last_epoch, schedule._step_count = saved["last_epoch"] - 1, saved["_step_count"] - 1
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that the optimizer has not stepped
+            schedule.step()
         return
-    schedule.load_state_dict({**schedule.state_dict(), **{key: saved[key] for key in ("last_epoch", "_step_count")}})
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a rate is asked for outside of a step
-        rates = schedule.get_lr()
-    schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
-    for group, rate in zip(schedule.optimizer.param_groups, rates):
-        group["lr"] = rate
+    # the settings of any other one cannot be told from its position; its rate keeps its share of the base rate
+    schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs})
+    bases = zip(saved["base_lrs"], schedule.base_lrs)
+    for group, rate, (before, now) in zip(schedule.optimizer.param_groups, saved["_last_lr"], bases):
+        group["lr"] = rate if before == now else now * (rate / before)
 
 
-def _set_position(trainer: ResumableTrainer, saved: Position) -> None:
-    iteration, complete = saved.iteration, saved.iteration // saved.epoch_length
-    if saved.epoch_length != trainer.state.epoch_length:
+def _set_position(trainer: ResumableTrainer, iteration: int, epoch: int, epoch_length: int) -> None:
+    complete = iteration // epoch_length
+    if epoch_length != trainer.state.epoch_length:
         logger.warning(
-            f"an epoch has {trainer.state.epoch_length} batches and had {saved.epoch_length}: going on after epoch "
-            f"{complete}"
+            f"an epoch has {trainer.state.epoch_length} batches and had {epoch_length}: going on after epoch {complete}"
         )
         iteration = complete * trainer.state.epoch_length
     trainer.state.iteration, trainer.state.epoch = iteration, complete

@@ -12,7 +12,7 @@ from scipy.fft import dctn, idctn
 from scripts.evaluation.metrics import grid_energy
 from scripts.layers.block_statistics import RIDGES
 from scripts.layers.linear_shortcut import LinearShortcut, OverlappedTransform, beside_neighbours
-from scripts.training.initial_weights import InitialWeights, fit_shortcut
+from scripts.training.handlers import InitialWeights, fit_shortcut
 from scripts.training.repeatable_batches import RepeatableBatchSampler
 from tests.conftest import head_like
 from tests.test_autoencoderkl import build, image_for

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from scripts.bundle.files import write_atomically
 from scripts.bundle.weights import load_weights, save_weights
 from scripts.inference.inferers import ReconstructionInferer
-from scripts.training.checkpoints import WEIGHTS, claim_ckpt_dir, find_checkpoints
-from scripts.training.handlers import RunHandlers
+from scripts.training.checkpoints import WEIGHTS, TrainingSaver, claim_ckpt_dir, find_checkpoints
+from scripts.training.handlers import InitialWeights, RunHandlers
 from scripts.training.repeatable_batches import RepeatableOrder
 from scripts.training.run_log import BeforeAndAfter
+from scripts.training.run_state import RunState
 from tests.training.test_training import images, poisoned, small_network, trainer_of
 
 
@@ -168,13 +169,13 @@ def run_with_checkpoints(
 
     evaluator = evaluator_of(network, volumes)
     optimizer = schedule.optimizer if schedule else torch.optim.AdamW(network.parameters(), lr=1e-3)
-    state = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
+    items = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
+    state = RunState(network, items, evaluator, config or {})
     report = BeforeAndAfter(
         evaluator, name="PSNR", unit="dB", compare={"trilinear": "trilinear_psnr"}, files={"weights": "model.pt"}
     )
-    run = RunHandlers(
-        network, evaluator, report, state=state, val_interval=2, ckpt_dir=str(folder), resume=resume, config=config
-    )
+    start, saver = InitialWeights(state, str(folder), resume), TrainingSaver(str(folder), state)
+    run = RunHandlers(start, saver, val_interval=2, report=report)
     handlers = [handler for handler in run.handlers if not isinstance(handler, RepeatableOrder)]
     trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs, **arguments)
     trainer.optimizer, trainer.lr_scheduler = optimizer, schedule

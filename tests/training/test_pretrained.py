@@ -183,6 +183,7 @@ def test_layers_of_other_factors_are_named_though_their_shapes_agree(tmp_path, c
             ["encoder.blocks.0, whose `factor` is [1, 1, 1] there", "decoder.blocks.5, whose `factor` is [1, 1, 1] there"],
         ),
         ({"latent_channels": 5}, ["quant_conv_mu, whose `conv.weight` is [3, 3, 1, 1, 1] there and [5, 5, 1, 1, 1] here"]),
+        ({"latent_channels": 5, "initial_mode": "conv"}, ["quant_conv_mu, whose `conv.weight` is [3, 3, 1, 1, 1] there"]),
         ({"in_channels": 2}, ["encoder.blocks.0, whose `conv.weight` is [4, 1, 3, 3, 3] there and [4, 2, 3, 3, 3] here"]),
         ({"use_convtranspose": True}, ["decoder.blocks.2, whose `deconv.weight` is None there and"]),
         ({"num_res_blocks": 2}, ["encoder.blocks.2, which is missing there", "decoder.blocks.2, which is missing there"]),

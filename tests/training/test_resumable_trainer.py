@@ -10,9 +10,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from scripts.training import (
+    InitialWeights,
     RepeatableBatchSampler,
     ResumableTrainer,
     RunHandlers,
+    RunState,
+    TrainingSaver,
     moving_average,
 )
 
@@ -57,7 +60,8 @@ def run(folder, epochs: int, resume: bool = False) -> dict[str, torch.Tensor]:
         metric_cmp_fn=lambda current, best: current < best or best == -1,
     )
     sampler = RepeatableBatchSampler(3, batch_size=1, seed=0)
-    state = {"optimizer": optimizer, "ema": average}
+    state = RunState(network, {"optimizer": optimizer, "ema": average}, evaluator)
+    start = InitialWeights(state, str(folder), resume, average)
     trainer = ResumableTrainer(
         device=torch.device("cpu"),
         max_epochs=epochs,
@@ -68,11 +72,7 @@ def run(folder, epochs: int, resume: bool = False) -> dict[str, torch.Tensor]:
         prepare_batch=noisy,
         amp_dtype="bfloat16",
         average=average,
-        train_handlers=[
-            RunHandlers(
-                network, evaluator, state=state, val_interval=1, ckpt_dir=str(folder), resume=resume, average=average
-            )
-        ],
+        train_handlers=[RunHandlers(start, TrainingSaver(str(folder), state), val_interval=1)],
     )
     trainer.run()
     assert trainer.loss_names == ("loss",) and torch.isfinite(trainer.state.output[0]["loss"])

@@ -14,10 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.training.adversary import Adversary
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
-from scripts.training.initial_weights import InitialWeights
-from scripts.training.losses import LossTerm, ReconstructionLoss, SpectralLoss, kl_divergence, perceptual_loss
+from scripts.training.handlers import InitialWeights
+from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, SpectralLoss, kl_divergence, perceptual_loss
 from scripts.training.resumable_trainer import moving_average
 from scripts.training.run_state import RunState
 
