@@ -87,7 +87,7 @@ data/clinical/dataset.json: | .venv/installed-dev
 	$(BIN)/python -m scripts.data.clinical_volumes
 
 release: .venv/installed-dev
-	$(BIN)/python -m scripts.bundle.release $(ARGS)
+	$(BIN)/python -m scripts.sharing.release $(ARGS)
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

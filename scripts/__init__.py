@@ -2,7 +2,7 @@
 ``scripts.training.TrainingSaver``; a package is imported when it is first named.
 
 Imports between packages run one way: ``layers``, ``autoencoderkl``, ``bundle``, ``slabs``, ``data``, ``training``,
-``diffusion``, ``planning``, ``inference``, ``evaluation``, each of those before it alone.
+``diffusion``, ``planning``, ``inference``, ``evaluation``, ``sharing``, each of those before it alone.
 """
 
 import importlib

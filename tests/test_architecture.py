@@ -19,6 +19,7 @@ ORDER = [
     "planning",
     "inference",
     "evaluation",
+    "sharing",
 ]
 
 

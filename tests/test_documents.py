@@ -36,7 +36,7 @@ INLINE_OPTION = re.compile(r"`(--[a-z_#]+(?: [^`]*)?)`")
 COMMENT = re.compile(r"(^|\s)#.*")  # a # within a word is part of a key
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-OTHER_PROGRAMS = {"source", "cd", "(cd", "pip", "mlflow", "tensorboard"}  # the shell's, and those of dependencies
+OTHER_PROGRAMS = {"source", "cd", "(cd", "pip", "mlflow", "tensorboard", "hf"}  # the shell's, and those of dependencies
 # whose arguments documents set
 NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator, "optimizer": Muon}
 MONAI_TOOLS = [monai_bundle.run, monai_bundle.ckpt_export, monai_bundle.onnx_export, monai_bundle.download]

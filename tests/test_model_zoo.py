@@ -30,6 +30,7 @@ SCHEMA = ROOT.parent / "shared" / "meta_schema_20240725.json"
         "configs/logging.conf",
         "models/model.pt",
         "models/16x/model.pt",
+        "models/generator/model.pt",
         "docs/README.md",
         "docs/data_license.txt",
     ],

@@ -1,6 +1,5 @@
 """What every run needs: checks of its config, readable errors, files that are written atomically, weights with a
-description of their network, precision, the machine and its processes, progress bars, signals, and the release of the bundle
-as one file.
+description of their network, precision, the machine and its processes, progress bars and signals.
 """
 
 from scripts.bundle.config import check_config, executed_config

@@ -1,4 +1,4 @@
-"""The latent generator: its data, conditions, network, objective and sampler, and how it is shared."""
+"""The latent generator: its data, conditions, network, objective and sampler."""
 
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import RectifiedFlow

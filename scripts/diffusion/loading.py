@@ -12,7 +12,6 @@ import torch
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.files import file_hash
 from scripts.bundle.json_files import read_dataclass
-from scripts.bundle.shared_generator import FOLDER
 from scripts.bundle.weights import check_arguments, load_weights, read_weights
 from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.generator import Generator, GeneratorDescription
@@ -21,6 +20,7 @@ from scripts.diffusion.statistics import LatentStatistics
 
 __all__ = ["load_autoencoder", "load_generator", "load_pretrained_generator"]
 
+FOLDER = "models/generator"  # of the generator that the bundle carries
 READS_CONDITIONS = "unet.class_embedding.0.weight"  # of the layer that sees the vector of conditions
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from scripts.bundle.files import content_hash
-from scripts.bundle.shared_generator import shared_generator
+from scripts.diffusion.loading import load_generator
 from tests.conftest import ROOT
 from tests.diffusion.runs import generate
 
@@ -23,8 +24,16 @@ def head(folder: Path, skull: str) -> np.ndarray:
 
 
 def test_it_belongs_to_the_shipped_autoencoder():
-    files, _ = shared_generator(ROOT, content_hash((ROOT / "models/model.pt").read_bytes()))
-    assert "models/generator/metrics.json" in files
+    generator = load_generator(str(ROOT / "models/generator/model.pt"))
+    assert generator.statistics.autoencoder.sha256 == content_hash((ROOT / "models/model.pt").read_bytes())
+
+
+def test_it_is_stored_in_half_precision_and_computes_in_single_precision():
+    stored = torch.load(ROOT / "models/generator/model.pt", weights_only=True)
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    generator = load_generator(str(ROOT / "models/generator/model.pt"))
+    assert {value.dtype for value in generator.network.state_dict().values()} == {torch.float32}
+    assert generator.sha256 in (ROOT / "models/generator/README.md").read_text()
 
 
 def test_heads_lie_in_the_middle_and_have_the_skull_that_was_asked_for(tmp_path):

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from scripts.bundle.release import NAME, build_release
+from scripts.sharing.release import NAME
 from tests.conftest import ROOT, save_volume
 from tests.inference.test_exported_networks import documented_python
 
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 # what a user does in the downloaded bundle, and from Python in the folder above it
 WORK = """
 import os
@@ -37,8 +37,8 @@ run("training", config_file=train, fast_dev_run=True, patch_size=[16, 16, 16], *
 run("evaluating", config_file=[train, evaluate], ckpt_dir="models", val_fraction=0.5, **common)
 run("encoding", config_file="configs/inference.json", output_dir="latents", **common)
 
-from scripts.bundle.release import build_release
-build_release("../again")
+from scripts.sharing.release import build_release
+build_release("../again", URL)
 
 os.chdir("..")
 weights = torch.load(f"{name}/models/model.pt", weights_only=True)
@@ -55,7 +55,7 @@ assert flow.check_properties() == []
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    said = build_release(str(folder))
+    said = _python(ROOT, "-m", "scripts.sharing.release", "--output_dir", str(folder), "--url", f"file://{folder}/{NAME}/")
     [path] = folder.iterdir()
     assert str(path) in said and hashlib.sha256(path.read_bytes()).hexdigest() in said
     return path
@@ -65,17 +65,12 @@ def archive(tmp_path_factory) -> Path:
 def downloaded(archive, tmp_path_factory) -> Path:
     """The bundle as ``monai.bundle download`` leaves it in an empty folder."""
     folder = tmp_path_factory.mktemp("empty")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(archive.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
-        _python(folder, "-m", "monai.bundle", "download", "--name", NAME, "--bundle_dir", ".", "--url", url)
-        server.shutdown()
+    _python(folder, "-m", "monai.bundle", "download", "--name", NAME, "--bundle_dir", ".", "--url", f"file://{archive}")
     return folder / NAME
 
 
-def _python(folder: Path, *arguments: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": NAME, "no_proxy": "127.0.0.1"}
+def _python(folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": NAME}
     process = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -86,11 +81,7 @@ def _python(folder: Path, *arguments: str) -> None:
         timeout=300,
     )
     assert process.returncode == 0, process.stdout[-5000:]
-
-
-def test_two_builds_are_the_same_bytes(archive, tmp_path):
-    build_release(str(tmp_path))
-    assert (tmp_path / archive.name).read_bytes() == archive.read_bytes()
+    return process.stdout
 
 
 def test_file_holds_what_a_user_needs_and_no_more(archive):
@@ -99,11 +90,13 @@ def test_file_holds_what_a_user_needs_and_no_more(archive):
     names = zipfile.ZipFile(archive).namelist()
     assert {name.split("/")[0] for name in names} == {NAME}
     inside = {name.removeprefix(f"{NAME}/") for name in names}
-    assert {name.split("/")[0] for name in inside} == {
-        *("LICENSE", "README.md", "pyproject.toml", "configs", "docs", "models", "scripts")
+    pictures = {"reconstruction.png", "reconstruction_brain1.png", "reconstruction_lung1.png"}  # that the card shows
+    assert {name.split("/")[0] for name in inside} - pictures == {
+        *("CITATION.cff", "LICENSE", "README.md", "README.zh-CN.md", "pyproject.toml", "large_files.yml"),
+        *("configs", "docs", "models", "scripts"),
     }
     assert {name for name in inside if name.startswith("models/") and not name.startswith("models/generator/")} == {
-        "models/SHA256SUMS",
+        *("models/SHA256SUMS", "models/model.ts"),
         *(f"{folder}/model.{suffix}" for folder in ("models", "models/16x") for suffix in ("pt", "json", "safetensors")),
     }
     assert not [name for name in inside if "__pycache__" in name or "test_" in name]
@@ -120,8 +113,8 @@ def test_safetensors_are_the_weights_and_know_their_network(downloaded, monkeypa
 def test_hashes_are_those_of_the_weights(downloaded):
     lines = (downloaded / "models" / "SHA256SUMS").read_text().splitlines()
     hashes = {name: value for value, name in (line.split("  ") for line in lines)}
-    assert hashes.keys() - {"generator/model.pt"} == {
-        *("model.pt", "model.safetensors", "16x/model.pt", "16x/model.safetensors")
+    assert hashes.keys() == {
+        *("model.pt", "model.safetensors", "model.ts", "16x/model.pt", "16x/model.safetensors", "generator/model.pt")
     }
     for name, value in hashes.items():
         assert hashlib.sha256((downloaded / "models" / name).read_bytes()).hexdigest() == value
@@ -131,28 +124,63 @@ def test_downloaded_bundle_trains_evaluates_encodes_and_loads(downloaded, archiv
     folder = downloaded.parent
     for i in range(2):
         save_volume(folder / "volumes" / f"sub-{i}" / "T1w.nii.gz", (24, 24, 17), seed=i)
-    _python(folder, "-c", WORK)
+    _python(folder, "-c", f"URL = 'file://{archive.parent}/{NAME}'{WORK}")
     assert (downloaded / "eval/fast_dev_run/checkpoints/model.pt").is_file()
     assert (downloaded / "eval/evaluation/metrics.csv").is_file()
     assert len(list((downloaded / "latents").rglob("*_latent.nii.gz"))) == 2
     assert (folder / "again" / archive.name).read_bytes() == archive.read_bytes()  # a download can be shared again
 
 
-def test_layout_is_what_the_hub_takes(downloaded, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def uploaded(downloaded, tmp_path_factory) -> Path:
+    """The folder that ``monai.bundle push_to_hf_hub`` uploads."""
     from monai.bundle import push_to_hf_hub, scripts
 
-    uploaded = {}
+    folder = tmp_path_factory.mktemp("uploaded")
 
     class Hub:
         HfApi = lambda token: Hub  # noqa: E731  in place of the package, which needs an internet connection
         create_repo = create_tag = lambda **_: None
 
         def upload_folder(repo_id: str, folder_path: str) -> str:
-            uploaded.update({path.name: path.read_text() for path in Path(folder_path).glob("*.md")})
+            shutil.copytree(folder_path, folder / "tree")
             return repo_id
 
-    monkeypatch.setattr(scripts, "huggingface_hub", Hub)
-    shutil.copytree(downloaded, tmp_path / NAME)  # the model card becomes its README.md
-    assert push_to_hf_hub("someone/bundle", NAME, str(tmp_path), version="0.1.0") == "someone/bundle"
-    assert "license: apache-2.0" in uploaded["README.md"]
-    assert uploaded["README.md"].endswith((ROOT / "docs/README.md").read_text())
+    shutil.copytree(downloaded, folder / NAME)  # the model card becomes its README.md
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts, "huggingface_hub", Hub)
+        assert push_to_hf_hub("someone/bundle", NAME, str(folder), version="0.1.0") == "someone/bundle"
+    return folder / "tree"
+
+
+def test_every_link_in_the_uploaded_tree_leads_to_a_file(uploaded):
+    broken = []
+    for document in uploaded.rglob("*.md"):
+        for link in LINK.findall(document.read_text()):
+            path = document.parent / link.partition("#")[0]
+            if not link.startswith(("http://", "https://", "#")) and not path.is_file():
+                broken.append(f"{document.relative_to(uploaded)}: {link}")
+    assert broken == []
+
+
+def test_card_of_the_hub_is_the_model_card_with_a_header_that_the_hub_shows(uploaded):
+    card = (ROOT / "docs/README.md").read_text()
+    assert (uploaded / "README.md").read_text().endswith(card)
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["license"] == "apache-2.0" and header["library_name"] == "monai"
+    assert {"monai", "medical"} <= {*header["tags"]}
+    assert header["pipeline_tag"] == "image-to-image" and header["metrics"] == ["psnr", "ssim"]
+    for heading in ("### **Authors**", "### **Tags**", "## System Configuration", "# Citation Info"):
+        assert f"\n{heading}\n" in card
+
+
+def test_files_that_a_zoo_keeps_out_of_git_are_downloaded(downloaded, archive, tmp_path):
+    shutil.unpack_archive(archive, archive.parent)  # at the address
+    names = [line.split('"')[1] for line in (downloaded / "large_files.yml").read_text().splitlines() if "path:" in line]
+    assert {"models/model.pt", "models/model.ts", "models/generator/model.pt"} <= set(names)
+    shutil.copytree(downloaded, tmp_path / NAME)
+    for name in names:
+        (tmp_path / NAME / name).unlink()
+    _python(tmp_path, "-m", "monai.bundle", "download_large_files", "--bundle_path", NAME)
+    for name in names:
+        assert (tmp_path / NAME / name).read_bytes() == (downloaded / name).read_bytes()

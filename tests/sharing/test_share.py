@@ -1,4 +1,4 @@
-"""A generator is shared, released, downloaded and used."""
+"""Weights of a run are shared, released, downloaded and used."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ import pytest
 import torch
 from monai.bundle import verify_metadata, verify_net_in_out
 
-from scripts.bundle import release
 from scripts.bundle.files import content_hash
-from scripts.bundle.release import NAME, build_release
 from scripts.bundle.weights import save_weights
-from scripts.diffusion import share
 from scripts.diffusion.generator import describe
 from scripts.diffusion.loading import load_generator
-from scripts.diffusion.share import share_generator
+from scripts.sharing import release
+from scripts.sharing import share as sharing
+from scripts.sharing.release import NAME, build_release
+from scripts.sharing.share import share
 from tests.conftest import ROOT, save_volume
 from tests.diffusion.runs import KEYS, encode, generate, make_weights, workflow
 from tests.test_model_zoo import SCHEMA
 
+TORCHSCRIPT = release._torchscript
 SHARE = 0.3  # of the volumes that are held out: two of seven
 # what a user does in the downloaded bundle
 WORK = """
@@ -40,9 +41,6 @@ run("generating", config_file="configs/generate.json", ckpt_dir="models/generato
 tune = {"channels": [8, 16], "norm_num_groups": 4, "num_head_channels": 8, "condition_keys": ["age", "sex"]}
 run("training", config_file="configs/train_diffusion.json", dataset_dir="../latents", output_dir="tuned", pretrained=True,
     epochs=1, val_interval=1, num_workers=0, **tune, **common)
-
-from scripts.bundle.release import build_release
-build_release("../again")
 """
 
 
@@ -52,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     for name in ("configs", "scripts", "docs"):
         shutil.copytree(ROOT / name, folder / "bundle" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("LICENSE", "README.md", "pyproject.toml"):
+    for name in ("CITATION.cff", "LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / "bundle" / name)
     weights = make_weights(folder / "bundle" / "models")
     for i in range(7):
@@ -72,8 +70,9 @@ def folder(tmp_path_factory) -> Path:
 def bundle(folder, tmp_path, monkeypatch) -> Path:
     """A copy of the bundle, in which the commands work."""
     bundle = shutil.copytree(folder / "bundle", tmp_path / NAME)
-    for module in (share, release):
+    for module in (sharing, release):
         monkeypatch.setattr(module, "ROOT", bundle)
+    monkeypatch.setattr(release, "_torchscript", lambda metadata: b"")  # it takes long, and is not of the generator
     return bundle
 
 
@@ -83,7 +82,7 @@ def text_of(bundle: Path, *names: str) -> str:
 
 def test_shared_generator_is_released_downloaded_and_makes_the_same_samples(folder, bundle, tmp_path):
     build_release(str(tmp_path / "without"))
-    assert "README.md, metadata.json, metrics.json, model.json, model.pt" in share_generator(str(folder / "run"))
+    assert "README.md, metrics.json, model.json, model.pt" in share(str(folder / "run"))
     said = build_release(str(tmp_path / "dist"))
     (archive,) = (tmp_path / "dist").iterdir()
     size = sum(path.stat().st_size for path in (bundle / "models/generator").iterdir()) / 2**20
@@ -109,16 +108,15 @@ def test_shared_generator_is_released_downloaded_and_makes_the_same_samples(fold
         own, theirs = (nib.load(each / name).get_fdata() for each in (tmp_path / "own", downloaded / "out"))
         assert np.abs(own - theirs).max() <= 1  # int16
     assert load_generator(str(downloaded / "tuned/checkpoints/model.pt")).statistics.conditions.keys.keys() == {"age", "sex"}
-    assert (tmp_path / "downloaded" / "again" / archive.name).read_bytes() == archive.read_bytes()
     sums = dict(reversed(line.split("  ")) for line in (downloaded / "models/SHA256SUMS").read_text().splitlines())
-    assert sums["generator/model.pt"] == content_hash((folder / "run/checkpoints/model.pt").read_bytes())
+    assert sums["generator/model.pt"] == content_hash((bundle / "models/generator/model.pt").read_bytes())
     without = zipfile.ZipFile(next((tmp_path / "without").iterdir()))
     assert without.read(f"{NAME}/configs/metadata.json") == (ROOT / "configs/metadata.json").read_bytes()
     assert not [name for name in without.namelist() if name.startswith(f"{NAME}/models/generator")]
 
 
 def test_metadata_of_the_release_follows_the_schema_and_the_network(folder, bundle, tmp_path):
-    share_generator(str(folder / "run"))
+    share(str(folder / "run"))
     build_release(str(tmp_path / "dist"))
     zipfile.ZipFile(next((tmp_path / "dist").iterdir())).extractall(tmp_path / "downloaded")
     root = tmp_path / "downloaded" / NAME
@@ -147,9 +145,9 @@ def test_metadata_of_the_release_follows_the_schema_and_the_network(folder, bund
 
 
 def test_card_says_what_the_run_recorded(folder, bundle):
-    share_generator(str(folder / "run"), data_source="seven ellipsoids", license="CC0-1.0")
+    share(str(folder / "run"), data_source="seven ellipsoids", license="CC0-1.0")
     card = text_of(bundle, "README.md")
-    known = json.loads((folder / "run/checkpoints/model.json").read_text())
+    known = json.loads(text_of(bundle, "model.json"))
     sets = json.loads((folder / "run/evaluation/metrics.json").read_text())["sets"]
     assert known["sha256"] in card and known["latents"]["autoencoder"]["sha256"] in card
     for words in (
@@ -163,6 +161,7 @@ def test_card_says_what_the_run_recorded(folder, bundle):
         "3 samples beside 2 held-out volumes, 2 steps of `midpoint`, `guidance_scale` 1.0",
         "Few volumes are held out: 2",
         "--num_inference_steps 2 --solver midpoint --guidance_scale 1.0",
+        "The numbers are those of the weights before they were stored in half precision.",
         "All samples are synthetic.",
         "Not for diagnosis",
         "How often this one does has not been measured.",  # too few volumes are held out
@@ -183,7 +182,7 @@ def test_card_says_how_many_samples_are_close_to_training_volumes(folder, bundle
     metrics = json.loads((run / "evaluation/metrics.json").read_text())
     metrics["sets"]["samples"]["close"] = 0.25
     (run / "evaluation/metrics.json").write_text(json.dumps(metrics))
-    share_generator(str(run))
+    share(str(run))
     assert "Of the samples 25.0 % are closer to a training volume" in text_of(bundle, "README.md")
 
 
@@ -194,7 +193,7 @@ def test_card_says_what_guided_the_samples(folder, bundle, tmp_path):
     keys |= {"guide": str(guide / "model.pt"), "guidance_scale": 2, "guidance_interval": [0, 0.6]}
     paths = {"dataset_dir": folder / "latents", "output_dir": run, "autoencoder": folder / "bundle/models/model.pt"}
     workflow(("train_diffusion.json", "evaluate_diffusion.json"), "evaluating", "train", **paths, **keys).run()
-    share_generator(str(run))
+    share(str(run))
     card, sha256 = text_of(bundle, "README.md"), json.loads((guide / "model.json").read_text())["sha256"]
     assert "`guidance_scale` 2.0 at times from 0.0 to 0.6.\n" in card
     assert f"guided this one: its weights, of which the SHA-256 begins with {sha256[:12]}, are not in this bundle." in card
@@ -205,9 +204,9 @@ def test_card_says_what_guided_the_samples(folder, bundle, tmp_path):
 
 
 def test_nothing_that_is_shared_names_a_file_or_describes_a_held_out_volume(folder, bundle):
-    share_generator(str(folder / "run"))
+    share(str(folder / "run"))
     files = sorted(path.name for path in (bundle / "models/generator").iterdir())
-    assert files == ["README.md", "metadata.json", "metrics.json", "model.json", "model.pt"]
+    assert files == ["README.md", "metrics.json", "model.json", "model.pt"]
     text = text_of(bundle, *files[:-1])
     for words in (str(folder), "sub-", "nii", 'nearest": "', 'dataset_dir":', "<img", "!["):
         assert words not in text.replace("as NIfTI", ""), words
@@ -217,12 +216,12 @@ def test_nothing_that_is_shared_names_a_file_or_describes_a_held_out_volume(fold
     assert b"sub-" not in (bundle / "models/generator/model.pt").read_bytes()
 
 
-def changed_run(folder: Path, to: Path) -> Path:
+def changed_run(folder: Path, to: Path, by: float = 1.0) -> Path:
     """A run whose weights are others than those that were evaluated."""
     run = shutil.copytree(folder / "run", to)
     known = load_generator(str(folder / "run/checkpoints/model.pt"))
     with torch.no_grad():
-        next(known.network.parameters()).add_(1)
+        next(known.network.parameters()).add_(by)
     save_weights(
         known.network, run / "checkpoints/model.pt", describe(known.statistics, known.flow, known.condition_dropout)
     )
@@ -230,8 +229,8 @@ def changed_run(folder: Path, to: Path) -> Path:
 
 
 def test_evaluation_of_other_weights_is_left_out(folder, bundle, tmp_path, caplog):
-    share_generator(str(folder / "run"))
-    assert "not evaluated" in share_generator(str(changed_run(folder, tmp_path / "run")), license="CC0-1.0")
+    share(str(folder / "run"))
+    assert "not evaluated" in share(str(changed_run(folder, tmp_path / "run")), license="CC0-1.0")
     assert "is of other weights and is left out" in caplog.text
     said = caplog.text.rpartition("left out")[2]
     assert "`data_source` is not given" in said and "`license` is not given" not in said
@@ -239,32 +238,72 @@ def test_evaluation_of_other_weights_is_left_out(folder, bundle, tmp_path, caplo
     card = text_of(bundle, "README.md")
     assert "Not evaluated." in card and "has not been measured" in card and "Steps:" not in card
     assert "Source: not stated" in card and not re.search(r"\n\n\n|\bNone\b", card)
-    assert json.loads(text_of(bundle, "metadata.json"))["eval_metrics"] == {}
+    build_release(str(tmp_path / "dist"))
+    with zipfile.ZipFile(next((tmp_path / "dist").iterdir())) as archive:
+        assert "generator" not in json.loads(archive.read(f"{NAME}/configs/metadata.json"))["eval_metrics"]
 
 
 def test_what_does_not_belong_together_is_refused(folder, bundle, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run")
     (run / "checkpoints/model.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model\.json beside it"):
-        share_generator(str(run))
+        share(str(run))
     shutil.copytree(changed_run(folder, tmp_path / "other") / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
     shutil.copy(folder / "run/checkpoints/model.json", run / "checkpoints/model.json")
     with pytest.raises(ValueError, match="is not the file that .* describes"):
-        share_generator(str(run))
+        share(str(run))
     with pytest.raises(FileNotFoundError, match=r"there are no weights at .*nowhere.*\. `run_dir` is .*nowhere;"):
-        share_generator(str(tmp_path / "nowhere"))
-    share_generator(str(folder / "run"))
+        share(str(tmp_path / "nowhere"))
+    share(str(folder / "run"))
     (bundle / "models/generator/README.md").rename(tmp_path / "README.md")
-    with pytest.raises(FileNotFoundError, match=r"README\.md is missing.*scripts\.diffusion\.share"):
+    with pytest.raises(FileNotFoundError, match=r"README\.md is missing.*scripts\.sharing\.share"):
         build_release(str(tmp_path))
     (tmp_path / "README.md").rename(bundle / "models/generator/README.md")
     make_weights(bundle / "models", seed=1)
     with pytest.raises(ValueError, match="was made for another autoencoder"):
         build_release(str(tmp_path))
     with pytest.raises(ValueError, match=r"the generator needs the autoencoder .* begins with"):
-        share_generator(str(folder / "run"))
+        share(str(folder / "run"))
 
 
 def test_bundle_without_a_generator_says_so(folder, bundle):
     with pytest.raises(FileNotFoundError, match=r"models/generator/model\.pt: this bundle carries no generator"):
         load_generator(str(bundle / "models/generator/model.pt"))
+
+
+def test_half_precision_is_the_nearest_to_the_weights_unless_it_cannot_hold_them(folder, bundle, tmp_path):
+    share(str(folder / "run"))
+    path, run = bundle / "models/generator/model.pt", folder / "run/checkpoints/model.pt"
+    shared, own = (load_generator(str(each)).network.state_dict() for each in (path, run))
+    assert all(torch.equal(shared[name], value.half().float()) for name, value in own.items())
+    assert path.stat().st_size < 0.75 * run.stat().st_size
+    assert json.loads(text_of(bundle, "model.json"))["sha256_before"] == content_hash(run.read_bytes())
+    share(str(folder / "run"), half=False)
+    assert path.read_bytes() == run.read_bytes()
+    large = changed_run(folder, tmp_path / "large", 1e5)
+    with pytest.raises(ValueError, match="has weights above 65504.*`half`"):
+        share(str(large))
+
+
+def test_autoencoder_is_shared_with_a_card(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "_torchscript", TORCHSCRIPT)
+    weights = make_weights(tmp_path / "run/checkpoints", seed=2)
+    known = json.loads(weights.with_suffix(".json").read_text())
+    means = {"weights_sha256": known["sha256"], "mean": {"psnr": 31.25, "ssim": None}, "volumes": {"sub-1/T1w.nii.gz": {}}}
+    (tmp_path / "run/evaluation").mkdir()
+    (tmp_path / "run/evaluation/metrics.json").write_text(json.dumps(means))
+    said = share(str(tmp_path / "run"), data_source="seven ellipsoids", license="CC0-1.0")
+    assert "README.md, metrics.json, model.json, model.pt" in said and "with its scores" in said
+    shared, own = (torch.load(path, weights_only=True) for path in (bundle / "models/model.pt", weights))
+    assert all(torch.equal(shared[name], value.half()) for name, value in own.items())
+    stored = json.loads((bundle / "models/model.json").read_text())
+    assert stored["network"] == known["network"] and stored["sha256"] == content_hash(
+        (bundle / "models/model.pt").read_bytes()
+    )
+    card = (bundle / "models/README.md").read_text()
+    for words in ("Source: seven ellipsoids", stored["sha256"], "8 channels, downsampled by 4 x 4 x 4", "31.25", "CC0-1.0"):
+        assert words in card, words
+    assert "sub-1" not in card + (bundle / "models/metrics.json").read_text() and not re.search(r"\n\n\n|\bNone\b", card)
+    build_release(str(tmp_path / "dist"))
+    names = zipfile.ZipFile(next((tmp_path / "dist").iterdir())).namelist()
+    assert {f"{NAME}/models/{name}" for name in ("README.md", "model.safetensors", "model.ts")} <= set(names)
