@@ -10,8 +10,8 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.bundle.json_files import Count, Must, Sha256, Share
-from scripts.bundle.text_table import summary_table, table
 from scripts.bundle.network_arguments import NetworkArguments
+from scripts.bundle.text_table import summary_table, table
 from scripts.diffusion.conditions import ClassCondition
 from scripts.diffusion.generator import GeneratorDescription, Trained
 from scripts.diffusion.statistics import ranges
