@@ -243,7 +243,7 @@ def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     """The voxels of a latent, ``CxHxWxD``; ``shape`` is ``HxWxDxC``, as description and network determine it."""
     try:
         image: Any = nib.load(path)
-        check_claim(image, str(path))
+        check_claim(image)
         values = np.asarray(image.dataobj, dtype=np.float32) if image.shape == shape else None
     except Exception as error:  # readers raise errors of any type
         raise ValueError(f"{path} {explanation(error, str(path))}") from error

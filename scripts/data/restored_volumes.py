@@ -30,7 +30,14 @@ from scripts.data.file_names import output_path, stays_inside
 from scripts.data.intensity_window import intensity_window, unscaled
 from scripts.data.missing_voxels import put_back_missing
 from scripts.data.volume_checks import check_memory
-from scripts.data.volume_reader import affine_of, geometry_note, is_read_by_nibabel, problem_of_affine, state_of
+from scripts.data.volume_reader import (
+    affine_of,
+    geometry_note,
+    is_read_by_nibabel,
+    millimetres_per_unit,
+    problem_of_affine,
+    state_of,
+)
 
 __all__ = [
     "DescribeSourced",
@@ -161,8 +168,9 @@ class NiftiHeader:
             stored: ``data_type``, ``scl_slope`` and ``scl_inter``, where voxels are not stored as float32.
         """
         header = nib.Nifti1Header()
-        header.set_sform(affine, sform_code)
-        header.set_qform(affine, qform_code)
+        in_units = np.diag([*3 * [1 / millimetres_per_unit(xyzt_units)], 1.0]) @ affine
+        header.set_sform(in_units, sform_code)
+        header.set_qform(in_units, qform_code)
         header["xyzt_units"] = xyzt_units
         stored = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0, **stored}
         return cls(affine=rows_of(affine), **stored, **_fields(header))

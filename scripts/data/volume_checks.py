@@ -43,6 +43,7 @@ LISTED = 5  # volumes in the log
 SHOWN = 20  # problems in an error message; the log has all
 GZIP_RATIO = 1032  # deflate shrinks no file by more
 FLOAT_SIZE = 4
+NO_MEMORY = "can't allocate memory"  # of PyTorch's RuntimeError
 MAX_CACHE = 2**30  # bytes of the file of results; a million volumes take a quarter of it
 Lists = dict[str, list[dict[str, str]]]
 logger = logging.getLogger(__name__)
@@ -157,8 +158,8 @@ def explanation(error: BaseException, path: str) -> str:
         return str(error).removeprefix(path).strip()
     if isinstance(error, PermissionError):
         return f"cannot be opened ({error.strerror})."
-    if isinstance(error, MemoryError):
-        return "does not fit into the memory of this machine; crop or resample it."
+    if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+        return "does not fit into the memory of this machine; crop it, or resample it (`spacing`)."
     return f"cannot be read to its end ({type(error).__name__}: {error}); copy or convert it again."
 
 
@@ -183,25 +184,25 @@ def check_header(path: str, image_channels: int) -> None:
     if data_type.kind == "c":
         raise ValueError(f"has complex voxels ({data_type.name}); convert it to magnitudes.")
     check_shape(image.shape, image_channels)
-    check_claim(image, path)
+    check_claim(image)
     problem = problem_of_affine(affine_of(image))
     if problem is not None:
         raise ValueError(f"has {problem}, so that its orientation and spacing are unknown.")
 
 
-def check_claim(image: Any, path: str) -> None:
+def check_claim(image: Any) -> None:
     """
     Check that a file is large enough for what its header says, and this machine's memory for the volume.
 
     Args:
         image: of which nibabel has read the header.
-        path: of the file.
 
     Raises:
         ValueError: with text that follows the path.
     """
     claimed = " x ".join(f"{n}" for n in image.shape)
     num_voxels, item_size = math.prod(map(int, image.shape)), image.get_data_dtype().itemsize
+    path = str(image.file_map["image"].filename)  # of the voxels, where the header has a file of its own
     end, size = image.dataobj.offset + num_voxels * item_size, os.path.getsize(path)
     compressed = path.lower().endswith(GZIP_SUFFIXES)
     if end > size * (GZIP_RATIO if compressed else 1):

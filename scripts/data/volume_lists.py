@@ -20,6 +20,7 @@ from scripts.data.dataset_tables import dataset_lists
 from scripts.data.file_names import is_nifti, is_volume_name
 from scripts.data.label_maps import has_label_name
 from scripts.data.subjects import split_by_subject
+from scripts.data.volume_reader import affine_of, identity_of
 
 __all__ = ["affordable_cache_rate", "describe", "find_images", "guesses_labels", "training_and_validation"]
 
@@ -110,7 +111,7 @@ def find_images(dataset_dir: str, image_glob: str, output_dir: str | None = None
             left_out["labels and segmentations, by their names"].append(relative)
         elif RESULT.search(path.name) and not RESULT_WORDS.search(image_glob):
             left_out["results of this bundle, by their names"].append(relative)
-        elif found.setdefault(_identity(path), path) != path:
+        elif found.setdefault(identity_of(path), path) != path:
             left_out["further paths to the same files"].append(relative)
     for what, paths in left_out.items():
         log = logger.warning if what == "links that lead nowhere" else logger.info
@@ -130,25 +131,20 @@ def guesses_labels(dataset_dir: str, image_glob: str) -> bool:
 
 def _candidates(folder: Path, folders: bool, output_dir: str | None) -> list[Path]:
     """The files below a folder, or the folders that hold files; those that are reached by a link come last."""
-    seen = {_identity(Path(output_dir))} - {_identity(folder)} if output_dir and Path(output_dir).exists() else set()
+    seen = {identity_of(Path(output_dir))} - {identity_of(folder)} if output_dir and Path(output_dir).exists() else set()
     candidates, waiting = [], [folder]
     while waiting:
         for name, subfolders, files in os.walk(waiting.pop(0), onerror=_warn_of):
             root = Path(name)
-            if _identity(root) in seen:
+            if identity_of(root) in seen:
                 subfolders.clear()
                 continue
-            seen.add(_identity(root))
+            seen.add(identity_of(root))
             subfolders[:] = sorted(each for each in subfolders if not each.startswith("."))
             waiting += [root / each for each in subfolders if (root / each).is_symlink()]
             visible = [root / each for each in sorted(files) if not each.startswith(".")]
             candidates += visible if not folders else [root] if visible and root != folder else []
     return sorted(candidates, key=Path.is_symlink)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
 
 
 def _warn_of(error: OSError) -> None:
@@ -198,7 +194,7 @@ def describe(items: Sequence[dict[str, str]]) -> str:
     if not headers:
         return text
     sizes = [header.get_data_shape()[:3] for header in headers]
-    spacings = [header.get_zooms()[:3] for header in headers]
+    spacings = [nib.affines.voxel_sizes(affine_of(header)) for header in headers]
     return f"{text}, size {_range(sizes, '{:d}')} voxels, spacing {_range(spacings, '{:.3g}')} mm"
 
 

@@ -21,7 +21,9 @@ __all__ = [
     "VolumeReader",
     "affine_of",
     "geometry_note",
+    "identity_of",
     "is_read_by_nibabel",
+    "millimetres_per_unit",
     "problem_of_affine",
     "read_volume",
     "state_of",
@@ -51,6 +53,11 @@ NRRD_SPACES = {  # signs that make them right, anterior and superior
     **dict.fromkeys(("right-anterior-superior", "ras"), (1, 1, 1)),
     **dict.fromkeys(("left-anterior-superior", "las"), (-1, 1, 1)),
     **dict.fromkeys(("left-posterior-superior", "lps"), (-1, -1, 1)),
+}
+NIFTI_UNITS = {1: 1e3, 3: 1e-3}  # mm, by the code of metres and micrometres; files without a unit are in mm
+NRRD_UNITS = {  # ditto
+    **dict.fromkeys(("", "mm", "millimeter", "millimeters"), 1.0),
+    **dict.fromkeys(("um", "µm", "micron", "microns", "micrometer", "micrometers"), 1e-3),
 }
 FLAT = 1e-6  # a determinant of three unit vectors up to this: they lie in a plane, up to rounding
 FARTHEST, SHORTEST = 1e9, 1e-9  # mm, from the origin and of a voxel's edge
@@ -116,6 +123,13 @@ def is_read_by_nibabel(path: str) -> bool:
     return path.lower().endswith(NIBABEL_SUFFIXES) and not Path(path).is_dir()
 
 
+def identity_of(path: Path) -> tuple[int, int]:
+    """The same for all paths to one volume: links to a file or folder, and the header and the voxels of a pair."""
+    voxels = path.with_suffix(".img")
+    status = (voxels if path.suffix == ".hdr" and voxels.is_file() else path).stat()
+    return status.st_dev, status.st_ino
+
+
 def state_of(path: str) -> str:
     """
     A SHA-256 that changes when a file of a volume is replaced: of the name, size and time of each.
@@ -143,11 +157,21 @@ def affine_of(image: Any) -> np.ndarray:
         image: that nibabel has opened, or a NIfTI header.
 
     Returns:
-        4x4, from voxels to mm; with :py:func:`problem_of_affine` where the file has no valid one.
+        4x4, from voxels to mm, whatever the file's unit is; with :py:func:`problem_of_affine` where the file has no valid
+        one.
     """
     header = getattr(image, "header", image)
     if not isinstance(header, nib.Nifti1Header):
         return np.array(image.affine)
+    return np.diag([*3 * [millimetres_per_unit(int(header["xyzt_units"]))], 1.0]) @ _chosen_form(header)
+
+
+def millimetres_per_unit(xyzt_units: int) -> float:
+    """What a length of a NIfTI file is multiplied by, for mm; ``xyzt_units`` is the field of its header."""
+    return NIFTI_UNITS.get(xyzt_units % 8, 1.0)
+
+
+def _chosen_form(header: nib.Nifti1Header) -> np.ndarray:
     sform = header.get_sform()
     if header["sform_code"] > 0 and problem_of_affine(sform) is None:
         return sform
@@ -247,7 +271,11 @@ def _with_nrrd_affine(values: np.ndarray, header: Mapping[str, Any]) -> tuple[np
     affine = np.eye(4)
     affine[:3, :3] = np.stack([rows[axis] for axis in spatial], axis=1)
     affine[:3, 3] = header.get("space origin", np.zeros(3))
-    return np.moveaxis(values, spatial, (0, 1, 2)), np.diag([*signs, 1.0]) @ affine
+    units = [str(unit).strip().lower() for unit in header.get("space units", 3 * ["mm"])]
+    if not NRRD_UNITS.keys() >= set(units):
+        raise ValueError(f"has the `space units` {units}, which are not read; write its lengths in mm.")
+    scales = [sign * NRRD_UNITS[unit] for sign, unit in zip(signs, units)]
+    return np.moveaxis(values, spatial, (0, 1, 2)), np.diag([*scales, 1.0]) @ affine
 
 
 def _read_dicom(path: str) -> tuple[np.ndarray, np.ndarray]:

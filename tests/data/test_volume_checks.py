@@ -11,8 +11,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from scripts.data.volume_checks import check_header, find_problem, usable_volumes
+from scripts.data.volume_checks import check_header, explanation, find_problem, usable_volumes
 from tests.conftest import head_like, save_volume
 from tests.processes import bundle_run
 
@@ -215,3 +216,9 @@ def test_truncated_volume_stops_training_before_the_first_step(volumes, tmp_path
     assert "1 of 5 volumes cannot be used" in process.stdout
     assert "sub-09/broken.nii.gz cannot be read to its end" in process.stdout
     assert "before the first step" not in process.stdout and not list(tmp_path.rglob("*.pt"))
+
+
+def test_volume_that_does_not_fit_into_memory_is_told_so():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert explanation(caught.value, "a.nii").startswith("does not fit into the memory of this machine")

@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -116,6 +117,12 @@ def test_links_are_followed_once_and_named_where_they_lead_nowhere(tmp_path, cap
     assert found == ["sub-1/a.nii.gz", "sub-1/c.nii.gz", "sub-2/b.nii.gz"]
     (nowhere,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert "2 links that lead nowhere" in nowhere and "sub-3" in nowhere and "sub-1/gone.nii.gz" in nowhere
+
+
+def test_header_and_voxels_of_a_pair_are_one_volume(tmp_path):
+    nib.save(nib.Nifti1Pair(np.zeros((2, 2, 2), np.int16), np.eye(4)), tmp_path / "a.hdr")
+    for pattern, name in (("**/*", "a.hdr"), ("*.hdr", "a.hdr"), ("*.img", "a.img")):
+        assert find_images(str(tmp_path), pattern) == [{"image": str(tmp_path / name)}]
 
 
 def test_patterns_match_folders_at_their_depth(tmp_path):

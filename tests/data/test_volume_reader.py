@@ -234,6 +234,7 @@ def test_formats_that_nibabel_reads(tmp_path, ending):
     kind = nib.MGHImage if ".mg" in ending else nib.Nifti1Pair if ending in (".hdr", ".img") else nib.Nifti1Image
     path = tmp_path / f"a{ending}"
     nib.save(kind(VOXELS, QFORM), path)
+    check_header(str(path), 1)
     values, affine = VolumeReader().get_data(str(path))[0], read_volume(str(path))[1]
     assert np.array_equal(values, VOXELS) and np.allclose(affine, QFORM, atol=1e-5)
     SaveVolumed("image", str(tmp_path / "out"), "x")(preprocessing(tmp_path)({"image": str(path)}))
@@ -254,6 +255,29 @@ def test_nrrd_with_space_directions(tmp_path, channels_first):
         nrrd.write(str(path), data, header)
         values, found = read_volume(str(path))
         assert np.allclose(found, sheared(QFORM)) and np.array_equal(values[..., 0] if channels_first else values, VOXELS)
+
+
+@pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000), ("micron", 0.001), ("mm", 1), ("unknown", 1)])
+@pytest.mark.parametrize("codes", [(1, 1), (0, 1), (0, 0)])
+def test_lengths_are_converted_to_mm_and_come_back_in_the_unit_of_the_file(tmp_path, unit, millimetres, codes):
+    in_units = np.diag([*3 * [1 / millimetres], 1.0]) @ QFORM
+    changed = {"xyzt_units": nib.nifti1.unit_codes[unit] + nib.nifti1.unit_codes["sec"]}
+    path = write(tmp_path / "a.nii.gz", VOXELS, qform=(in_units, codes[1]), sform=(in_units, codes[0]), changed=changed)
+    lengths = np.linalg.norm(read_volume(str(path))[1][:3, :3], axis=0)
+    assert np.allclose(lengths, SPACING, rtol=1e-5)
+    assert_comes_back(path, tmp_path, affine_of(nib.load(path)))
+    latent = nib.load(next((tmp_path / "latents").glob("*.nii.gz")))
+    assert latent.header["xyzt_units"] % 8 == changed["xyzt_units"] % 8
+    assert np.allclose(np.sort(latent.header.get_zooms()[:3]), np.sort(SPACING / millimetres), rtol=1e-5)
+
+
+def test_nrrd_units(tmp_path):
+    nrrd = pytest.importorskip("nrrd")
+    header = {"space": "RAS", "space directions": 1000 * QFORM[:3, :3].T, "space origin": 1000 * QFORM[:3, 3]}
+    nrrd.write(str(tmp_path / "a.nrrd"), VOXELS, {**header, "space units": 3 * ["microns"]})
+    assert np.allclose(read_volume(str(tmp_path / "a.nrrd"))[1], QFORM)
+    nrrd.write(str(tmp_path / "b.nrrd"), VOXELS, {**header, "space units": 3 * ["pixel"]})
+    assert "`space units` ['pixel', 'pixel', 'pixel']" in str(find_problem(str(tmp_path / "b.nrrd"), 1))
 
 
 def test_formats_without_orientation_or_reader_are_refused_by_name(tmp_path):
