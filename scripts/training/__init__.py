@@ -10,8 +10,8 @@ from scripts.training.muon import Muon
 from scripts.training.pretrained import load_pretrained
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
 from scripts.training.resumable_trainer import ResumableTrainer, moving_average
+from scripts.training.resume import RunState
 from scripts.training.run_log import BeforeAndAfter, MLflowRun, log_factors
-from scripts.training.run_state import RunState
 
 __all__ = [
     "Adversary",

@@ -24,7 +24,7 @@ from scripts.bundle.files import UNFINISHED, serialise, write_atomically
 from scripts.bundle.precision import Precision, choose_precision
 from scripts.bundle.weights import save_weights, what_is_wrong
 from scripts.training.resumable_trainer import ResumableTrainer
-from scripts.training.run_state import RunState
+from scripts.training.resume import RunState
 
 __all__ = ["TrainingSaver", "claim_ckpt_dir", "find_checkpoints", "newest_checkpoint", "resumed_precision"]
 

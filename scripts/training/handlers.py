@@ -22,8 +22,8 @@ from scripts.training.checkpoints import TrainingSaver, newest_checkpoint
 from scripts.training.pretrained import load_pretrained
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableOrder, training_patches
 from scripts.training.resumable_trainer import ResumableTrainer
+from scripts.training.resume import RunState
 from scripts.training.run_log import BeforeAndAfter, Curves, TrainingProgress
-from scripts.training.run_state import RunState
 from scripts.training.stop_on_signal import StopOnSignal
 
 __all__ = ["InitialWeights", "RunHandlers", "fit_shortcut"]

@@ -18,7 +18,7 @@ from scripts.bundle.weights import read_weights, what_differs
 __all__ = ["load_pretrained"]
 
 LAYER = re.compile(r"((?:encoder|decoder)\.blocks\.\d+|decoder\.refine|[^.]+)\.?(.*)")  # and the name of a tensor in it
-# What a block is can be told from the names of its tensors
+# The names of a block's tensors say what it is
 KINDS = {"conv1.": "residual", "attn.": "attention", "conv.conv.": "step", "postconv.": "step", "deconv.": "step"}
 # Layers that compute latent and image from the features; beside a linear shortcut they only compute a correction of both
 ENDS = ("encoder norm", "decoder norm", "decoder last", "quant_conv_mu", "quant_conv_log_sigma")

@@ -20,8 +20,8 @@ from scripts.inference.inferers import ReconstructionInferer
 from scripts.training.checkpoints import WEIGHTS, TrainingSaver, claim_ckpt_dir, find_checkpoints
 from scripts.training.handlers import InitialWeights, RunHandlers
 from scripts.training.repeatable_batches import RepeatableOrder
+from scripts.training.resume import RunState
 from scripts.training.run_log import BeforeAndAfter
-from scripts.training.run_state import RunState
 from tests.training.test_training import images, poisoned, small_network, trainer_of
 
 

@@ -112,7 +112,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(moment, data, tmp_pa
     output_dir = tmp_path / "eval"
     assert train(data, output_dir, KILLS[moment]) == -signal.SIGKILL
     assert train(data, output_dir, resume=True, num_workers=1) == 0, log_of(output_dir)
-    assert "run_state: resumed" in log_of(output_dir)
+    assert "resume: resumed" in log_of(output_dir)
     resumed = final_state(output_dir)
     assert {"average", "discriminator", "discriminator_optimizer", "discriminator_lr_scheduler"} < uninterrupted.keys()
     for part in uninterrupted.keys() - {"config", "log"}:

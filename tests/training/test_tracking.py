@@ -17,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from scripts.training.checkpoints import TrainingSaver
 from scripts.training.handlers import InitialWeights, RunHandlers
 from scripts.training.repeatable_batches import Draw, RepeatableOrder
+from scripts.training.resume import RunState
 from scripts.training.run_log import TrainingProgress
-from scripts.training.run_state import RunState
 from tests.conftest import ROOT, SMALL, save_volume
 from tests.training.test_checkpoints import evaluator_of
 from tests.training.test_training import images, small_network, trainer_of

@@ -18,7 +18,7 @@ from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.handlers import InitialWeights
 from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, SpectralLoss, kl_divergence, perceptual_loss
 from scripts.training.resumable_trainer import moving_average
-from scripts.training.run_state import RunState
+from scripts.training.resume import RunState
 
 
 def small_network(**arguments) -> AutoencoderKL:
@@ -281,7 +281,8 @@ def test_schedules_follow_the_steps_of_their_optimizers(adv_warmup_epochs):
         optimizer.register_step_pre_hook(
             lambda optimizer, *_: rates.append((optimizer is trainer.optimizer, optimizer.param_groups[0]["lr"]))
         )
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         trainer.run()
     assert [rate for own, rate in rates if own] == pytest.approx([1e-3 / n for n in range(1, 5)])
     count = 4 - 2 * adv_warmup_epochs

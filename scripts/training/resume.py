@@ -145,10 +145,11 @@ def _load_schedule(schedule: LRScheduler, saved: dict[str, Any]) -> None:
     """The position of the checkpoint in the schedule of this run, whose base rate and length may be others."""
     if isinstance(schedule, LambdaLR):
         schedule.last_epoch, schedule._step_count = saved["last_epoch"] - 1, saved["_step_count"] - 1
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that the optimizer has not stepped
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the optimizer has not stepped
             schedule.step()
         return
-    # the settings of any other one cannot be told from its position; its rate keeps its share of the base rate
+    # the settings of any other one do not follow from its position; its rate keeps its share of the base rate
     schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs})
     bases = zip(saved["base_lrs"], schedule.base_lrs)
     for group, rate, (before, now) in zip(schedule.optimizer.param_groups, saved["_last_lr"], bases):
