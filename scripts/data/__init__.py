@@ -7,7 +7,7 @@ from scripts.data.intensity_window import ScaleIntensityWindowd
 from scripts.data.label_maps import RefuseLabelMapd
 from scripts.data.latents import LoadLatentd, SaveLatentd, find_latents, save_latent_scale, without_whole_latents
 from scripts.data.procedural_volumes import ProceduralVolumed
-from scripts.data.restored_volumes import DescribeSourced, SaveVolumed
+from scripts.data.restored_volumes import DescribeSourced, RestoreVolumed, SaveImageOfRecordd
 from scripts.data.sample_volumes import prepare_demonstration_heads, prepare_sample_volumes
 from scripts.data.volume_checks import usable_volumes
 from scripts.data.volume_lists import affordable_cache_rate, find_images, guesses_labels, training_and_validation
@@ -19,8 +19,9 @@ __all__ = [
     "LoadLatentd",
     "ProceduralVolumed",
     "RefuseLabelMapd",
+    "RestoreVolumed",
     "SaveLatentd",
-    "SaveVolumed",
+    "SaveImageOfRecordd",
     "ScaleIntensityWindowd",
     "VolumeReader",
     "affordable_cache_rate",

@@ -43,7 +43,8 @@ __all__ = [
     "DescribeSourced",
     "NiftiHeader",
     "Record",
-    "SaveVolumed",
+    "RestoreVolumed",
+    "SaveImageOfRecordd",
     "as_stored",
     "clipped_shares",
     "conditions_and_list",
@@ -58,6 +59,7 @@ RESTORING = {"preprocessed_shape": 8, "shape": 16}  # least bytes per voxel: two
 COMPRESSION = 1  # level of gzip; noisy voxels hardly shrink further at higher ones
 MAX_SIZE = 2**15 - 1  # of an axis in NIfTI-1
 SHIFT = 1e-3  # voxels by which an affine may be off through rounding
+IN_MEMORY = "volume.nii.gz"  # name of a volume that came from no file
 LEAST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 MILLIMETRES = 2  # of NIfTI's units
 RAW_FIELDS = {  # fields of a NIfTI header that say where voxels are and how far apart, as they are kept in a record
@@ -301,24 +303,42 @@ def record_of(image: MetaTensor) -> Record:
     return next(op for op in reversed(image.applied_operations) if op["class"] == name)["extra_info"]["record"]
 
 
-class SaveVolumed(Transform):
+class RestoreVolumed(MapTransform):
     """
-    Restore a prediction to the file that the record of the image describes, and write it as compressed NIfTI in one step.
+    Restore predictions to the grid and the intensities of the file that the record of the image describes.
 
     Args:
-        key: of the prediction, ``CxHxWxD`` in [0, 1].
+        keys: keys of predictions, ``CxHxWxD`` in [0, 1]; they become float32, with the record.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d, record = dict(data), record_of(data[Keys.IMAGE])  # type: ignore[index]
+        for key in self.key_iterator(d):
+            values = torch.from_numpy(np.ascontiguousarray(_restored(d[key], record)))
+            d[key] = with_record(MetaTensor(values, affine=torch.tensor(record.affine)), record)
+        return d
+
+
+class SaveImageOfRecordd(Transform):
+    """
+    Write a volume that :py:class:`RestoreVolumed` has restored, as compressed NIfTI in one step. MONAI Deploy, which keeps
+    volumes in memory, leaves out transforms with ``SaveImage`` in their name.
+
+    Args:
+        key: key of the volume.
         output_dir: folder to write to; the file gets the relative path that the source has in its folder.
-        postfix: added to the name.
+        postfix: text that is added to the name.
     """
 
     def __init__(self, key: str, output_dir: str, postfix: str) -> None:
         self.key, self.output_dir, self.postfix = key, output_dir, postfix
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        record = record_of(data[Keys.IMAGE])
+        record = record_of(data[self.key])
         path = output_path(self.output_dir, record.source, self.postfix, record.keep_ending)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(nifti_bytes(restore(data[self.key], record), record), path)
+        values = np.moveaxis(data[self.key].as_tensor().numpy(), 0, -1)
+        write_atomically(nifti_bytes(as_stored(values, record).reshape(record.shape), record), path)
         logger.info(f"{path}: {clipped_shares(vars(record))}")
         return dict(data)
 
@@ -342,13 +362,18 @@ def restore(image: torch.Tensor, record: Record) -> np.ndarray:
     Returns:
         the shape of the file, in its data type, as it is stored (before its slope).
     """
+    return as_stored(np.moveaxis(_restored(image, record), 0, -1), record).reshape(record.shape)
+
+
+def _restored(image: torch.Tensor, record: Record) -> np.ndarray:
+    """True intensities on the file's grid, ``CxHxWxD`` in float32."""
     image = image.detach().as_subclass(torch.Tensor).cpu()
     for dim, size in enumerate(record.preprocessed_shape, start=1):
         image = image.narrow(dim, 0, size)
     image = unscaled(image.clamp(0, 1), record.intensity_low, record.intensity_high)
-    values = _to_source_grid(image, record)
-    put_back_missing(np.moveaxis(values, -1, 0), record.missing)
-    return as_stored(values, record).reshape(record.shape)
+    values = np.moveaxis(_to_source_grid(image, record), -1, 0)
+    put_back_missing(values, record.missing)
+    return values
 
 
 def as_stored(values: np.ndarray, header: NiftiHeader) -> np.ndarray:
@@ -387,7 +412,11 @@ def nifti_bytes(stored: np.ndarray, header: NiftiHeader, description: str = "") 
 
 
 def _record(image: MetaTensor, dataset_dir: Path, keep_ending: bool) -> Record:
-    path = str(image.meta[ImageMetaKey.FILENAME_OR_OBJ])
+    path = str(image.meta.get(ImageMetaKey.FILENAME_OR_OBJ) or "")
+    of_file: dict[str, Any] = {"source": IN_MEMORY}
+    if path:
+        of_file = {"source": Path(path).relative_to(dataset_dir).as_posix(), "source_state": state_of(path)}
+        of_file |= conditions_and_list(path, str(dataset_dir))
     shape, header = _header(path, image)
     loaded = np.array(image.meta[MetaKeys.ORIGINAL_AFFINE])
     if not _same_place(loaded, np.array(header.affine)):
@@ -395,8 +424,7 @@ def _record(image: MetaTensor, dataset_dir: Path, keep_ending: bool) -> Record:
     window = intensity_window(image)
     described = {
         **vars(header),
-        "source": Path(path).relative_to(dataset_dir).as_posix(),
-        "source_state": state_of(path),
+        **of_file,
         "keep_ending": keep_ending,
         "shape": shape,
         "preprocessed_shape": tuple(image.shape[1:]),
@@ -404,7 +432,6 @@ def _record(image: MetaTensor, dataset_dir: Path, keep_ending: bool) -> Record:
         "intensity_low": tuple(window["low"]),
         "intensity_high": tuple(window["high"]),
         **{name: window[name] for name in ("clipped", "clipped_below", "clipped_above", "missing")},
-        **conditions_and_list(path, str(dataset_dir)),
     }
     return checked(described, Record)  # what is encoded can be decoded
 

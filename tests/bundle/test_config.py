@@ -174,6 +174,7 @@ def test_every_key_of_a_config_is_what_it_must_be_and_has_a_kind():
     assert KINDS.keys() <= defaults.keys()
     assert [key for key, value in defaults.items() if value is None and key not in KINDS] == []
     bases = {"evaluate_diffusion.json": "train_diffusion.json", "inference_exported.json": "inference.json"}
+    bases["in_memory.json"] = "inference.json"
     for path in CONFIGS.rglob("*.json"):
         if path.name not in NOT_CONFIGS:
             parser = ConfigParser()

@@ -18,7 +18,7 @@ from monai.transforms import Compose, LoadImaged, Orientationd
 
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.weights import save_weights
-from scripts.data import DescribeSourced, LoadLatentd, SaveLatentd, SaveVolumed, ScaleIntensityWindowd
+from scripts.data import DescribeSourced, LoadLatentd, RestoreVolumed, SaveImageOfRecordd, SaveLatentd, ScaleIntensityWindowd
 from scripts.data.file_names import output_path
 from scripts.data.latents import find_latents, save_latent_scale, without_whole_latents
 from tests.conftest import save_volume
@@ -49,6 +49,10 @@ NASTY: list[Any] = [
     *([[0] * 4] * 4, [[float("nan")] * 4] * 4, np.eye(4).tolist(), (1e300 * np.eye(4)).tolist(), np.ones((4, 4)).tolist()),
     *({}, {"a": 1}, ["a"], ["a", "b", "c"], [None] * 3),
 ]
+
+
+def restore_and_save(key: str, output_dir: str, postfix: str) -> Compose:
+    return Compose([RestoreVolumed(key), SaveImageOfRecordd(key, output_dir, postfix)])
 
 
 class Encoded:
@@ -86,7 +90,7 @@ class Encoded:
         item = LoadLatentd("image", self.network, self.weights, str(latents))({"image": str(latents / f"{NAME}.nii.gz")})
         with torch.no_grad():
             item["pred"] = self.network.decode(item["image"][None])[0]
-        SaveVolumed("pred", str(output_dir), "reconstruction")(item)
+        restore_and_save("pred", str(output_dir), "reconstruction")(item)
         return output_dir / "head_reconstruction.nii.gz"
 
 
@@ -221,7 +225,7 @@ def test_latent_of_another_program_is_decoded_in_its_own_place(encoded, latents,
         item = LoadLatentd("image", encoded.network, encoded.weights, str(latents), window)(items[2])
         with torch.no_grad():
             item["pred"] = encoded.network.decode(item["image"][None])[0]
-        SaveVolumed("pred", str(tmp_path / "out"), "x")(item)
+        restore_and_save("pred", str(tmp_path / "out"), "x")(item)
         after = nib.load(tmp_path / "out" / "sample_x.nii.gz")
         assert after.shape == (10, 8, 6)
         assert np.allclose(after.affine, nib.as_closest_canonical(before).affine, atol=1e-5)

@@ -15,7 +15,15 @@ import pytest
 from monai.data import DataLoader, Dataset, decollate_batch
 from monai.transforms import Compose, LoadImaged, Orientationd
 
-from scripts.data import DescribeSourced, LoadLatentd, SaveLatentd, SaveVolumed, ScaleIntensityWindowd, VolumeReader
+from scripts.data import (
+    DescribeSourced,
+    LoadLatentd,
+    RestoreVolumed,
+    SaveImageOfRecordd,
+    SaveLatentd,
+    ScaleIntensityWindowd,
+    VolumeReader,
+)
 from scripts.data.latents import without_whole_latents
 from scripts.data.volume_checks import check_header, find_problem
 from scripts.data.volume_reader import affine_of, geometry_note, read_volume, state_of
@@ -25,6 +33,10 @@ SPACING = np.array([2.2, 1.8, 2.1])
 QFORM = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.05, 0.09, -0.07) @ np.diag(SPACING), [-50.0, -70.0, -30.0])
 RAW = ("qform_code", "sform_code", "pixdim", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
 RAW += ("srow_x", "srow_y", "srow_z", "xyzt_units")
+
+
+def restore_and_save(key: str, output_dir: str, postfix: str) -> Compose:
+    return Compose([RestoreVolumed(key), SaveImageOfRecordd(key, output_dir, postfix)])
 
 
 class Identity:
@@ -64,13 +76,13 @@ def preprocessing(folder: Path) -> Compose:
 def returned(path: Path, out: Path) -> list[Any]:
     """The file as it comes back from reconstructing, and from encoding and decoding."""
     item = preprocessing(path.parent)({"image": str(path)})
-    SaveVolumed("image", str(out / "reconstructed"), "x")(item)
+    restore_and_save("image", str(out / "reconstructed"), "x")(item)
     weights = out / "weights"
     weights.write_bytes(b"")
     SaveLatentd("image", str(out / "latents"), Identity(), str(weights), {})(item)
     latent = next((out / "latents").glob("*.nii.gz"))
     loaded = LoadLatentd("image", Identity(), str(weights), str(out / "latents"))({"image": str(latent)})
-    SaveVolumed("image", str(out / "decoded"), "x")(loaded)
+    restore_and_save("image", str(out / "decoded"), "x")(loaded)
     return [nib.load(next((out / kind).glob("*.nii.gz"))) for kind in ("reconstructed", "decoded")]
 
 
@@ -205,7 +217,7 @@ def test_channels_come_back_in_their_place(tmp_path):
     path = write(tmp_path / "a.nii.gz", data, sform=(sheared(QFORM), 1))
     assert read_volume(str(path))[0].shape == (5, 4, 3, 2)
     item = preprocessing(tmp_path)({"image": str(path)})
-    SaveVolumed("image", str(tmp_path), "x")(item)
+    restore_and_save("image", str(tmp_path), "x")(item)
     assert np.array_equal(np.asarray(nib.load(tmp_path / "a_x.nii.gz").dataobj), data)
 
 
@@ -215,7 +227,7 @@ def test_record_travels_through_loaders_and_workers(tmp_path, data_type):
     path = write(tmp_path / "a.nii.gz", data, sform=(QFORM, 1))
     loader = DataLoader(Dataset([{"image": str(path)}], preprocessing(tmp_path)), batch_size=1, num_workers=1)
     (item,) = decollate_batch(next(iter(loader)))
-    SaveVolumed("image", str(tmp_path), "x")(item)
+    restore_and_save("image", str(tmp_path), "x")(item)
     after = nib.load(tmp_path / "a_x.nii.gz")
     assert np.allclose(after.get_fdata(), VOXELS, rtol=1e-6) and after.header.get_data_dtype() == data.dtype
 
@@ -224,7 +236,7 @@ def test_largest_integers_of_64_bits_do_not_wrap_around(tmp_path):
     data = VOXELS.astype(np.int64) << 56
     data.flat[data.argmax()] = np.iinfo(np.int64).max
     path = write(tmp_path / "a.nii.gz", data, sform=(QFORM, 1))
-    SaveVolumed("image", str(tmp_path), "x")(preprocessing(tmp_path)({"image": str(path)}))
+    restore_and_save("image", str(tmp_path), "x")(preprocessing(tmp_path)({"image": str(path)}))
     after = np.asarray(nib.load(tmp_path / "a_x.nii.gz").dataobj)
     assert np.corrcoef(after.ravel(), data.ravel())[0, 1] > 0.999
 
@@ -237,7 +249,7 @@ def test_formats_that_nibabel_reads(tmp_path, ending):
     check_header(str(path), 1)
     values, affine = VolumeReader().get_data(str(path))[0], read_volume(str(path))[1]
     assert np.array_equal(values, VOXELS) and np.allclose(affine, QFORM, atol=1e-5)
-    SaveVolumed("image", str(tmp_path / "out"), "x")(preprocessing(tmp_path)({"image": str(path)}))
+    restore_and_save("image", str(tmp_path / "out"), "x")(preprocessing(tmp_path)({"image": str(path)}))
     after = nib.load(next((tmp_path / "out").glob("*.nii.gz")))
     assert np.allclose(after.get_fdata(), VOXELS, rtol=1e-6) and np.allclose(after.affine, QFORM, atol=1e-5)
 

@@ -12,9 +12,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import yaml
+from monai.bundle import ConfigParser, run
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from scipy.ndimage import gaussian_filter
 
 from scripts.sharing.release import NAME
 from tests.conftest import ROOT, save_volume
@@ -184,3 +190,39 @@ def test_files_that_a_zoo_keeps_out_of_git_are_downloaded(downloaded, archive, t
     _python(tmp_path, "-m", "monai.bundle", "download_large_files", "--bundle_path", NAME)
     for name in names:
         assert (tmp_path / NAME / name).read_bytes() == (downloaded / name).read_bytes()
+
+
+def in_memory(torchscript: Path, values: np.ndarray, meta: dict, folder: Path) -> np.ndarray:
+    """What MONAI Deploy's ``MonaiBundleInferenceOperator`` does with a TorchScript file and an image in memory."""
+    parser = ConfigParser()
+    with zipfile.ZipFile(torchscript) as archive:
+        parser.read_meta(json.loads(archive.read("model/extra/metadata.json")))
+        parser.read_config(archive.extract("model/extra/inference.json", folder))
+    parser.parse()
+    inferer, before, after = map(parser.get_parsed_content, ("inferer", "preprocessing", "postprocessing"))
+    for steps in (before, after):
+        kept = [step for step in steps.transforms if not re.search("LoadImage|SaveImage", type(step).__name__)]
+        assert isinstance(kept[0], MapTransform)
+        steps.transforms = tuple(kept)
+    network = torch.jit.load(torchscript).eval()
+    item = before({"image": MetaTensor.ensure_torch_and_prune_meta(values, meta)})
+    with torch.no_grad():
+        pred = inferer(inputs=item["image"][None], network=network)
+    return np.asarray(after({"pred": pred[0], **item})["pred"])
+
+
+def test_torchscript_reconstructs_in_memory_what_evaluating_writes(downloaded, tmp_path):
+    path = tmp_path / "in" / "head.nii.gz"
+    path.parent.mkdir()
+    values = gaussian_filter(np.random.default_rng(0).normal(size=(24, 21, 17)), 2).astype(np.float32) * 1000
+    affine = np.array([[0, -1.5, 0, 3], [0, 0, 2.0, -7], [1.0, 0, 0, 5], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(values, affine), path)
+    paths = {"dataset_dir": str(path.parent), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(ROOT / "models")}
+    keys = {"bundle_root": str(ROOT), "device": "cpu", "num_workers": 0, "amp": False, **paths}
+    run("evaluating", config_file=str(ROOT / "configs/inference.json"), logging_file=False, **keys)
+    expected = nib.load(tmp_path / "out" / "head_reconstruction.nii.gz").get_fdata()
+    meta = {"affine": affine, "original_affine": affine, "spatial_shape": np.array(values.shape)}
+    meta["original_channel_dim"] = "no_channel"  # as the operator describes an image of a DICOM series
+    (found,) = in_memory(downloaded / "models/model.ts", values, meta, tmp_path)
+    assert found.shape == values.shape and np.abs(found - expected).max() < 1e-4 * np.ptp(values)
+    assert np.corrcoef(found.ravel(), values.ravel())[0, 1] > 0.9
