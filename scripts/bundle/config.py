@@ -81,8 +81,11 @@ def check_parser(parser: ConfigParser) -> None:
         if value != config[key] or type(value) is not type(config[key]):  # the item as well, which has been parsed already
             config[key] = value
             parser.ref_resolver.items[key].update_config(value)
-        if not _has_expression(value):
-            checked(value, KINDS.get(key, _kind_of(defaults[key])), key)
+        if _has_expression(value):
+            continue
+        if key in PATHS and ReferenceResolver.sep in str(value):
+            raise ValueError(f"`{key}` is {value!r}: MONAI makes '::' of a '#'; rename that folder, or make a link to it.")
+        checked(value, KINDS.get(key, _kind_of(defaults[key])), key)
 
 
 def executed_config() -> dict[str, Any]:

@@ -3,6 +3,7 @@ a run hours later."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.filebasedimages import ImageFileError
 
 from scripts.bundle.errors import reason
 from scripts.bundle.files import write_atomically
@@ -156,8 +158,8 @@ def explanation(error: BaseException, path: str) -> str:
     error = reason(error)
     if isinstance(error, ValueError):
         return str(error).removeprefix(path).strip()
-    if isinstance(error, PermissionError):
-        return f"cannot be opened ({error.strerror})."
+    if isinstance(error, PermissionError) or (isinstance(error, ImageFileError) and not os.access(path, os.R_OK)):
+        return f"cannot be opened ({os.strerror(errno.EACCES)})."
     if isinstance(error, MemoryError) or NO_MEMORY in str(error):
         return "does not fit into the memory of this machine; crop it, or resample it (`spacing`)."
     return f"cannot be read to its end ({type(error).__name__}: {error}); copy or convert it again."

@@ -190,7 +190,8 @@ def geometry_note(image: Any) -> str | None:
         image: that nibabel has opened.
     """
     header = image.header
-    if isinstance(header, nib.AnalyzeHeader) and not isinstance(header, nib.Nifti1Header):
+    is_analyze = isinstance(header, nib.AnalyzeHeader) and not isinstance(header, nib.Nifti1Header)
+    if is_analyze and np.array_equal(image.affine, header.get_best_affine()):  # SPM's .mat beside it would say otherwise
         return "is an Analyze file, which does not say where left is: its first axis is taken to run from right to left"
     if not isinstance(header, nib.Nifti1Header) or not (header["sform_code"] > 0 and header["qform_code"] > 0):
         return None

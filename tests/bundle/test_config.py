@@ -169,6 +169,13 @@ def test_value_that_makes_no_sense_is_refused_with_its_key(key, value, words):
         check_parser(flow.parser)
 
 
+def test_number_sign_in_a_path_is_refused():
+    flow = workflow("train.json", workflow_type="train", output_dir="/data/run#2")
+    flow.parser.parse()
+    with pytest.raises(ValueError, match="`output_dir` is '/data/run::2'.*'#'"):
+        check_parser(flow.parser)
+
+
 def test_every_key_of_a_config_is_what_it_must_be_and_has_a_kind():
     defaults = _bundle_defaults()
     assert KINDS.keys() <= defaults.keys()

@@ -222,3 +222,9 @@ def test_volume_that_does_not_fit_into_memory_is_told_so():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
     assert explanation(caught.value, "a.nii").startswith("does not fit into the memory of this machine")
+
+
+def test_file_without_permission_is_told_so(tmp_path, monkeypatch):
+    (tmp_path / "a.nii.gz").write_bytes(b"unreadable")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read all files
+    assert find_problem(str(tmp_path / "a.nii.gz"), 1) == "cannot be opened (Permission denied)."

@@ -269,6 +269,14 @@ def test_nrrd_with_space_directions(tmp_path, channels_first):
         assert np.allclose(found, sheared(QFORM)) and np.array_equal(values[..., 0] if channels_first else values, VOXELS)
 
 
+def test_analyze_does_not_say_where_left_is_but_a_matrix_of_spm_does(tmp_path):
+    nib.save(nib.AnalyzeImage(VOXELS, None), tmp_path / "a.hdr")
+    assert "from right to left" in str(geometry_note(nib.load(tmp_path / "a.hdr")))
+    nib.save(nib.Spm99AnalyzeImage(VOXELS, QFORM), tmp_path / "b.hdr")
+    assert np.allclose(read_volume(str(tmp_path / "b.hdr"))[1], QFORM)
+    assert geometry_note(nib.load(tmp_path / "b.hdr")) is None
+
+
 @pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000), ("micron", 0.001), ("mm", 1), ("unknown", 1)])
 @pytest.mark.parametrize("codes", [(1, 1), (0, 1), (0, 0)])
 def test_lengths_are_converted_to_mm_and_come_back_in_the_unit_of_the_file(tmp_path, unit, millimetres, codes):
