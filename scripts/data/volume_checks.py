@@ -194,7 +194,7 @@ def check_header(path: str, image_channels: int) -> None:
 
 def check_claim(image: Any) -> None:
     """
-    Check that a file is large enough for what its header says, and this machine's memory for the volume.
+    Check that voxels lie behind their header, in a file that is large enough for them, and that memory is enough for them.
 
     Args:
         image: of which nibabel has read the header.
@@ -202,6 +202,8 @@ def check_claim(image: Any) -> None:
     Raises:
         ValueError: with text that follows the path.
     """
+    if getattr(image.header, "is_single", False) and image.dataobj.offset == 0:
+        raise ValueError("says that its voxels begin where its header does (`vox_offset` 0); write it again.")
     claimed = " x ".join(f"{n}" for n in image.shape)
     num_voxels, item_size = math.prod(map(int, image.shape)), image.get_data_dtype().itemsize
     path = str(image.file_map["image"].filename)  # of the voxels, where the header has a file of its own

@@ -40,7 +40,7 @@ def with_voxel(path: Path, value: float) -> str:
 def with_header(path: Path, affine: np.ndarray | None = None, **fields: object) -> str:
     """A volume whose header does not agree with the content of the file."""
     image = nib.Nifti1Image(head_like(SHAPE), np.eye(4))
-    for name, value in fields.items():
+    for name, value in {"vox_offset": 352, **fields}.items():
         image.header[name] = value
     if affine is not None:
         image.header["sform_code"] = 1
@@ -88,6 +88,7 @@ FAULTS = {
         "its header claims 32000 x 32000 x 32000 voxels of 2 bytes up to",
     ),
     "huge.nii.gz": (lambda path: with_header(path, dim=HUGE), "compressed bytes. It is truncated or its header is false"),
+    "in_header.nii": (lambda path: with_header(path, vox_offset=0), "voxels begin where its header does"),
     "offset.nii": (lambda path: with_header(path, vox_offset=1e9), "up to byte 1,000,001,440, and the file has"),
 }
 SEEN_IN_THE_HEADER = [*FAULTS][[*FAULTS].index("rgb.nii.gz") :]
