@@ -33,13 +33,14 @@ MAX_VOXELS = 10_000
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Three volumes; two are named for the viewer, of which one is larger than it takes."""
+    """Three validation volumes; two are named for the viewer, of which one is larger than it takes."""
     folder = tmp_path_factory.mktemp("viewer")
     save_volume(folder / "in" / VIEWED, SHAPE, affine=TILTED)
     save_volume(folder / "in" / WITHOUT, (16, 16, 16), seed=1)
     noise = np.random.default_rng(0).normal(0, 300, (26, 24, 22))
     nib.save(nib.Nifti1Image((head_like(noise.shape, seed=2) + noise).astype(np.float32), np.eye(4)), folder / "in" / LARGE)
-    lists = {"training": [{"image": WITHOUT}], "validation": [{"image": name} for name in (VIEWED, WITHOUT, LARGE)]}
+    save_volume(folder / "in" / "training.nii.gz", (16, 16, 16), seed=3)
+    lists = {"training": [{"image": "training.nii.gz"}], "validation": [{"image": name} for name in (VIEWED, WITHOUT, LARGE)]}
     (folder / "in" / "dataset.json").write_text(json.dumps(lists))
     make_weights(folder / "weights")
     return folder
