@@ -40,7 +40,8 @@ def folder(tmp_path_factory) -> Path:
     noise = np.random.default_rng(0).normal(0, 300, (26, 24, 22))
     nib.save(nib.Nifti1Image((head_like(noise.shape, seed=2) + noise).astype(np.float32), np.eye(4)), folder / "in" / LARGE)
     save_volume(folder / "in" / "training.nii.gz", (16, 16, 16), seed=3)
-    lists = {"training": [{"image": "training.nii.gz"}], "validation": [{"image": name} for name in (VIEWED, WITHOUT, LARGE)]}
+    validation = [{"image": name} for name in (VIEWED, WITHOUT, LARGE)]
+    lists = {"training": [{"image": "training.nii.gz"}], "validation": validation}
     (folder / "in" / "dataset.json").write_text(json.dumps(lists))
     make_weights(folder / "weights")
     return folder
