@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scripts.diffusion.latent_data import latent_lists
+from scripts.diffusion.training_data import latent_lists
 
 from tests.conftest import save_volume
 from tests.diffusion.runs import encode, generate, train_generator, workflow
