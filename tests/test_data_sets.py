@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from scripts.diffusion.training_data import latent_lists
 
+from scripts.diffusion.training_data import latent_lists
 from tests.conftest import save_volume
 from tests.diffusion.runs import encode, generate, train_generator, workflow
 from tests.training_run import log_of, train
