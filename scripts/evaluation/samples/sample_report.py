@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.bundle.files import write_atomically
 from scripts.bundle.text_table import summary_table
 from scripts.evaluation.html_pages import Column, extents, render_page
+from scripts.evaluation.results import write_results
 from scripts.evaluation.viewer import View
 
 __all__ = ["write_report"]
@@ -92,27 +89,11 @@ def write_report(
         views: for those of them of which all slices are shown, the sample and its nearest training volume.
         output_dir: the folder; it is made.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    files = {
-        "metrics.csv": _table(evaluation["sets"]),
-        "metrics.json": json.dumps(evaluation, indent=2),
-        "report.html": _page(evaluation, pictures, views),
-    }
-    for name, content in files.items():
-        write_atomically(content.encode(), output_dir / name)
     logger.info(f"samples beside real volumes and Gaussians:\n{summary_table(evaluation['sets'])}")
     if evaluation["left_out"]:
         logger.info(evaluation["left_out"])
-    logger.info(f"report: {output_dir / 'report.html'}")
-
-
-def _table(sets: Mapping[str, Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    rows = [{"set": name, **row} for name, row in sets.items()]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    rows = [{"set": name, **row} for name, row in evaluation["sets"].items()]
+    write_results(output_dir, rows, evaluation, _page(evaluation, pictures, views))
 
 
 def _page(
