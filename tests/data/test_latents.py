@@ -192,7 +192,7 @@ def test_false_claim_and_infinite_values_in_the_latent_itself_are_refused(encode
     with pytest.raises(ValueError, match=rf"{NAME}\.nii\.gz has values that are NaN or infinite"):
         encoded.decode(latents, tmp_path / "out")
     header = image.header.copy()
-    header["dim"][1:5] = 30000, 30000, 30000, 3
+    header["dim"][1:5], header["vox_offset"] = (30000, 30000, 30000, 3), 352
     with nib.openers.Opener(str(path), "wb") as file:
         file.write(header.binaryblock)
     described(latents, latent_sha256=content_hash(path.read_bytes()))
