@@ -61,7 +61,9 @@ assert flow.check_properties() == []
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    said = _python(ROOT, "-m", "scripts.sharing.release", "--output_dir", str(folder), "--url", f"file://{folder}/{NAME}/")
+    said = run_python(
+        ROOT, "-m", "scripts.sharing.release", "--output_dir", str(folder), "--url", f"file://{folder}/{NAME}/"
+    )
     [path] = folder.iterdir()
     assert str(path) in said and hashlib.sha256(path.read_bytes()).hexdigest() in said
     return path
@@ -71,12 +73,13 @@ def archive(tmp_path_factory) -> Path:
 def downloaded(archive, tmp_path_factory) -> Path:
     """The bundle as ``monai.bundle download`` leaves it in an empty folder."""
     folder = tmp_path_factory.mktemp("empty")
-    _python(folder, "-m", "monai.bundle", "download", "--name", NAME, "--bundle_dir", ".", "--url", f"file://{archive}")
+    run_python(folder, "-m", "monai.bundle", "download", "--name", NAME, "--bundle_dir", ".", "--url", f"file://{archive}")
     return folder / NAME
 
 
-def _python(folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": NAME}
+def run_python(folder: Path, *arguments: str, bundle: str = NAME) -> str:
+    """What Python prints in a folder, with the bundle's folder below it on its path."""
+    environment = {**os.environ, "PYTHONPATH": bundle}
     process = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -130,7 +133,7 @@ def test_downloaded_bundle_trains_evaluates_encodes_and_loads(downloaded, archiv
     folder = downloaded.parent
     for i in range(2):
         save_volume(folder / "volumes" / f"sub-{i}" / "T1w.nii.gz", (24, 24, 17), seed=i)
-    _python(folder, "-c", f"URL = 'file://{archive.parent}/{NAME}'{WORK}")
+    run_python(folder, "-c", f"URL = 'file://{archive.parent}/{NAME}'{WORK}")
     assert (downloaded / "eval/fast_dev_run/checkpoints/model.pt").is_file()
     assert (downloaded / "eval/evaluation/metrics.csv").is_file()
     assert len(list((downloaded / "latents").rglob("*_latent.nii.gz"))) == 2
@@ -187,7 +190,7 @@ def test_files_that_a_zoo_keeps_out_of_git_are_downloaded(downloaded, archive, t
     shutil.copytree(downloaded, tmp_path / NAME)
     for name in names:
         (tmp_path / NAME / name).unlink()
-    _python(tmp_path, "-m", "monai.bundle", "download_large_files", "--bundle_path", NAME)
+    run_python(tmp_path, "-m", "monai.bundle", "download_large_files", "--bundle_path", NAME)
     for name in names:
         assert (tmp_path / NAME / name).read_bytes() == (downloaded / name).read_bytes()
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from scripts.sharing.release import NAME, build_release
 from scripts.sharing.share import share
 from tests.conftest import ROOT, save_volume
 from tests.diffusion.runs import KEYS, encode, generate, make_weights, workflow
+from tests.sharing.test_release import run_python
 from tests.test_model_zoo import SCHEMA
 
 TORCHSCRIPT = release._torchscript
@@ -90,17 +88,7 @@ def test_shared_generator_is_released_downloaded_and_makes_the_same_samples(fold
     zipfile.ZipFile(archive).extractall(tmp_path / "downloaded")
     downloaded = tmp_path / "downloaded" / NAME
     shutil.copytree(folder / "latents", tmp_path / "downloaded" / "latents")
-    environment = {**os.environ, "PYTHONPATH": "."}
-    job = subprocess.run(
-        [sys.executable, "-c", WORK],
-        cwd=downloaded,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert job.returncode == 0, job.stdout[-5000:]
+    run_python(downloaded, "-c", WORK, bundle=".")
     conditions = {"conditions": {"sex": "F", "age": 30}, "num_inference_steps": 2}
     generate(folder / "run/checkpoints", folder / "bundle/models/model.pt", tmp_path / "own", **conditions)
     for i in range(2):
