@@ -1,0 +1,86 @@
+"""What a spatial condition is: an image, or a label map, which is encoded as planes of zeros and ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from scripts.bundle.json_files import Must
+
+__all__ = ["SpatialKind"]
+
+MOST_CLASSES = 2**16
+PLANES_OF_CLASSES = 16  # up to so many classes have a plane each; more share planes, one for each bit of their numbers
+Classes = Annotated[
+    tuple[int, ...],
+    Must(f"up to {MOST_CLASSES} different labels, ascending and without 0", lambda c: len(c) <= MOST_CLASSES and _ascend(c)),
+]
+
+
+@dataclass(frozen=True)
+class SpatialKind:
+    """
+    A spatial condition, as all volumes of a data set have it.
+
+    Args:
+        classes: labels of a label map without 0, which is the background; empty for an image.
+    """
+
+    classes: Classes = ()
+
+    @property
+    def is_label_map(self) -> bool:
+        """Whether it is a label map."""
+        return bool(self.classes)
+
+    @property
+    def num_planes(self) -> int:
+        """Number of volumes that are encoded: 1 for an image, one for each class or, of more than 16, for each bit."""
+        count = len(self.classes)
+        return max(1, count if count <= PLANES_OF_CLASSES else count.bit_length())
+
+    def planes(self, volume: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
+        """
+        The volumes that are encoded.
+
+        Args:
+            volume: ``BxCxHxWxD``, an image in [0, 1] or labels.
+            name: of the volume, for errors.
+
+        Returns:
+            ``num_planes`` volumes of the shape of ``volume``, float32 in [0, 1].
+
+        Raises:
+            ValueError: for labels that are not among the classes.
+        """
+        if not self.is_label_map:
+            yield volume.float()
+            return
+        self.check(volume, name)
+        if len(self.classes) <= PLANES_OF_CLASSES:
+            for label in self.classes:
+                yield (volume == label).float()
+            return
+        known = torch.tensor((0, *self.classes), device=volume.device)
+        order = known.argsort()
+        numbers = order[torch.searchsorted(known[order], volume.long())]
+        for bit in range(self.num_planes):
+            yield (numbers >> bit & 1).float()
+
+    def check(self, labels: torch.Tensor, name: str) -> None:
+        """
+        Raises:
+            ValueError: for labels that are not among the classes.
+        """
+        unknown = sorted(set(labels.unique().tolist()) - {0, *self.classes})
+        if unknown:
+            shown = ", ".join(f"{label:g}" for label in unknown[:10])
+            known = ", ".join(map(str, self.classes[:20])) + ", ..." * (len(self.classes) > 20)
+            raise ValueError(f"{name} has labels that are not among the classes: {shown}; known are 0, {known}.")
+
+
+def _ascend(classes: tuple[int, ...]) -> bool:
+    return all(one < other for one, other in zip(classes, classes[1:])) and 0 not in classes
