@@ -30,6 +30,7 @@ NUM_TRAINING_VOLUMES = 8
 NUM_TRAINING_HEADS, NUM_HELD_OUT_HEADS = 320, 32
 DEMONSTRATION_SPACING = 3  # mm, a multiple of the template's 1
 DEMONSTRATION_SIZE = (64, 80, 64)
+TISSUES = ("grey matter", "white matter", "inner CSF", "outer CSF", "skull", "scalp")
 logger = logging.getLogger(__name__)
 
 
@@ -77,18 +78,20 @@ def prepare_demonstration_heads(folder: str, num_training: int | None = None) ->
 
     Returns:
         ``folder``, which then holds the training heads and 32 for validation, of 64x80x64 voxels at 3 mm, and
-        ``dataset.json``, in which ``skull`` says of each whether it is ``"whole"`` or ``"stripped"``; half of each list are
-        stripped.
+        ``dataset.json``, in which ``label`` names the label map of each, ``labels`` its tissues, and ``skull`` says whether
+        the head is ``"whole"`` or ``"stripped"``; half of each list are stripped.
 
     Raises:
-        ValueError: where the folder holds another number of training heads than was asked for.
+        ValueError: where the folder holds another number of training heads than was asked for, or heads without label maps.
     """
     target = Path(folder)
     if (target / "dataset.json").is_file():
-        present = len(json.loads((target / "dataset.json").read_text())["training"])
-        if num_training not in (None, present):
+        present = json.loads((target / "dataset.json").read_text())["training"]
+        if num_training not in (None, len(present)) or "label" not in present[0]:
+            maps = "label maps" if "label" in present[0] else "no label maps"
             raise ValueError(
-                f"{folder} holds {present} training heads, not {num_training}. Name another folder, or delete this one."
+                f"{folder} holds {len(present)} training heads with {maps}, not {num_training or len(present)} with label "
+                "maps. Name another folder, or delete this one."
             )
         return folder
     logger.info(f"preparing the demonstration heads in {target}")
@@ -100,14 +103,17 @@ def prepare_demonstration_heads(folder: str, num_training: int | None = None) ->
         affine = _affine_of_middle(t1_template().affine, tissues.shape[1:])
         lists: dict[str, list[dict[str, str]]] = {part: [] for part in counts}
         for seed, (part, i) in enumerate(bar):
-            item = {"image": f"{part}/head_{i:03d}.nii.gz", "skull": "stripped" if i % 2 else "whole"}
-            head = synthesise_similar_head(tissues, seed, item["skull"] == "stripped", DEMONSTRATION_SIZE)
-            _save(as_uint8(head, affine), unfinished / item["image"])
+            files = {"image": f"{part}/head_{i:03d}.nii.gz", "label": f"{part}/head_{i:03d}_label.nii.gz"}
+            item = {**files, "skull": "stripped" if i % 2 else "whole"}
+            volumes = synthesise_similar_head(tissues, seed, item["skull"] == "stripped", DEMONSTRATION_SIZE)
+            for file, volume in zip(files.values(), volumes):
+                _save(as_uint8(volume, affine), unfinished / file)
             lists[part].append(item)
         _save_lists(
             unfinished,
             name="MNI152 demonstration heads",
             description="synthetic heads for training a generator, further ones for validation; skull: whole or stripped",
+            labels={"0": "background", **{str(label): name for label, name in enumerate(TISSUES, start=1)}},
             **lists,
         )
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -83,4 +84,4 @@ class SpatialKind:
 
 
 def _ascend(classes: tuple[int, ...]) -> bool:
-    return all(one < other for one, other in zip(classes, classes[1:])) and 0 not in classes
+    return all(one < other for one, other in itertools.pairwise(classes)) and 0 not in classes

@@ -23,6 +23,7 @@ __all__ = ["synthesise_head", "synthesise_similar_head"]
 
 T1_INTENSITIES = ((0.5, 0.7), (0.8, 1.0), (0.15, 0.35), (0.1, 0.3), (0.05, 0.2), (0.6, 0.95))
 """Ranges for grey matter, white matter, inner CSF, outer CSF, skull and scalp."""
+NUM_BRAIN_TISSUES = 3  # the first ones; a stripped head has no others
 CONTROL_POINTS_APART = 16  # voxels between the points whose displacement is drawn
 
 
@@ -56,12 +57,13 @@ def synthesise_head(tissues: torch.Tensor, seed: int) -> np.ndarray:
     return _scan(head / intensities.max(), seed)
 
 
-def synthesise_similar_head(tissues: torch.Tensor, seed: int, stripped: bool, spatial_size: Sequence[int]) -> np.ndarray:
+def synthesise_similar_head(
+    tissues: torch.Tensor, seed: int, stripped: bool, spatial_size: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """
-    A T1-weighted head: moderate variation, which a small generator can learn in minutes.
+    A T1-weighted head and its label map: moderate variation, which a small generator can learn in minutes.
 
-    Each tissue gets its intensity before the head is deformed, so that one volume is interpolated and not six, and the
-    deformation is drawn at few points, so that a head of 3 mm takes a small part of a second.
+    The deformation is drawn at few points, so that a head of 3 mm takes a small part of a second.
 
     Args:
         tissues: shares of the six tissues, ``6xHxWxD``.
@@ -70,12 +72,13 @@ def synthesise_similar_head(tissues: torch.Tensor, seed: int, stripped: bool, sp
         spatial_size: of the head, cut from the middle or padded; multiples of 16.
 
     Returns:
-        ``HxWxD`` of ``spatial_size``, values in [0, 255].
+        the head, ``HxWxD`` of ``spatial_size``, values in [0, 255]; and the tissue with the largest share in each voxel,
+        1 to 6 in the order of ``tissues``, 0 for none of those that are visible, uint8.
     """
     low, high = zip(*T1_INTENSITIES)
     intensities = torch.from_numpy(np.random.RandomState(seed).uniform(low, high).astype(np.float32))
-    if stripped:
-        intensities[3:] = 0
+    visible = NUM_BRAIN_TISSUES if stripped else len(tissues)
+    intensities[visible:] = 0
     move = RandAffine(
         prob=1.0,
         rotate_range=(0.15, 0.15, 0.15),
@@ -96,7 +99,13 @@ def synthesise_similar_head(tissues: torch.Tensor, seed: int, stripped: bool, sp
     anatomy = Compose([move, deform])
     anatomy.set_random_state(seed)
     head = torch.einsum("t,txyz->xyz", intensities, tissues)
-    return _scan(torch.as_tensor(anatomy(head[None] / intensities.max()))[0], seed)
+    deformed = torch.as_tensor(anatomy(torch.cat([head[None] / intensities.max(), tissues[:visible]])))
+    return _scan(deformed[0], seed), _labels(deformed[1:])
+
+
+def _labels(shares: torch.Tensor) -> np.ndarray:
+    """The tissue with the largest share, numbered from 1, and 0 where the background, the rest to 1, has the largest."""
+    return torch.cat([1 - shares.sum(0, keepdim=True), shares]).numpy().argmax(0).astype(np.uint8)
 
 
 def _scan(head: torch.Tensor, seed: int) -> np.ndarray:

@@ -88,8 +88,36 @@ def test_demonstration_heads_are_made_once(demonstration, monkeypatch):
     monkeypatch.setattr(sample_volumes, "synthesise_similar_head", lambda *_: 1 / 0)
     for number in (4, None):
         sample_volumes.prepare_demonstration_heads(str(demonstration), num_training=number)
-    with pytest.raises(ValueError, match="holds 4 training heads, not 5. Name another folder"):
+    with pytest.raises(ValueError, match="holds 4 training heads with label maps, not 5 with label maps. Name another"):
         sample_volumes.prepare_demonstration_heads(str(demonstration), num_training=5)
+
+
+def test_heads_without_label_maps_are_refused(demonstration, tmp_path):
+    lists = json.loads((demonstration / "dataset.json").read_text())
+    for item in lists["training"]:
+        del item["label"]
+    (tmp_path / "dataset.json").write_text(json.dumps(lists))
+    with pytest.raises(ValueError, match="holds 4 training heads with no label maps"):
+        sample_volumes.prepare_demonstration_heads(str(tmp_path))
+
+
+def test_label_maps_show_the_tissues_of_their_heads(demonstration):
+    """The tissues of a T1-weighted head: white matter is brighter than grey, and both than CSF, skull and background."""
+    lists = json.loads((demonstration / "dataset.json").read_text())
+    assert list(lists["labels"].values())[:3] == ["background", "grey matter", "white matter"]
+    for item in [*lists["training"], *lists["validation"]]:
+        head, label = (nib.load(demonstration / item[key]) for key in ("image", "label"))
+        assert np.array_equal(head.affine, label.affine) and label.get_data_dtype() == np.uint8
+        values, labels = (np.asarray(volume.dataobj) for volume in (head, label))
+        whole = item["skull"] == "whole"
+        assert np.unique(labels).tolist() == list(range(7 if whole else 4))
+        background, grey, white, inner_csf, *others = (values[labels == each].mean() for each in np.unique(labels))
+        assert background < inner_csf < grey < white and background < 10
+        if whole:
+            outer_csf, skull, scalp = others
+            assert max(outer_csf, skull) < min(grey, scalp)
+        means = np.array([background, grey, white, inner_csf, *others])
+        assert (values - means[labels]).var() < 0.1 * values.var()
 
 
 def test_more_training_heads_leave_the_others_as_they_are(demonstration, tissues, tmp_path, monkeypatch):
@@ -123,13 +151,13 @@ def test_demonstration_heads_differ_in_anatomy_and_lie_within_the_volume(demonst
 
 def test_demonstration_heads_come_out_the_same_again(tissues):
     shrunk = torch.nn.functional.avg_pool3d(tissues, 8)
-    first, again, other = (synthesise_similar_head(shrunk, seed, False, (32, 32, 32)) for seed in (0, 0, 1))
+    (first, _), (again, _), (other, _) = (synthesise_similar_head(shrunk, seed, False, (32, 32, 32)) for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert abs(first - other).mean() > 5
 
 
 def test_demonstration_heads_lie_where_the_template_lies(demonstration):
-    head = nib.load(next(demonstration.glob("training/*.nii.gz")))
+    head = nib.load(demonstration / "training" / "head_000.nii.gz")
     template = t1_template()
     assert head.header.get_zooms() == (3, 3, 3)
     middles = [image.affine @ np.append((np.array(image.shape) - 1) / 2, 1) for image in (head, template)]
