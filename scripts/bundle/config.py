@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,14 @@ Amount = Annotated[float, Must("a number from 0 on", lambda x: x >= 0)]
 Range = Annotated[
     tuple[float, float], Must("a list of two numbers with the lower one first", lambda pair: pair[0] < pair[1])
 ]
+SpatialKey = Annotated[
+    str,
+    Must(
+        "a name of letters, digits, '-' and '_', other than 'image'",
+        re.compile("(?!image$)[a-zA-Z0-9][a-zA-Z0-9_-]*").fullmatch,
+    ),
+]
+SpatialKeys = Annotated[list[SpatialKey], Must("a list of different names", lambda names: len({*names}) == len(names))]
 KINDS: dict[str, Any] = {  # of the keys of which their default does not say it
     **dict.fromkeys(PATHS, FilePath),
     **dict.fromkeys(("further_dir", "guide", "perceptual_weights_file"), FilePath | None),
@@ -41,6 +50,8 @@ KINDS: dict[str, Any] = {  # of the keys of which their default does not say it
     **dict.fromkeys(("num_workers", "adv_warmup_epochs", "view_worst", "view_nearest"), Count),
     **dict.fromkeys(("repeats", "further_repeats", "head_patches", "procedural_volumes"), Count),
     "subject_pattern": str | None,
+    **dict.fromkeys(("spatial_keys", "label_keys"), SpatialKeys),
+    "spatial_ranges": dict[str, Range | None],
     **dict.fromkeys(("lr", "adv_lr"), PositiveFloat),
     "ckpt_minutes": Amount,
     **dict.fromkeys(("val_fraction", "ema_decay", "cache_rate", "condition_dropout", "latent_gamma"), Share),

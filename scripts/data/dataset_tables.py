@@ -16,6 +16,7 @@ from typing import Any
 import ignite.distributed as idist
 
 from scripts.bundle.processes import merged
+from scripts.data.file_names import without_ending
 
 __all__ = ["conditions_of", "dataset_list_of", "dataset_lists", "log_participants"]
 
@@ -218,7 +219,7 @@ def _value(value: Any) -> float | str | None:
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value).strip() if isinstance(value, (str, int, float)) else ""
-    if text.lower() in MISSING:
+    if text.lower() in MISSING or without_ending(text) != text:  # the path of a volume
         return None
     try:
         number = float(text)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ from scripts.data.restored_volumes import (
     rows_of,
     with_record,
 )
+from scripts.data.spatial_conditions import SpatialDescription
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.data.volume_checks import check_claim, explanation
 from scripts.data.volume_reader import read_volume, state_of
 
@@ -48,15 +52,19 @@ __all__ = [
     "LoadLatentd",
     "SaveLatentd",
     "all_latents",
+    "described",
     "find_latents",
     "read_description",
+    "read_labels",
     "read_latent",
+    "read_spatial",
     "save_latent_scale",
     "without_whole_latents",
 ]
 
 POSTFIX = "latent"
 OWN = f"_{POSTFIX}.nii.gz"  # end of the name of a latent that this bundle wrote
+OF_CONDITION = re.compile(r"_(?:spatial|labels)-[\w-]+\.nii\.gz$")
 SCALE_FILE = "latent_scale.json"
 MAX_DESCRIPTION = 2**25  # bytes; a mask of missing voxels that are scattered at random takes up to 0.2 for each voxel
 logger = logging.getLogger(__name__)
@@ -79,6 +87,7 @@ class LatentDescription(Record):
         network: arguments of the autoencoder.
         weights_sha256: hash of its weights.
         latent_sha256: hash of the latent's file.
+        spatial: the spatial conditions, by name, whose latents and label maps lie beside it.
     """
 
     padding: tuple[Count, Count, Count]
@@ -92,14 +101,16 @@ class LatentDescription(Record):
     network: dict[str, Any]
     weights_sha256: Sha256
     latent_sha256: Sha256
+    spatial: dict[str, SpatialDescription] = field(default_factory=dict)
 
 
 class SaveLatentd(Transform):
     """
-    Write a latent and its description.
+    Write a latent, those of the spatial conditions of its volume (``data["spatial"]``, see
+    :py:class:`scripts.data.spatial_conditions.LoadSpatiald`) and their label maps, and last the description.
 
     Args:
-        key: of the latent, ``CxHxWxD``.
+        key: of the latent, ``CxHxWxD``, with the channels of the conditions after its own.
         output_dir: folder to write to; the files get the relative path that the volume has in its folder.
         network: that made it.
         weights: path of its weights.
@@ -112,11 +123,13 @@ class SaveLatentd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         record = record_of(data[Keys.IMAGE])
-        z_mu = data[self.key].detach().as_subclass(torch.Tensor).float().cpu()
+        latents = data[self.key].detach().as_subclass(torch.Tensor).float().cpu()
+        z_mu, *planes = latents.split(self._num_channels(spatial := data.get("spatial") or {}))
         path = output_path(self.output_dir, record.source, POSTFIX, record.keep_ending)
         path.parent.mkdir(parents=True, exist_ok=True)
         factors = self.network.total_downsample_factor
-        content = nifti_bytes(z_mu.movedim(0, -1).numpy(), _latent_header(record, factors))
+        header = _latent_header(record, factors)
+        content = nifti_bytes(z_mu.movedim(0, -1).numpy(), header)
         by_channel = z_mu.double().flatten(1)
         description = LatentDescription(
             **vars(record),
@@ -131,11 +144,44 @@ class SaveLatentd(Transform):
             network=self.network.arguments,
             weights_sha256=file_hash(self.weights),
             latent_sha256=content_hash(content),
+            spatial={
+                key: _saved(volume, z, header, record.preprocessed_affine, path, key)
+                for (key, volume), z in zip(spatial.items(), planes)
+            },
         )
         write_atomically(content, path)
         _write_description(description, path)
         logger.info(f"{path}: {clipped_shares(vars(record))}")
         return dict(data)
+
+    def _num_channels(self, spatial: Mapping[str, MetaTensor]) -> list[int]:
+        """Of the latent of the image, and of those of each condition."""
+        own = self.network.arguments["latent_channels"]
+        return [own, *(own * _kind_of(volume).num_planes for volume in spatial.values())]
+
+
+def _kind_of(volume: MetaTensor) -> SpatialKind:
+    return record_of(volume).kind
+
+
+def _saved(
+    volume: MetaTensor, latents: torch.Tensor, header: NiftiHeader, affine: Any, path: Path, key: str
+) -> SpatialDescription:
+    """Write the latents of a spatial condition, and its label map, beside the latent of its volume."""
+    record: Any = record_of(volume)
+    content = nifti_bytes(latents.movedim(0, -1).numpy(), header)
+    write_atomically(content, spatial_path(path, key))
+    hashes = {"latent_sha256": content_hash(content)}
+    if record.kind.is_label_map:
+        labels = volume.as_tensor()[0].numpy()
+        ends = (int(end) for end in (labels.min(), labels.max()))
+        labels = labels.astype(np.result_type(*map(np.min_scalar_type, ends)))
+        content = nifti_bytes(labels, NiftiHeader.of_affine(np.array(affine), data_type=labels.dtype.str))
+        write_atomically(content, labels_path(path, key))
+        hashes["labels_sha256"] = content_hash(content)
+    if record.covered < 1:
+        logger.info(f"{path}: {record.source} covers {record.covered:.1%} of the volume")
+    return SpatialDescription(**vars(record), **hashes)
 
 
 class LoadLatentd(Transform):
@@ -226,8 +272,7 @@ def read_latent(
     Raises:
         ValueError: for a file that is not what its description names, or a description of another network.
     """
-    if description.latent_sha256 != content_hash(path.read_bytes()):
-        raise ValueError(f"{path} is not the file that its description names: it was changed or damaged; encode again.")
+    _check_hash(path, description.latent_sha256)
     size, padding, about = description.preprocessed_shape, description.padding, _description_path(path)
     if padding != tuple(-n % factor for n, factor in zip(size, factors)):
         raise ValueError(
@@ -236,22 +281,84 @@ def read_latent(
     if len(description.intensity_low) != image_channels:
         raise ValueError(f"{about}: `intensity_low` is {description.intensity_low}, for {image_channels} channels.")
     sizes = (-(-n // factor) for n, factor in zip(size, factors))
-    return _read_voxels(path, (*sizes, latent_channels))
+    return _read_voxels(path, (*sizes, latent_channels)).movedim(-1, 0)
 
 
-def _read_voxels(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """The voxels of a latent, ``CxHxWxD``; ``shape`` is ``HxWxDxC``, as description and network determine it."""
+def _read_voxels(path: Path, shape: tuple[int, ...], dtype: type = np.float32) -> torch.Tensor:
+    """The voxels of a file of the shape that description and network determine."""
     try:
         image: Any = nib.load(path)
         check_claim(image)
-        values = np.asarray(image.dataobj, dtype=np.float32) if image.shape == shape else None
+        values = np.asarray(image.dataobj, dtype=dtype) if image.shape == shape else None
     except Exception as error:  # readers raise errors of any type
         raise ValueError(f"{path} {explanation(error, str(path))}") from error
     if values is None:
         raise ValueError(f"{path} has the shape {image.shape}; by its description and network it must be {shape}.")
     if not np.isfinite(values).all():
         raise ValueError(f"{path} has values that are NaN or infinite; encode again.")
-    return torch.from_numpy(values).movedim(-1, 0)
+    return torch.from_numpy(values)
+
+
+def read_spatial(path: Path, description: LatentDescription, keys: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+    """
+    Read the latents of the spatial conditions of a volume.
+
+    Args:
+        path: of the latent of the volume.
+        description: what :py:func:`read_description` found beside it.
+        keys: which conditions; None for all. Those that the volume has not are left out.
+
+    Returns:
+        latents of the planes one after the other, ``num_planes * CxHxWxD`` for a latent of ``CxHxWxD``, by key.
+
+    Raises:
+        ValueError: for a file that is not what the description names.
+    """
+    names = description.spatial if keys is None else keys
+    found = {key: description.spatial[key] for key in names if key in description.spatial}
+    (*sizes, channels), latents = nib.load(path).shape if found else (0,), {}
+    for key, each in found.items():
+        file = spatial_path(path, key)
+        _check_hash(file, each.latent_sha256)
+        latents[key] = _read_voxels(file, (*sizes, channels * each.kind.num_planes)).movedim(-1, 0)
+    return latents
+
+
+def read_labels(path: Path, description: LatentDescription, key: str) -> torch.Tensor:
+    """
+    Read a label map on the preprocessed grid.
+
+    Args:
+        path: of the latent of its volume.
+        description: what :py:func:`read_description` found beside it.
+        key: of the label map.
+
+    Returns:
+        ``1xHxWxD``, int32.
+
+    Raises:
+        ValueError: for a file that is not what the description names, and a key that is no label map of the volume.
+    """
+    if key not in description.spatial or description.spatial[key].labels_sha256 is None:
+        raise ValueError(f"{_description_path(path)} names no label map {key!r}; encode with `spatial_keys` again.")
+    file = labels_path(path, key)
+    _check_hash(file, description.spatial[key].labels_sha256)
+    return _read_voxels(file, description.preprocessed_shape, np.int32)[None]
+
+
+def spatial_path(path: Path, key: str) -> Path:
+    """The file with the latents of a spatial condition, beside the latent of its volume."""
+    return path.with_name(path.name.removesuffix(OWN) + f"_spatial-{key}.nii.gz")
+
+
+def labels_path(path: Path, key: str) -> Path:
+    """The file with a label map on the preprocessed grid, beside the latent of its volume."""
+    return path.with_name(path.name.removesuffix(OWN) + f"_labels-{key}.nii.gz")
+
+
+def _check_hash(path: Path, expected: str | None) -> None:
+    if not path.is_file() or expected != content_hash(path.read_bytes()):
+        raise ValueError(f"{path} is not the file that its description names: it was changed or damaged; encode again.")
 
 
 def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
@@ -264,6 +371,7 @@ def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
         FileNotFoundError: when there are no latents.
     """
     files = sorted(path for path in Path(dataset_dir).glob("**/*") if is_nifti(path.name) and path.is_file())
+    files = [path for path in files if not OF_CONDITION.search(path.name)]
     found = [path for path in files if not any(part[0] == "." for part in path.relative_to(dataset_dir).parts)]
     if not found:
         raise FileNotFoundError(f"there is no latent below `dataset_dir` {dataset_dir!r}; encode first.")
@@ -288,36 +396,57 @@ def all_latents(dataset_dir: str) -> list[str]:
     return found
 
 
+def described(item: Mapping[str, Any], dataset_dir: str, output_dir: str) -> LatentDescription | None:
+    """
+    The description of a volume's latent, if an earlier run wrote one that can be used.
+
+    Args:
+        item: ``{"image": path, "keep_ending": whether the name of its result does}``.
+        dataset_dir: folder of the volume.
+        output_dir: folder of the latents.
+    """
+    try:
+        return read_description(_latent_of(item, dataset_dir, output_dir))
+    except (OSError, ValueError):
+        return None
+
+
+def _latent_of(item: Mapping[str, Any], dataset_dir: str, output_dir: str) -> Path:
+    source = str(Path(item["image"]).relative_to(dataset_dir))
+    return output_path(output_dir, source, POSTFIX, item.get("keep_ending", False))
+
+
 def without_whole_latents(
-    items: Sequence[dict[str, str]], dataset_dir: str, output_dir: str, weights: str, settings: Mapping[str, Any]
-) -> list[dict[str, str]]:
+    items: Sequence[dict[str, Any]],
+    dataset_dir: str,
+    output_dir: str,
+    weights: str,
+    settings: Mapping[str, Any],
+    kinds: Mapping[str, SpatialKind] | None = None,
+) -> list[dict[str, Any]]:
     """
     Those of ``items`` that have no complete latent of an earlier run in the folder.
 
     Args:
-        items: ``[{"image": path}, ...]``.
+        items: ``[{"image": path, "spatial": {key: path}}, ...]``; the latter may be missing.
         dataset_dir: their folder.
         output_dir: folder of the latents.
         weights: path of the weights; latents made with others do not count.
         settings: of the run; latents made with others do not count.
+        kinds: of the spatial conditions; latents with others, or of other files, do not count.
     """
     log_participants([item["image"] for item in items], dataset_dir)
     missing = []
     changed = others = 0
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
-        source = str(Path(item["image"]).relative_to(dataset_dir))
-        try:
-            path = output_path(output_dir, source, POSTFIX, item.get("keep_ending", False))
-        except ValueError:  # its name is refused when it is encoded
-            missing.append(item)
-            continue
-        found = _usable_description(path)
+        found = described(item, dataset_dir, output_dir)
         if (
             found is None
             or found.settings != dict(settings)
             or found.weights_sha256 != file_hash(weights)
             or found.source_state != state_of(item["image"])
-            or found.latent_sha256 != content_hash(path.read_bytes())
+            or not _has_conditions(found, item, dataset_dir, kinds or {})
+            or not _is_whole(path := _latent_of(item, dataset_dir, output_dir), found)
         ):
             missing.append(item)
             others += found is not None and found.weights_sha256 != file_hash(weights)
@@ -336,6 +465,36 @@ def without_whole_latents(
             "autoencoder an `output_dir` of its own to keep both"
         )
     return missing
+
+
+def _has_conditions(
+    found: LatentDescription, item: Mapping[str, Any], dataset_dir: str, kinds: Mapping[str, SpatialKind]
+) -> bool:
+    """Whether a latent has the spatial conditions that its volume has now."""
+    now = {
+        key: (kinds[key], os.path.relpath(path, dataset_dir), state_of(path))
+        for key, path in item.get("spatial", {}).items()
+    }
+    return now == {key: (each.kind, each.source, each.source_state) for key, each in found.spatial.items()}
+
+
+def _is_whole(path: Path, found: LatentDescription) -> bool:
+    """Whether all files of a latent are those that its description names."""
+    try:
+        for file, expected in _files_of(path, found):
+            _check_hash(file, expected)
+    except ValueError:
+        return False
+    return True
+
+
+def _files_of(path: Path, found: LatentDescription) -> Iterator[tuple[Path, str]]:
+    """The files beside a description with their hashes."""
+    yield path, found.latent_sha256
+    for key, each in found.spatial.items():
+        yield spatial_path(path, key), each.latent_sha256
+        if each.labels_sha256 is not None:
+            yield labels_path(path, key), each.labels_sha256
 
 
 def save_latent_scale(output_dir: str, weights: str) -> float | None:

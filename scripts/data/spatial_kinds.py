@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import torch
 
 from scripts.bundle.json_files import Must
 
-__all__ = ["SpatialKind"]
+__all__ = ["SpatialKind", "labels_in"]
 
-MOST_CLASSES = 2**16
+MOST_CLASSES = 2**10
 PLANES_OF_CLASSES = 16  # up to so many classes have a plane each; more share planes, one for each bit of their numbers
+LARGEST_LABEL = 2**31 - 1
 Classes = Annotated[
     tuple[int, ...],
     Must(f"up to {MOST_CLASSES} different labels, ascending and without 0", lambda c: len(c) <= MOST_CLASSES and _ascend(c)),
 ]
+Range = Annotated[tuple[float, float], Must("two numbers with the lower one first", lambda pair: pair[0] < pair[1])]
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,14 @@ class SpatialKind:
 
     Args:
         classes: labels of a label map without 0, which is the background; empty for an image.
+        intensity_percentiles: of an image, that become 0 and 1, see
+            :py:class:`scripts.data.intensity_window.ScaleIntensityWindowd`.
+        intensity_range: of an image, instead.
     """
 
     classes: Classes = ()
+    intensity_percentiles: Range = (0.0, 99.9)
+    intensity_range: Range | None = None
 
     @property
     def is_label_map(self) -> bool:
@@ -73,14 +81,47 @@ class SpatialKind:
 
     def check(self, labels: torch.Tensor, name: str) -> None:
         """
+        Check the voxels of a label map.
+
+        Args:
+            labels: of any shape.
+            name: of the volume, for errors.
+
         Raises:
             ValueError: for labels that are not among the classes.
         """
-        unknown = sorted(set(labels.unique().tolist()) - {0, *self.classes})
+        try:
+            unknown = sorted(set(labels_in(labels.cpu().numpy())) - {0, *self.classes})
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
         if unknown:
-            shown = ", ".join(f"{label:g}" for label in unknown[:10])
+            shown = ", ".join(map(str, unknown[:10])) + ", ..." * (len(unknown) > 10)
             known = ", ".join(map(str, self.classes[:20])) + ", ..." * (len(self.classes) > 20)
             raise ValueError(f"{name} has labels that are not among the classes: {shown}; known are 0, {known}.")
+
+
+def labels_in(values: np.ndarray) -> list[int]:
+    """
+    The labels of a label map, ascending.
+
+    Args:
+        values: voxels, of any shape and type.
+
+    Raises:
+        ValueError: for voxels that are no labels, with text that follows the name of the volume.
+    """
+    found: set[int] = set()
+    for part in values.reshape(-1, values.shape[-1]) if values.ndim < 3 else values:  # in parts, for memory
+        labels = np.unique(part)
+        with np.errstate(invalid="ignore"):
+            whole = labels.astype(np.int64)
+        strange = labels[(whole != labels) | (abs(whole) > LARGEST_LABEL)]
+        if len(strange):
+            raise ValueError(f"is no label map: it has voxels of {strange[0]:g}, and labels are integers.")
+        found.update(whole.tolist())
+        if len(found) > MOST_CLASSES + 1:
+            raise ValueError(f"is no label map: it has more than {MOST_CLASSES} different values.")
+    return sorted(found)
 
 
 def _ascend(classes: tuple[int, ...]) -> bool:

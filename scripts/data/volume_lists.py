@@ -22,11 +22,11 @@ from scripts.data.label_maps import has_label_name
 from scripts.data.subjects import split_by_subject
 from scripts.data.volume_reader import affine_of, identity_of
 
-__all__ = ["affordable_cache_rate", "describe", "find_images", "guesses_labels", "training_and_validation"]
+__all__ = ["affordable_cache_rate", "describe", "find_images", "guesses_labels", "training_and_validation", "visible_files"]
 
 EVERY_NIFTI = "**/*.nii*"  # the default `image_glob`
-RESULT = re.compile(r"_(?:reconstruction|latent)\.nii\.gz$|^sample_\d{4,}\.nii\.gz$")
-RESULT_WORDS = re.compile(r"reconstruction|latent|sample")
+RESULT = re.compile(r"_(?:reconstruction|latent|(?:spatial|labels)-[\w-]+)\.nii\.gz$|^sample_\d{4,}\.nii\.gz$")
+RESULT_WORDS = re.compile(r"reconstruction|latent|spatial-|labels-|sample")
 SHOWN = 5  # files in the log
 CACHE_SHARE = 0.5  # of the free memory, for preprocessed float32 volumes
 logger = logging.getLogger(__name__)
@@ -93,9 +93,7 @@ def find_images(dataset_dir: str, image_glob: str, output_dir: str | None = None
     Raises:
         FileNotFoundError: when the folder does not exist or nothing in it matches.
     """
-    folder = Path(dataset_dir)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
+    folder = _existing(dataset_dir)
     pattern = image_glob.lower().removesuffix("/").split("/")
     found: dict[tuple[int, int], Path] = {}
     left_out: dict[str, list[Path]] = defaultdict(list)
@@ -124,9 +122,32 @@ def find_images(dataset_dir: str, image_glob: str, output_dir: str | None = None
     return [{"image": str(path)} for path in sorted(found.values())]
 
 
+def visible_files(dataset_dir: str, image_glob: str) -> list[Path]:
+    """
+    The files below a folder that match a pattern, whatever they hold, but hidden ones.
+
+    Args:
+        dataset_dir: folder to search.
+        image_glob: pattern relative to it, as for :py:func:`find_images`.
+
+    Raises:
+        FileNotFoundError: when the folder does not exist.
+    """
+    folder = _existing(dataset_dir)
+    pattern = image_glob.lower().split("/")
+    found = [path for path in _candidates(folder, False, None) if path.exists()]
+    return [path for path in found if _matches([part.lower() for part in path.relative_to(folder).parts], pattern)]
+
+
 def guesses_labels(dataset_dir: str, image_glob: str) -> bool:
     """Whether label maps are left out by their voxels: where neither ``image_glob`` nor a ``dataset.json`` names volumes."""
     return image_glob == EVERY_NIFTI and not dataset_lists(dataset_dir)
+
+
+def _existing(dataset_dir: str) -> Path:
+    if not Path(dataset_dir).is_dir():
+        raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
+    return Path(dataset_dir)
 
 
 def _candidates(folder: Path, folders: bool, output_dir: str | None) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from monai.inferers import Inferer
 
 from scripts.bundle.precision import autocast_dtype
 from scripts.bundle.progress import ProgressBar
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.sampler import Sampler
 
-__all__ = ["ReconstructionInferer", "SampleInferer"]
+__all__ = ["ReconstructionInferer", "SampleInferer", "SpatialEncoder"]
 
 
 class ReconstructionInferer(Inferer):
@@ -78,3 +80,51 @@ class SampleInferer(Inferer):
         with ProgressBar(total=steps, desc="sampling", unit="step", leave=False, disable=not self.progress) as bar:
             latent = self.sampler(inputs, context, latent_size[0].tolist(), int(noise_seed), bar.update)
         return self.decoder(latent.to(inputs.device), self.autoencoder)
+
+
+class SpatialEncoder(Inferer):
+    """
+    Encode volumes and their spatial conditions by the same network, a plane at a time.
+
+    Args:
+        encoder: inferer that encodes volumes, such as :py:class:`scripts.inference.StreamingInferer`.
+        kinds: of the conditions.
+    """
+
+    def __init__(self, encoder: Inferer, kinds: Mapping[str, SpatialKind]) -> None:
+        self.encoder, self.kinds = encoder, kinds
+
+    def __call__(  # type: ignore[override]
+        self, inputs: torch.Tensor, network: Any, spatial: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        Args:
+            inputs: images, ``BxCxHxWxD``.
+            network: :py:class:`scripts.autoencoderkl.AutoencoderKL`.
+            spatial: conditions by name, see :py:meth:`encode_planes`.
+
+        Returns:
+            their latents, and after them, as further channels, those of the conditions in the order of ``spatial``.
+        """
+        return torch.cat([self.encoder(inputs, network), *self.encode_planes(spatial, network).values()], 1)
+
+    def encode_planes(self, spatial: Mapping[str, torch.Tensor], network: Any) -> dict[str, torch.Tensor]:
+        """
+        Encode spatial conditions, with or without a volume that they belong to.
+
+        Args:
+            spatial: label maps ``Bx1xHxWxD`` and images in [0, 1], ``BxCxHxWxD`` or ``Bx1xHxWxD`` for all channels, by name.
+            network: :py:class:`scripts.autoencoderkl.AutoencoderKL`.
+
+        Returns:
+            latents of the planes one after the other, ``B x planes * latent channels x h x w x d``, by name.
+
+        Raises:
+            ValueError: for labels that are not among the classes.
+        """
+        channels = network.arguments["in_channels"]
+        latents = {}
+        for key, volume in spatial.items():
+            planes = self.kinds[key].planes(volume.as_subclass(torch.Tensor), key)
+            latents[key] = torch.cat([self.encoder(plane.expand(-1, channels, -1, -1, -1), network) for plane in planes], 1)
+        return latents

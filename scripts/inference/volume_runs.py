@@ -20,6 +20,7 @@ from scripts.bundle.errors import reason
 from scripts.bundle.processes import merged, share_of
 from scripts.data.file_names import without_ending
 from scripts.data.label_maps import LabelMapError
+from scripts.data.spatial_files import find_spatial
 from scripts.data.volume_checks import check_header, check_shape, explanation
 from scripts.data.volume_lists import find_images
 
@@ -57,14 +58,18 @@ def join_processes(output_dir: str) -> None:
         ) from error
 
 
-def find_share(dataset_dir: str, image_glob: str, output_dir: str | None = None) -> list[dict[str, Any]]:
+def find_share(
+    dataset_dir: str, image_glob: str, output_dir: str | None = None, spatial_keys: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """
-    This process's share of the volumes below a folder, see :py:func:`find_images`.
+    This process's share of the volumes below a folder, see :py:func:`find_images`, with their spatial conditions, see
+    :py:func:`scripts.data.spatial_files.find_spatial`.
 
     Args:
         dataset_dir: folder to search.
         image_glob: pattern relative to it.
         output_dir: folder of the results, which is left out.
+        spatial_keys: names of the conditions.
 
     Returns:
         ``[{"image": path, "keep_ending": whether the names of its results do}, ...]``
@@ -72,7 +77,7 @@ def find_share(dataset_dir: str, image_glob: str, output_dir: str | None = None)
     Raises:
         FileNotFoundError: when the folder does not exist or nothing in it matches.
     """
-    items = find_images(dataset_dir, image_glob, output_dir)
+    items = find_spatial(find_images(dataset_dir, image_glob, output_dir), dataset_dir, spatial_keys)
     whole = [os.path.relpath(item["image"], dataset_dir) for item in items]
     short = [str(Path(path).with_name(without_ending(Path(path).name))) for path in whole]
     counts = Counter(name for names in zip(whole, short) for name in set(names))
