@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.sparse import csr_array, diags_array
+from scipy.ndimage import find_objects
+from scipy.sparse import csr_array, kronsum
 from scipy.sparse.linalg import cg
 
-__all__ = ["draw_hole", "fill_hole"]
+__all__ = ["draw_hole", "fill_hole", "hole_equations"]
 
 
 def draw_hole(volume: np.ndarray, affine: np.ndarray, radius: float, count: int, random: np.random.Generator) -> np.ndarray:
@@ -42,7 +43,7 @@ def draw_hole(volume: np.ndarray, affine: np.ndarray, radius: float, count: int,
 def fill_hole(sample: np.ndarray, given: np.ndarray, hole: np.ndarray, spacing: Sequence[float] = (1, 1, 1)) -> np.ndarray:
     """
     Fill a hole with a sample that meets the volume around it: the sample plus the membrane (solution of Laplace's equation)
-    through the differences at the hole's border. Beyond the edges of the volume the membrane goes on level.
+    through the differences at the hole's border. At the edges of the volume the membrane is level.
 
     Args:
         sample: ``HxWxD``, or ``HxWxDxC``.
@@ -56,33 +57,42 @@ def fill_hole(sample: np.ndarray, given: np.ndarray, hole: np.ndarray, spacing: 
     Raises:
         ValueError: for shapes that differ, and for a hole without a border.
     """
-    inside = hole != 0
     if not sample.shape == given.shape or not sample.shape[:3] == hole.shape:
         raise ValueError(f"the shapes of sample, volume and hole differ: {sample.shape}, {given.shape} and {hole.shape}.")
-    if inside.all():
-        raise ValueError("the hole is the whole volume, so that there is nothing that the sample could agree with.")
-    difference = given.astype(np.float64) - sample
-    laplacian, border = _laplace(inside, difference.reshape(*hole.shape, -1), spacing)
-    membrane = np.stack([cg(laplacian, channel)[0] for channel in border.T], axis=-1)
+    inside = hole != 0
     filled = given.astype(np.float64)
-    filled[inside] = sample[inside] + membrane.reshape(sample[inside].shape)
+    filled[inside] = sample[inside]
+    for channel in np.ndindex(sample.shape[3:]):
+        each = (..., *channel)
+        filled[each][inside] += cg(*hole_equations(given[each] - sample[each].astype(np.float64), inside, spacing))[0]
     return filled
 
 
-def _laplace(inside: np.ndarray, values: np.ndarray, spacing: Sequence[float]) -> tuple[csr_array, np.ndarray]:
-    """Laplace's equation within a region as a system of equations: its matrix, and its right side for each channel of the
-    values around the region."""
-    count = np.count_nonzero(inside)
-    numbers = np.full(inside.shape, -1)
-    numbers[inside] = np.arange(count)
-    diagonal, border, links = np.zeros(count), np.zeros((count, values.shape[-1])), csr_array((count, count))
-    for axis, step in enumerate(spacing):
-        lower, upper = ([slice(None)] * axis + [part] for part in (slice(None, -1), slice(1, None)))
-        for one, other in ((tuple(lower), tuple(upper)), (tuple(upper), tuple(lower))):
-            here, there = numbers[one], numbers[other]
-            linked, outside = (here >= 0) & (there >= 0), (here >= 0) & (there < 0)
-            diagonal[here[here >= 0]] += step**-2
-            border[here[outside]] += step**-2 * values[other][outside]
-            weights = np.full(np.count_nonzero(linked), step**-2)
-            links += csr_array((weights, (here[linked], there[linked])), shape=links.shape)
-    return (diags_array(diagonal) - links).tocsr(), border
+def hole_equations(
+    values: np.ndarray, hole: np.ndarray, spacing: Sequence[float] = (1, 1, 1), order: int = 1
+) -> tuple[csr_array, np.ndarray]:
+    """
+    The equations of a function that continues values into a hole: Laplace's, or the biharmonic one.
+
+    Args:
+        values: ``HxWxD``; those in the hole do not count.
+        hole: ``HxWxD``, true in the hole.
+        spacing: of the voxels, mm.
+        order: 1 for Laplace's equation, 2 for the biharmonic one.
+
+    Returns:
+        matrix and right side for the voxels of the hole, in their order in ``values[hole]``.
+
+    Raises:
+        ValueError: for a hole without voxels, or without a border.
+    """
+    if not hole.any() or hole.all():
+        raise ValueError("the hole is empty or the whole volume, so that it has no border.")
+    box = tuple(slice(max(0, side.start - order), side.stop + order) for side in find_objects(hole.astype(np.int8))[0])
+    operator = csr_array((1, 1))
+    for size, step in zip(hole[box].shape, spacing):
+        gradient = csr_array(np.diff(np.eye(size), axis=0) / step)
+        operator = kronsum(gradient.T @ gradient, operator)
+    unknown = hole[box].ravel()
+    rows = csr_array(operator if order == 1 else operator @ operator)[unknown]
+    return rows[:, unknown], -rows[:, ~unknown] @ values[box].ravel()[~unknown]

@@ -65,5 +65,5 @@ def test_other_shapes_and_a_hole_without_a_border_are_refused():
     volume = np.zeros(SHAPE)
     with pytest.raises(ValueError, match="shapes of sample, volume and hole differ"):
         fill_hole(volume, volume[1:], volume)
-    with pytest.raises(ValueError, match="the hole is the whole volume"):
+    with pytest.raises(ValueError, match="the hole is empty or the whole volume"):
         fill_hole(volume, volume, volume + 1)

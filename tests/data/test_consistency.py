@@ -1,0 +1,85 @@
+"""Generated volumes agree with what they were generated from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from scripts.bundle.files import content_hash
+from scripts.data import consistency, degrade
+from scripts.data.slice_averages import average_slices
+from tests.conftest import head_like
+
+SHAPE = (24, 20, 18)
+AFFINE = np.diag([-1.0, 1, 2, 1])
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A volume, what is given of it, and a sample in other units and with other noise."""
+    truth = head_like(SHAPE)
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(truth, AFFINE), tmp_path / "in" / "a.nii.gz")
+    degrade.thick_slices(str(tmp_path / "in"), str(tmp_path / "thick"), factor=4)
+    degrade.holes(str(tmp_path / "in"), str(tmp_path / "holes"), radius=6)
+    noise = np.random.default_rng(1).normal(0, 10, SHAPE)
+    image = nib.Nifti1Image((0.01 * (truth + noise) + 5).astype(np.float32), AFFINE)
+    image.header["descrip"] = "synthetic"
+    for task, spatial in (("thick", ["thick"]), ("holes", ["masked", "hole"])):
+        sample = tmp_path / f"{task}_samples" / "imagesTr" / "a_sample_00_0000.nii.gz"
+        sample.parent.mkdir(parents=True)
+        nib.save(image, sample)
+        description = {"seed": 0, "spatial": {key: f"a_{key}.nii.gz" for key in spatial}}
+        sample.with_name("a_sample_00_0000.json").write_text(json.dumps(description))
+    return tmp_path
+
+
+def run(folder: Path, task: str, **arguments) -> nib.Nifti1Image:
+    command = {"thick": consistency.slices, "holes": consistency.holes}[task]
+    command(*(str(folder / name) for name in (f"{task}_samples", task, "out")), **arguments)
+    path = folder / "out" / "imagesTr" / "a_sample_00_0000.nii.gz"
+    description = json.loads(path.with_name("a_sample_00_0000.json").read_text())
+    assert description["seed"] == 0 and description["volume_sha256"] == content_hash(path.read_bytes())
+    return nib.load(path)
+
+
+def test_sample_is_brought_to_the_given_intensities():
+    truth = np.random.default_rng(0).random(50)
+    sample = 3 - 2 * truth
+    np.testing.assert_allclose(consistency.in_units_of(truth[:20], sample, sample[:20]), truth)
+
+
+def test_averages_of_a_sample_are_the_given_slices(folder):
+    truth, result = head_like(SHAPE), run(folder, "thick", factor=4)
+    averages = average_slices(result.get_fdata(), 4, 2)
+    np.testing.assert_allclose(averages, average_slices(truth, 4, 2), atol=0.01)
+    assert np.array_equal(result.affine, AFFINE) and result.header["descrip"] == b"synthetic"
+    assert np.abs(result.get_fdata() - truth).mean() < 10  # the sample's detail in the given units
+
+
+def test_voxels_outside_of_the_hole_are_those_of_the_file(folder):
+    truth, result = head_like(SHAPE), run(folder, "holes")
+    hole = nib.load(folder / "holes" / "a_hole.nii.gz").get_fdata() == 1
+    assert result.get_data_dtype() == np.int16
+    assert np.array_equal(result.get_fdata()[~hole], truth[~hole])
+    assert 1 < np.abs(result.get_fdata() - truth)[hole].mean() < 30
+
+
+def test_other_conditions_grids_and_folders_are_refused_by_name(folder):
+    with pytest.raises(ValueError, match=r"a_sample_00_0000.json names the spatial conditions thick, and not masked, hole"):
+        consistency.holes(str(folder / "thick_samples"), str(folder / "thick"), str(folder / "out"))
+    with pytest.raises(FileNotFoundError, match="no sample below `samples_dir`"):
+        consistency.holes(str(folder / "in"), str(folder / "holes"), str(folder / "out"))
+    with pytest.raises(ValueError, match="`output_dir` is `samples_dir`"):
+        consistency.holes(str(folder / "in"), str(folder / "holes"), str(folder / "in"))
+    nib.save(nib.Nifti1Image(head_like(SHAPE), np.eye(4)), folder / "holes" / "a_masked.nii.gz")
+    with pytest.raises(ValueError, match=r"a_sample_00_0000.nii.gz and .*a_masked.nii.gz have different grids"):
+        run(folder, "holes")
+    description = folder / "holes_samples" / "imagesTr" / "a_sample_00_0000.json"
+    description.write_text(json.dumps({"spatial": {"masked": "../a.nii.gz", "hole": "a_hole.nii.gz"}}))
+    with pytest.raises(ValueError, match=r"a_sample_00_0000.json names '../a.nii.gz', which is no path within a folder"):
+        run(folder, "holes")
