@@ -29,7 +29,7 @@ from scripts.bundle.errors import short_messages
 from scripts.bundle.files import write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.data.dataset_tables import conditions_of, dataset_lists
-from scripts.data.file_names import OUTSIDE, is_nifti, output_path, stays_inside, without_ending
+from scripts.data.file_names import OUTSIDE, is_nifti, output_path, stays_inside
 from scripts.data.holes import draw_hole
 from scripts.data.restored_volumes import NiftiHeader, as_stored, nifti_bytes
 from scripts.data.slice_averages import average_slices, interpolate_slices, thin_affine
@@ -38,11 +38,7 @@ from scripts.data.volume_reader import read_volume
 
 __all__ = ["holes", "thick_slices", "thin_grid"]
 
-FLOAT: dict[str, Any] = {
-    "data_type": "<f4",
-    "scl_slope": 1.0,
-    "scl_inter": 0.0,
-}  # neither rounds nor clips what was interpolated
+FLOAT: dict[str, Any] = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}  # what was interpolated is not rounded
 LABEL = {**FLOAT, "data_type": "|u1"}
 Files = dict[str, tuple[np.ndarray, NiftiHeader]]
 logger = logging.getLogger(__name__)
@@ -71,7 +67,7 @@ def thick_slices(dataset_dir: str, output_dir: str, factor: int, axis: int = 2, 
 
 def thin_grid(dataset_dir: str, output_dir: str, factor: int, axis: int = 2, image_glob: str = EVERY_NIFTI) -> None:
     """
-    Write each volume of thick slices on a grid of thin ones, as ``NAME.nii.gz``: what ``NAME_thick`` is in the pairs of
+    Write each volume of thick slices on a grid of thin ones, as ``NAME_thick.nii.gz``: what this is in the pairs of
     :py:func:`thick_slices`.
 
     Args:
@@ -86,10 +82,9 @@ def thin_grid(dataset_dir: str, output_dir: str, factor: int, axis: int = 2, ima
     lists = _lists(dataset_dir, image_glob, output_dir)
     for item in ProgressBar([item for items in lists.values() for item in items], desc="volumes", unit="volume"):
         values, header = _read(item["image"])
-        image = Path(item["image"]).relative_to(dataset_dir)
+        path = output_path(output_dir, os.path.relpath(item["image"], dataset_dir), "thick")
         codes = {"xyzt_units": header.xyzt_units, "sform_code": max(1, header.sform_code)}
         affine = thin_affine(np.array(header.affine), factor, axis)
-        path = Path(output_dir, image).with_name(f"{without_ending(image.name)}.nii.gz")
         _save(interpolate_slices(values, factor, axis), NiftiHeader.of_affine(affine, **codes), path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import zoom
 
-__all__ = ["agree_with_slices", "average_slices", "averages_of", "interpolate_slices", "thin_affine"]
+__all__ = ["agree_with_slices", "average_slices", "interpolate_slices", "thin_affine"]
 
 
 def average_slices(volume: np.ndarray, factor: int, axis: int) -> np.ndarray:
@@ -26,7 +26,8 @@ def average_slices(volume: np.ndarray, factor: int, axis: int) -> np.ndarray:
 def interpolate_slices(thick: np.ndarray, factor: int, axis: int, num_slices: int | None = None) -> np.ndarray:
     """
     Thin slices from thick ones, by SciPy's cubic B-spline along one axis. A thick slice lies in the middle of its thin ones;
-    the outermost are repeated beyond the ends.
+    the outermost are repeated beyond the ends. Values stay in the range of the slices, so that the spline's overshoot does
+    not decide the intensity window.
 
     Args:
         thick: ``HxWxD``, or ``HxWxDxC``.
@@ -37,21 +38,8 @@ def interpolate_slices(thick: np.ndarray, factor: int, axis: int, num_slices: in
     Returns:
         float64, with ``num_slices`` slices along ``axis``.
     """
-    return _along(axis, _interpolation(num_slices or thick.shape[axis] * factor, factor), thick)
-
-
-def averages_of(interpolated: np.ndarray, factor: int, axis: int) -> np.ndarray:
-    """
-    The thick slices that :py:func:`interpolate_slices` was given.
-
-    Args:
-        interpolated: its result.
-        factor: thin slices in a thick one.
-        axis: along which they lie.
-    """
-    averaging = _averaging(interpolated.shape[axis], factor)
-    both = averaging @ _interpolation(interpolated.shape[axis], factor)
-    return _along(axis, np.linalg.solve(both, averaging), interpolated)
+    spline = _interpolation(num_slices or thick.shape[axis] * factor, factor)
+    return _along(axis, spline, thick).clip(thick.min(), thick.max())
 
 
 def agree_with_slices(sample: np.ndarray, thick: np.ndarray, factor: int, axis: int) -> np.ndarray:

@@ -24,7 +24,11 @@ def folder(tmp_path) -> Path:
     truth = head_like(SHAPE)
     (tmp_path / "in").mkdir()
     nib.save(nib.Nifti1Image(truth, AFFINE), tmp_path / "in" / "a.nii.gz")
-    degrade.thick_slices(str(tmp_path / "in"), str(tmp_path / "thick"), factor=4)
+    to_thin = np.diag([1, 1, 3.0, 1])
+    to_thin[2, 3] = 1  # the middle of the slices 0 to 2
+    slices = np.rint(average_slices(truth, 3, 2)).astype(np.int16)
+    (tmp_path / "thick").mkdir()
+    nib.save(nib.Nifti1Image(slices, AFFINE @ to_thin), tmp_path / "thick" / "a.nii")
     degrade.holes(str(tmp_path / "in"), str(tmp_path / "holes"), radius=6)
     noise = np.random.default_rng(1).normal(0, 10, SHAPE)
     image = nib.Nifti1Image((0.01 * (truth + noise) + 5).astype(np.float32), AFFINE)
@@ -38,9 +42,9 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, task: str, **arguments) -> nib.Nifti1Image:
+def run(folder: Path, task: str) -> nib.Nifti1Image:
     command = {"thick": consistency.slices, "holes": consistency.holes}[task]
-    command(*(str(folder / name) for name in (f"{task}_samples", task, "out")), **arguments)
+    command(*(str(folder / name) for name in (f"{task}_samples", task, "out")))
     path = folder / "out" / "imagesTr" / "a_sample_00_0000.nii.gz"
     description = json.loads(path.with_name("a_sample_00_0000.json").read_text())
     assert description["seed"] == 0 and description["volume_sha256"] == content_hash(path.read_bytes())
@@ -54,9 +58,10 @@ def test_sample_is_brought_to_the_given_intensities():
 
 
 def test_averages_of_a_sample_are_the_given_slices(folder):
-    truth, result = head_like(SHAPE), run(folder, "thick", factor=4)
-    averages = average_slices(result.get_fdata(), 4, 2)
-    np.testing.assert_allclose(averages, average_slices(truth, 4, 2), atol=0.01)
+    truth, result = head_like(SHAPE), run(folder, "thick")
+    thick = nib.load(folder / "thick" / "a.nii").get_fdata()
+    np.testing.assert_allclose(average_slices(result.get_fdata(), 3, 2), thick, atol=0.5)  # rounded
+    assert result.get_data_dtype() == np.int16
     assert np.array_equal(result.affine, AFFINE) and result.header["descrip"] == b"synthetic"
     assert np.abs(result.get_fdata() - truth).mean() < 10  # the sample's detail in the given units
 
@@ -76,6 +81,9 @@ def test_other_conditions_grids_and_folders_are_refused_by_name(folder):
         consistency.holes(str(folder / "in"), str(folder / "holes"), str(folder / "out"))
     with pytest.raises(ValueError, match="`output_dir` is `samples_dir`"):
         consistency.holes(str(folder / "in"), str(folder / "holes"), str(folder / "in"))
+    nib.save(nib.Nifti1Image(head_like((24, 20, 6)), np.diag([-1.0, 1, 6, 1])), folder / "thick" / "a.nii")
+    with pytest.raises(ValueError, match=r"a_sample_00_0000.nii.gz is not on a grid of thin slices within those of .*a.nii"):
+        run(folder, "thick")
     nib.save(nib.Nifti1Image(head_like(SHAPE), np.eye(4)), folder / "holes" / "a_masked.nii.gz")
     with pytest.raises(ValueError, match=r"a_sample_00_0000.nii.gz and .*a_masked.nii.gz have different grids"):
         run(folder, "holes")
