@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from scripts.bundle.processes import merged
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import described
 from scripts.data.spatial_kinds import MOST_CLASSES, SpatialKind, labels_in
+from scripts.data.volume_checks import explanation
 from scripts.data.volume_reader import read_volume, state_of
 
 __all__ = ["learn_kinds"]
@@ -71,28 +71,31 @@ def _classes(items: Sequence[Mapping[str, Any]], key: str, dataset_dir: str, out
     bar = ProgressBar(total=len(with_key), desc=f"labels of {key!r}", unit="volume", leave=False)
     with bar, ThreadPoolExecutor(THREADS) as pool:
 
-        def labels_of(item: Mapping[str, Any]) -> list[int]:
+        def labels_of(item: Mapping[str, Any]) -> list[int] | str:
             found = _labels(item, key, dataset_dir, output_dir)
             bar.update()
             return found
 
         found = merged(dict(zip((item["spatial"][key] for item in with_key), pool.map(labels_of, with_key))))
-    classes = sorted(set().union(*found.values()) - {0})
+    problems = [f"; {path} {problem}" for path, problem in sorted(found.items()) if isinstance(problem, str)]
+    classes = sorted({label for labels in found.values() if not isinstance(labels, str) for label in labels} - {0})
     if not classes or len(classes) > MOST_CLASSES:
         raise ValueError(
-            f"the label maps {key!r} below {dataset_dir} have {len(classes)} different labels beside 0; they need 1 to "
-            f"{MOST_CLASSES}."
+            f"the label maps {key!r} below {dataset_dir} have {len(classes)} different labels beside 0, and need 1 to "
+            f"{MOST_CLASSES}{''.join(problems[:1])}"
         )
     return tuple(classes)
 
 
-def _labels(item: Mapping[str, Any], key: str, dataset_dir: str, output_dir: str) -> list[int]:
+def _labels(item: Mapping[str, Any], key: str, dataset_dir: str, output_dir: str) -> list[int] | str:
+    """The labels of a label map, or why they are unknown."""
     path = item["spatial"][key]
     known = described(item, dataset_dir, output_dir)
     if known is not None and key in known.spatial:
         before = known.spatial[key]
         if (before.source, before.source_state) == (os.path.relpath(path, dataset_dir), state_of(path)):
             return list(before.labels)
-    with contextlib.suppress(Exception):  # readers raise errors of any type
+    try:
         return labels_in(read_volume(path)[0])
-    return []
+    except Exception as error:  # readers raise errors of any type
+        return explanation(error, path)

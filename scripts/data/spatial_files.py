@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence[str]) -> list[Item]:
     """
     Find the spatial conditions of volumes: the files that the item in ``dataset.json`` names. For a key that no item there
-    has: the file in the volume's folder that is called ``NAME_KEY``; in BIDS, one that has the volume's entities and the
-    suffix ``KEY``, or ``desc-KEY``; or, for the key ``label``, the file of that name in ``labelsTr`` beside ``imagesTr``.
+    has: the file in the volume's folder, or in the same one below ``derivatives/*``, that is called ``NAME_KEY``, or in BIDS
+    has the volume's entities and the suffix ``KEY`` or ``desc-KEY``; for the key ``label`` also the file of the same name in
+    ``labelsTr`` beside ``imagesTr``.
 
     Args:
         items: ``[{"image": path, ...}, ...]``.
@@ -52,8 +53,7 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
     found = []
     for item in items:
         path = item["image"]
-        near = [folder for folder in _folders(Path(path)) if _is_below(folder, dataset_dir)]
-        volumes = [each for folder in near for each in volumes_in(folder)]
+        volumes = [each for folder in _folders(Path(path), Path(dataset_dir)) for each in volumes_in(folder)]
         of_file = {key: _beside(path, volumes, key) for key in spatial_keys if key not in listed}
         of_item = {key: paths.get(os.path.realpath(path)) for key, paths in listed.items()}
         spatial = {key: value for key in spatial_keys if (value := {**of_file, **of_item}[key]) is not None}
@@ -173,10 +173,12 @@ def _file_of(item: Item, key: str, folder: Path) -> str:
     return str(path)
 
 
-def _folders(image: Path) -> list[Path]:
+def _folders(image: Path, dataset_dir: Path) -> list[Path]:
     """Where conditions of an image may lie."""
     labels = FOLDERS.get(image.parent.name)
-    return [image.parent, *([image.parent.with_name(labels)] if labels else [])]
+    of_labels = [image.parent.with_name(labels)] if labels and image.parent != dataset_dir else []
+    derivatives = sorted(dataset_dir.glob("derivatives/*"))
+    return [image.parent, *of_labels, *(folder / image.parent.relative_to(dataset_dir) for folder in derivatives)]
 
 
 def _is_below(path: Path, folder: str) -> bool:
@@ -187,13 +189,13 @@ def _beside(image: str, volumes: Sequence[Path], key: str) -> str | None:
     """The file of a key among the volumes near an image."""
     path = Path(image)
     name = without_ending(path.name)
-    return _only([each for each in volumes if each != path and _fits(name, each, path.parent, key)], image, key)
+    return _only([each for each in volumes if each != path and _fits(name, each, key)], image, key)
 
 
-def _fits(image: str, file: Path, folder: Path, key: str) -> bool:
-    """Whether a file is called as a condition of the image of this name, which lies in ``folder``, is."""
+def _fits(image: str, file: Path, key: str) -> bool:
+    """Whether a file is called as a condition of the image of this name is."""
     name = without_ending(file.name)
-    if file.parent != folder:
+    if file.parent.name in FOLDERS.values():
         return key == LABEL and name in (image, CHANNEL.sub("", image))
     if name == f"{image}_{key}":
         return True

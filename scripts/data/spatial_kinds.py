@@ -73,9 +73,8 @@ class SpatialKind:
             for label in self.classes:
                 yield (volume == label).float()
             return
-        known = torch.tensor((0, *self.classes), device=volume.device)
-        order = known.argsort()
-        numbers = order[torch.searchsorted(known[order], volume.long())]
+        known, order = torch.tensor((0, *self.classes), dtype=volume.dtype, device=volume.device).sort()
+        numbers = order.to(torch.int16)[torch.searchsorted(known, volume.contiguous(), out_int32=True)]
         for bit in range(self.num_planes):
             yield (numbers >> bit & 1).float()
 
@@ -117,7 +116,7 @@ def labels_in(values: np.ndarray) -> list[int]:
             whole = labels.astype(np.int64)
         strange = labels[(whole != labels) | (abs(whole) > LARGEST_LABEL)]
         if len(strange):
-            raise ValueError(f"is no label map: it has voxels of {strange[0]:g}, and labels are integers.")
+            raise ValueError(f"is no label map: it has voxels of {strange[0]:.10g}, and labels are integers.")
         found.update(whole.tolist())
         if len(found) > MOST_CLASSES + 1:
             raise ValueError(f"is no label map: it has more than {MOST_CLASSES} different values.")

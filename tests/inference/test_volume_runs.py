@@ -20,6 +20,7 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.weights import save_weights
+from scripts.data.latents import read_description
 from tests.conftest import ROOT, head_like, save_volume
 from tests.processes import bundle_run
 
@@ -74,6 +75,7 @@ def save_as(
 
 
 HEAD = head_like((21, 26, 19))
+LABELS = {"lps_uint8": 5, "slope": 3}  # volumes of two processes and the label that their label maps have
 KINDS = {
     "oblique_int16": (HEAD, OBLIQUE),
     "lps_uint8": ((HEAD / HEAD.max() * 255).clip(0).astype(np.uint8), np.diag([-1.0, -1.0, 1.0, 1.0])),
@@ -399,11 +401,13 @@ def test_results_inside_the_folder_of_volumes_are_no_input(weights, tmp_path):
 def test_two_processes_share_the_volumes_and_fail_together(kinds, encoded, weights, tmp_path):
     data = shutil.copytree(kinds, tmp_path / "in")
     (data / "text.nii.gz").write_text("no volume")
+    for name, label in LABELS.items():
+        nib.save(nib.Nifti1Image(np.full(HEAD.shape, label, np.uint8), KINDS[name][1]), data / f"{name}_label.nii.gz")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "monai.bundle"]
     command += ["run", "encoding", "--config_file", "configs/inference.json", "--dataset_dir", str(data)]
     command += ["--output_dir", str(tmp_path / "out"), "--ckpt_dir", str(weights)]
     command += ["--logging_file", "configs/logging.conf"]
-    command += [part for key, value in NETWORK.items() for part in (f"--{key}", str(value))]
+    command += [part for key, value in {**NETWORK, "spatial_keys": ["label"]}.items() for part in (f"--{key}", str(value))]
     process = subprocess.run(
         command,
         cwd=ROOT,
@@ -415,7 +419,11 @@ def test_two_processes_share_the_volumes_and_fail_together(kinds, encoded, weigh
     )
     assert process.returncode == 1
     assert "could not be done (1)" in process.stdout
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in encoded.iterdir())
+    further = [f"{name}_{kind}-label.nii.gz" for name in LABELS for kind in ("labels", "spatial")]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*further, *(p.name for p in encoded.iterdir())])
+    for name in LABELS:
+        kind = read_description(tmp_path / "out" / f"{name}_latent.nii.gz").spatial["label"].kind
+        assert kind.classes == tuple(sorted(LABELS.values()))
     for path in encoded.glob("*.nii.gz"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
         assert process.stdout.count(f"{path.name}: ") == 1  # each is written once
