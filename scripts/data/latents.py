@@ -123,12 +123,13 @@ class SaveLatentd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         record = record_of(data[Keys.IMAGE])
-        latents = data[self.key].detach().as_subclass(torch.Tensor).float().cpu()
-        z_mu, *planes = latents.split(self._num_channels(spatial := data.get("spatial") or {}))
+        spatial: dict[str, MetaTensor] = data.get("spatial") or {}  # MONAI makes None of an empty dictionary
+        z_mu, *planes = self._split(data[self.key].detach().as_subclass(torch.Tensor).float().cpu(), spatial)
         path = output_path(self.output_dir, record.source, POSTFIX, record.keep_ending)
         path.parent.mkdir(parents=True, exist_ok=True)
         factors = self.network.total_downsample_factor
         header = _latent_header(record, factors)
+        saved = {key: _save_spatial(path, key, spatial[key], z, header) for key, z in zip(spatial, planes)}
         content = nifti_bytes(z_mu.movedim(0, -1).numpy(), header)
         by_channel = z_mu.double().flatten(1)
         description = LatentDescription(
@@ -144,28 +145,22 @@ class SaveLatentd(Transform):
             network=self.network.arguments,
             weights_sha256=file_hash(self.weights),
             latent_sha256=content_hash(content),
-            spatial={
-                key: _saved(volume, z, header, record.preprocessed_affine, path, key)
-                for (key, volume), z in zip(spatial.items(), planes)
-            },
+            spatial=saved,
         )
         write_atomically(content, path)
         _write_description(description, path)
         logger.info(f"{path}: {clipped_shares(vars(record))}")
         return dict(data)
 
-    def _num_channels(self, spatial: Mapping[str, MetaTensor]) -> list[int]:
-        """Of the latent of the image, and of those of each condition."""
+    def _split(self, latents: torch.Tensor, spatial: Mapping[str, MetaTensor]) -> tuple[torch.Tensor, ...]:
+        """The latent of the volume, and those of each condition."""
         own = self.network.arguments["latent_channels"]
-        return [own, *(own * _kind_of(volume).num_planes for volume in spatial.values())]
+        records: list[Any] = [record_of(volume) for volume in spatial.values()]
+        return latents.split([own, *(own * each.kind.num_planes for each in records)])
 
 
-def _kind_of(volume: MetaTensor) -> SpatialKind:
-    return record_of(volume).kind
-
-
-def _saved(
-    volume: MetaTensor, latents: torch.Tensor, header: NiftiHeader, affine: Any, path: Path, key: str
+def _save_spatial(
+    path: Path, key: str, volume: MetaTensor, latents: torch.Tensor, header: NiftiHeader
 ) -> SpatialDescription:
     """Write the latents of a spatial condition, and its label map, beside the latent of its volume."""
     record: Any = record_of(volume)
@@ -176,7 +171,7 @@ def _saved(
         labels = volume.as_tensor()[0].numpy()
         ends = (int(end) for end in (labels.min(), labels.max()))
         labels = labels.astype(np.result_type(*map(np.min_scalar_type, ends)))
-        content = nifti_bytes(labels, NiftiHeader.of_affine(np.array(affine), data_type=labels.dtype.str))
+        content = nifti_bytes(labels, NiftiHeader.of_affine(volume.affine.numpy(), data_type=labels.dtype.str))
         write_atomically(content, labels_path(path, key))
         hashes["labels_sha256"] = content_hash(content)
     if record.covered < 1:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import ignite.distributed as idist
 
 from scripts.bundle.processes import merged
 from scripts.bundle.progress import ProgressBar
@@ -19,6 +22,7 @@ __all__ = ["learn_kinds"]
 LABEL = "label"
 THREADS = 4
 Range = Sequence[float]
+logger = logging.getLogger(__name__)
 
 
 def learn_kinds(
@@ -63,6 +67,8 @@ def learn_kinds(
         else:
             ends = low_and_high[key]
             kinds[key] = SpatialKind((), percentiles, None if ends is None else (float(ends[0]), float(ends[1])))
+        if idist.get_rank() == 0:
+            logger.info(f"spatial condition {key!r}: {kinds[key].summary()}")
     return kinds
 
 

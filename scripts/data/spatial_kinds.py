@@ -51,6 +51,13 @@ class SpatialKind:
         count = len(self.classes)
         return max(1, count if count <= PLANES_OF_CLASSES else count.bit_length())
 
+    def summary(self) -> str:
+        """In words, for the log."""
+        if not self.is_label_map:
+            return "an image"
+        shown = ", ".join(map(str, self.classes[:20])) + ", ..." * (len(self.classes) > 20)
+        return f"a label map of {len(self.classes)} classes ({shown}) in {self.num_planes} planes"
+
     def planes(self, volume: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
         """
         The volumes that are encoded.

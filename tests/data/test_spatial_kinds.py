@@ -15,6 +15,7 @@ def test_label_map_has_a_plane_for_each_class():
     kind = SpatialKind((-2, 3, 7))
     planes = torch.cat(list(kind.planes(LABELS, "x")))
     assert planes.dtype == torch.float32 and kind.num_planes == 3
+    assert kind.summary() == "a label map of 3 classes (-2, 3, 7) in 3 planes"
     assert planes.flatten(1).tolist() == [[0, 0, 0, 0, 1, 0], [0, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]]
 
 

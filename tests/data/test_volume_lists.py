@@ -84,7 +84,14 @@ def test_count_sizes_and_spacings_are_told(tmp_path):
 
 
 def test_pattern_that_names_labels_or_results_takes_them(tmp_path):
-    for name in ("a.nii.gz", "a_mask.nii.gz", "a_reconstruction.nii.gz", "a_latent.nii.gz", "sample_0001.nii.gz"):
+    for name in (
+        "a.nii.gz",
+        "a_mask.nii.gz",
+        "a_reconstruction.nii.gz",
+        "a_latent.nii.gz",
+        "sample_0001.nii.gz",
+        "a_spatial-t2.nii.gz",
+    ):
         save_volume(tmp_path / name, SHAPE)
     assert names(find_images(str(tmp_path), GLOB)) == ["a.nii.gz"]
     assert names(find_images(str(tmp_path), "*mask*")) == ["a_mask.nii.gz"]
