@@ -49,6 +49,7 @@ __all__ = [
     "clipped_shares",
     "conditions_and_list",
     "nifti_bytes",
+    "on_source_grid",
     "record_of",
     "restore",
     "rows_of",
@@ -371,7 +372,7 @@ def _restored(image: torch.Tensor, record: Record) -> np.ndarray:
     for dim, size in enumerate(record.preprocessed_shape, start=1):
         image = image.narrow(dim, 0, size)
     image = unscaled(image.clamp(0, 1), record.intensity_low, record.intensity_high)
-    values = np.moveaxis(_to_source_grid(image, record), -1, 0)
+    values = np.moveaxis(on_source_grid(image, record), -1, 0)
     put_back_missing(values, record.missing)
     return values
 
@@ -473,7 +474,7 @@ def _same_place(affine: np.ndarray, other: np.ndarray) -> bool:
     return np.allclose(affine, other, rtol=1e-5, atol=SHIFT * np.abs(other[:3, :3]).max())
 
 
-def _to_source_grid(image: torch.Tensor, record: Record) -> np.ndarray:
+def on_source_grid(image: torch.Tensor, record: Record) -> np.ndarray:
     """``CxHxWxD`` on the file's grid, ``HxWxDxC``: reordered, and resampled only where the spacing was changed."""
     affine, preprocessed = np.array(record.affine), np.array(record.preprocessed_affine)
     orientation = nib.io_orientation(np.linalg.solve(affine, preprocessed))

@@ -58,6 +58,14 @@ class SpatialKind:
         shown = ", ".join(map(str, self.classes[:20])) + ", ..." * (len(self.classes) > 20)
         return f"a label map of {len(self.classes)} classes ({shown}) in {self.num_planes} planes"
 
+    @property
+    def names(self) -> list[str]:
+        """What each plane is."""
+        if self.num_planes == len(self.classes):
+            return [f"class {label}" for label in self.classes]
+        # the number of a class follows from all of them
+        return [f"bit {bit} of {self.classes}" for bit in range(self.num_planes)] if self.classes else ["image"]
+
     def planes(self, volume: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
         """
         The volumes that are encoded.

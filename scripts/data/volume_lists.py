@@ -185,18 +185,20 @@ def _some(paths: Sequence[Any]) -> str:
     return ", ".join(map(str, paths[:SHOWN])) + ", ..." * (len(paths) > SHOWN)
 
 
-def affordable_cache_rate(items: Sequence[dict[str, str]]) -> float:
+def affordable_cache_rate(items: Sequence[dict[str, str]], volumes_per_item: int = 1) -> float:
     """
     Share of the volumes that fits, as float32, into half of the host's free memory. Several processes on one host divide
     that half.
 
     Args:
         items: ``[{"image": path}, ...]``.
+        volumes_per_item: number of volumes of the image's size that an item holds.
 
     Returns:
         a ``cache_rate`` for MONAI's ``CacheDataset``, between 0 and 1.
     """
-    needed = sum(4 * math.prod(_header(item["image"]).get_data_shape()) for item in items if is_nifti(item["image"]))
+    voxels = sum(math.prod(_header(item["image"]).get_data_shape()) for item in items if is_nifti(item["image"]))
+    needed = 4 * voxels * volumes_per_item
     free = free_memory()
     if not needed or free is None:
         return 0.0

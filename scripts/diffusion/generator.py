@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from scripts.bundle.json_files import Must, PositiveFloat, PositiveInt, Sha256, Share
+from scripts.bundle.json_files import Count, Must, PositiveFloat, PositiveInt, Sha256, Share
 from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.statistics import LatentStatistics
@@ -30,6 +30,7 @@ class DenoiserArguments:
     norm_num_groups: Width
     num_head_channels: Width
     prediction: str
+    spatial_channels: Count = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class GeneratorDescription:
             and all(len(each.size) == len(each.spacing) == network.spatial_dims for each in latents.geometries)
             and len(latents.conditions.geometry) == 2 * network.spatial_dims
             and len(latents.factors) == network.spatial_dims
+            and latents.spatial_channels == network.spatial_channels
         )
         if not agree:
             raise ValueError("`network` and `latents` contradict each other in channels, conditions or axes.")

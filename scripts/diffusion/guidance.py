@@ -58,6 +58,7 @@ def _differing(guide: Generator, generator: Generator) -> list[str]:
     found = {
         "statistics of the latents' channels": _statistics_agree(there, here),
         "conditions": len(entries[0]) == len(entries[1]) and all(map(_entry_agrees, *entries)),
+        "spatial conditions": there.spatial in ({}, here.spatial),
         "multiples of the latents' sizes": generator.network.multiple % guide.network.multiple == 0,
     }
     return [name for name, agree in found.items() if not agree]
@@ -65,7 +66,8 @@ def _differing(guide: Generator, generator: Generator) -> list[str]:
 
 def _settings(statistics: LatentStatistics) -> dict[str, Any]:
     """What a user has set in a training, which may be why something differs."""
-    return {"latent_gamma": statistics.latent_gamma, "condition_keys": list(statistics.conditions.keys)}
+    keys = {"condition_keys": list(statistics.conditions.keys), "spatial_keys": list(statistics.spatial)}
+    return {"latent_gamma": statistics.latent_gamma, **keys}
 
 
 def _statistics_agree(there: LatentStatistics, here: LatentStatistics) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ __all__ = ["load_autoencoder", "load_generator", "load_pretrained_generator"]
 
 FOLDER = "models/generator"  # of the generator that the bundle carries
 READS_CONDITIONS = "unet.class_embedding.0.weight"  # of the layer that sees the vector of conditions
+READS_LATENTS = "unet.conv_in.conv.weight"  # of the layer that sees the noisy latent, and then the spatial conditions
+READS_SPATIAL = "from_spatial.conv.weight"
 logger = logging.getLogger(__name__)
 
 
@@ -85,8 +88,8 @@ def load_autoencoder(path: str, statistics: LatentStatistics) -> Reconstructor:
 def load_pretrained_generator(network: Denoiser, path: str, statistics: LatentStatistics) -> None:
     """
     Take over the weights of a generator and what they were trained with: how latents are normalised, and how numbers among
-    the conditions are standardised. Conditions may differ: the weights of those that both have are taken over, and a
-    condition that is new has no influence before the first step, as if nothing were known of it.
+    the conditions are standardised. Conditions, spatial ones too, may differ: the weights of those that both have are taken
+    over, and a condition that is new has no influence before the first step, as if nothing were known of it.
 
     Args:
         network: network, changed in place.
@@ -113,27 +116,40 @@ def load_pretrained_generator(network: Denoiser, path: str, statistics: LatentSt
         )
     statistics.inherit_normalisation(before)
     state = generator.network.state_dict()
-    state[READS_CONDITIONS] = _for_conditions(state[READS_CONDITIONS], before, statistics)
-    network.load_state_dict(state)
+    entries = before.conditions.entries, statistics.conditions.entries
+    state[READS_CONDITIONS] = _for_entries(state[READS_CONDITIONS], *entries)
+    _log_differences("condition_keys", *entries)
+    spatial = before.spatial_entries, statistics.spatial_entries
+    split = len(state[READS_LATENTS][0]) - len(spatial[0])
+    others, reads = state[READS_LATENTS].tensor_split([split], 1)
+    state[READS_LATENTS] = torch.cat([others, _for_entries(reads, *spatial)], 1)
+    if READS_SPATIAL in state:
+        state[READS_SPATIAL] = _for_entries(state[READS_SPATIAL], *spatial)
+    _log_differences("spatial_keys", before.spatial, statistics.spatial)
+    expected = network.state_dict()  # with layers that only one of the two has
+    network.load_state_dict({**expected, **{name: state[name] for name in expected if name in state}})
     logger.info(f"training starts from {path}: {statistics.summary()}")
 
 
 def _compared(network: Denoiser) -> dict[str, Any]:
     """What must be the same. How many conditions there are may differ."""
-    return {name: value for name, value in network.arguments.items() if name != "condition_size"}
+    return {name: value for name, value in network.arguments.items() if name not in ("condition_size", "spatial_channels")}
 
 
-def _for_conditions(weight: torch.Tensor, before: LatentStatistics, now: LatentStatistics) -> torch.Tensor:
-    """The weight of the layer that sees the vector of conditions, for another vector."""
-    then, here = before.conditions.entries, now.conditions.entries
+def _for_entries(weight: torch.Tensor, then: Sequence[Any], here: Sequence[Any]) -> torch.Tensor:
+    """The weight of a layer, an input of which is one of ``then``, for the inputs ``here``: zeros for those that are new."""
     columns = dict(zip(then, weight.unbind(1)))
+    new = weight.new_zeros(weight.shape[0], *weight.shape[2:])
+    return torch.stack([columns.get(entry, new) for entry in here], 1) if here else weight[:, :0]
+
+
+def _log_differences(key: str, then: Iterable[Any], here: Iterable[Any]) -> None:
     _log(logging.INFO, "conditions that have no influence yet", set(here) - set(then))
-    lost = "conditions of the weights that are lost, because `condition_keys` or the latents here do not have them"
+    lost = f"conditions of the weights that are lost, because `{key}` or the latents here do not have them"
     _log(logging.WARNING, lost, set(then) - set(here))
-    return torch.stack([columns.get(entry, torch.zeros_like(weight[:, 0])) for entry in here], 1)
 
 
-def _log(level: int, words: str, entries: set[tuple[Any, ...]]) -> None:
-    names = {" ".join(entry) if len(entry) == 2 else entry[0] for entry in entries}  # with its class
+def _log(level: int, words: str, entries: set[Any]) -> None:
+    names = {each if isinstance(each, str) else " ".join(each) if len(each) == 2 else each[0] for each in entries}
     if names:
         logger.log(level, f"{words}: {', '.join(sorted(names))}")

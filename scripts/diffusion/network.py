@@ -23,18 +23,28 @@ class LatentUNet(DiffusionModelUNet):
     MONAI's ``DiffusionModelUNet`` without cross-attention and ControlNet, in a form that TorchScript compiles, with
 
     - coordinates as further input channels, see :py:func:`coordinates`;
-    - a vector of conditions instead of a class label. A small network makes of it what is added to the time's embedding.
+    - a vector of conditions instead of a class label. A small network makes of it what is added to the time's embedding;
+    - spatial conditions as further input channels.
 
     Args:
         spatial_dims: 2 or 3.
         in_channels: number of channels of the latent.
         out_channels: number of output channels.
         condition_size: length of the vector of conditions.
+        spatial_channels: number of channels of the spatial conditions.
         kwargs: further arguments of ``DiffusionModelUNet``.
     """
 
-    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, condition_size: int, **kwargs: Any) -> None:
-        super().__init__(spatial_dims, in_channels + 3 * spatial_dims, out_channels, **kwargs)
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        condition_size: int,
+        spatial_channels: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(spatial_dims, in_channels + 3 * spatial_dims + spatial_channels, out_channels, **kwargs)
         self.num_timesteps = NUM_TIMESTEPS  # TorchScript knows no constants of a module
         width = self.block_out_channels[0] * 4
         embedding = nn.Sequential(nn.Linear(condition_size, width), nn.SiLU(), nn.Linear(width, width))
@@ -48,7 +58,12 @@ class LatentUNet(DiffusionModelUNet):
         keep_in_float32(self)  # some of its convolutions, under the CPU's autocast
 
     def forward(  # type: ignore[override]
-        self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, extent: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        context: torch.Tensor,
+        extent: torch.Tensor | None = None,
+        spatial: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -56,8 +71,12 @@ class LatentUNet(DiffusionModelUNet):
             time: ``B``, from 0 to 1.
             context: vectors of conditions, ``BxK``.
             extent: share of each axis that is volume, ``Bx3``; None for all.
+            spatial: spatial conditions, ``BxSxHxWxD``; None where the network has none.
         """
-        h = self.conv_in(torch.cat([x, coordinates(x, extent)], 1))
+        inputs = [x, coordinates(x, extent)]
+        if spatial is not None:
+            inputs.append(spatial.to(x.dtype))
+        h = self.conv_in(torch.cat(inputs, 1))
         sinusoids = get_timestep_embedding(self.num_timesteps * time, self.block_out_channels[0])
         embedding = self.time_embed(sinusoids.to(x.dtype))
         embedding = embedding + self.class_embedding(context).to(x.dtype)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from monai.networks.blocks import Convolution
+from monai.networks.nets.diffusion_model_unet import zero_module
 from torch import nn
 
 from scripts.diffusion.network import LatentUNet
@@ -34,6 +37,8 @@ class Denoiser(nn.Module):
         prediction: what the U-Net predicts: the clean latent (``"x"``), the velocity ``clean - noise`` (``"v"``), or mean,
             gain and residual of each clean value (``"gain"``, see :py:func:`posterior`).
         amplitude: deviation of each channel of the latents, for ``"gain"``; None where weights that are loaded have it.
+        spatial_channels: number of channels of the spatial conditions. A linear function of each of their voxels is added to
+            the U-Net's output: the latent of an image is nearly a weighted sum of those of its classes.
 
     Attributes:
         arguments: all of them, plain JSON.
@@ -57,6 +62,7 @@ class Denoiser(nn.Module):
         num_head_channels: int = 32,
         prediction: str = "gain",
         amplitude: Sequence[float] | torch.Tensor | None = None,
+        spatial_channels: int = 0,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
@@ -86,6 +92,7 @@ class Denoiser(nn.Module):
             "condition_size": condition_size,
             **of_unet,
             "prediction": prediction,
+            "spatial_channels": spatial_channels,
         }
         self.multiple = 2 ** (len(channels) - 1)
         self.gain, self.velocity = prediction == "gain", prediction == "v"
@@ -94,10 +101,18 @@ class Denoiser(nn.Module):
             strength = torch.ones(latent_channels) if amplitude is None else torch.as_tensor(amplitude, dtype=torch.float32)
             self.register_buffer("amplitude", strength.reshape(1, -1, *[1] * spatial_dims).clone())
         outputs = latent_channels * (3 if self.gain else 1)
-        self.unet = LatentUNet(spatial_dims, latent_channels, outputs, condition_size, use_flash_attention=True, **of_unet)
+        inputs = latent_channels, outputs, condition_size, spatial_channels
+        self.unet = LatentUNet(spatial_dims, *inputs, use_flash_attention=True, **of_unet)
+        linear = partial(Convolution, spatial_dims, kernel_size=1, conv_only=True)
+        self.from_spatial = zero_module(linear(spatial_channels, outputs)) if spatial_channels else None
 
     def forward(
-        self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, extent: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        context: torch.Tensor,
+        extent: torch.Tensor | None = None,
+        spatial: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -105,6 +120,7 @@ class Denoiser(nn.Module):
             time: ``B``, from 0 (no noise) to 1 (nothing else).
             context: vectors of conditions, ``BxK``.
             extent: share of each axis that is volume, ``Bx3``, where the latents are padded at their end; None for all.
+            spatial: spatial conditions, ``BxSxHxWxD``; None without.
 
         Returns:
             the clean latents, of the shape of ``x``.
@@ -114,11 +130,24 @@ class Denoiser(nn.Module):
             amplitude: torch.Tensor = self.amplitude  # type: ignore[assignment]
             t = t.clamp(self.least_time, 1 - self.least_time)
             strength = (((1 - t) * amplitude).square() + t.square()).sqrt()
-            prior_mean, logit, residual = self.unet(x / strength, time, context, extent).float().chunk(3, 1)
+            prior_mean, logit, residual = self._output(x / strength, time, context, extent, spatial).float().chunk(3, 1)
             mean, deviation = posterior(x, t, amplitude, amplitude * prior_mean, self.logit * logit)
             return mean + deviation * residual
-        output = self.unet(x, time, context, extent)
+        output = self._output(x, time, context, extent, spatial)
         return x + t * output if self.velocity else output
+
+    def _output(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        context: torch.Tensor,
+        extent: torch.Tensor | None,
+        spatial: torch.Tensor | None,
+    ) -> torch.Tensor:
+        output = self.unet(x, time, context, extent, spatial)
+        if self.from_spatial is not None and spatial is not None:
+            output = output + self.from_spatial(spatial)
+        return output
 
 
 def posterior(

@@ -30,7 +30,8 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
     Args:
         statistics: statistics of the latents.
         flow: flow that is learned.
-        condition_dropout: see :py:meth:`Conditions.with_dropout`; at least 0 and below 1.
+        condition_dropout: see :py:meth:`Conditions.with_dropout`; at least 0 and below 1. Each spatial condition is left out
+            with this probability too, and all of them with the null vector.
 
     Raises:
         ValueError: for another ``condition_dropout``.
@@ -59,12 +60,17 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
             the noisy latents, the :py:class:`FlowTarget`, no arguments, and the keyword arguments of the network.
         """
         num_values = (batchdata["mask"].flatten(1).sum(1) * batchdata[Keys.IMAGE].shape[1]).tolist()  # without padding
-        times, vectors = [], []
-        for seed, volume, count in zip(batchdata["seed"], batchdata["volume"], num_values):
+        times, vectors, given = [], [], []
+        for seed, volume, count, present in zip(batchdata["seed"], batchdata["volume"], num_values, batchdata["given"]):
             random = np.random.default_rng(seed)
             times.append(self.flow.draw_time(count, random))
-            vectors.append(self.statistics.conditions.with_dropout(volume, self.condition_dropout, random))
-        return self._prepared(batchdata, times, vectors, device=device, non_blocking=non_blocking, **kwargs)
+            vector = self.statistics.conditions.with_dropout(volume, self.condition_dropout, random)
+            vectors.append(vector)
+            kept = torch.from_numpy(random.random(len(present)) >= self.condition_dropout)
+            given.append(present * kept * vector.any())  # nothing is given with the null vector
+        return self._prepared(
+            {**batchdata, "given": torch.stack(given)}, times, vectors, device=device, non_blocking=non_blocking, **kwargs
+        )
 
     def at_time(self, batchdata: Mapping[str, Any], time: float, device: torch.device) -> Prepared:
         """The same at a given time and with all conditions, for validation."""
@@ -74,7 +80,11 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
     def _prepared(
         self, batchdata: Mapping[str, Any], times: list[float], vectors: list[torch.Tensor], **to: Any
     ) -> Prepared:
-        image, noise, mask, extent = (batchdata[key].to(**to) for key in (Keys.IMAGE, "noise", "mask", "extent"))
+        names = Keys.IMAGE, "noise", "mask", "extent", "spatial", "given"
+        image, noise, mask, extent, spatial, given = (batchdata[name].to(**to) for name in names)
         target = FlowTarget(self.statistics.normalised(image), torch.tensor(times).to(**to), mask)
         noisy = self.flow.add_noise(target.clean, noise, target.times)
-        return noisy, target, (), {"time": target.times, "context": torch.stack(vectors).to(**to), "extent": extent}
+        arguments = {"time": target.times, "context": torch.stack(vectors).to(**to), "extent": extent}
+        if self.statistics.spatial:
+            arguments["spatial"] = self.statistics.spatial_input(spatial, given)
+        return noisy, target, (), arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ class Sampler:
         latent_size: Sequence[int],
         seed: int,
         after_step: Callable[[], object] = lambda: None,
+        spatial: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
         Follow the flow from noise to a latent. In training the padding repeats the last voxels, and the loss leaves it out:
@@ -110,6 +111,7 @@ class Sampler:
             latent_size: size of the latent without padding.
             seed: seed of the noise that the stochastic solver adds.
             after_step: called after each step.
+            spatial: latents of the spatial conditions that are given, each ``1x(planes * C)xHxWxD`` without padding.
 
         Returns:
             the latent as the autoencoder makes it, without padding, on the network's device.
@@ -118,18 +120,34 @@ class Sampler:
         noise, context = noise.to(device), context.to(device)
         padded = noise.shape[2:]
         extent = torch.tensor([[n / whole for n, whole in zip(latent_size, padded)]], device=device)
+        conditions = self._spatial_input(spatial or {}, latent_size, padded)
 
         def velocity(x: torch.Tensor, time: float) -> torch.Tensor:
-            clean = _cropped(self.denoise(x, time, context, extent), latent_size)
+            clean = _cropped(self.denoise(x, time, context, extent, conditions), latent_size)
             return (pad_at_end(clean, padded) - x) / time
 
         times = self.generator.flow.sampling_times(self.num_inference_steps, noise.shape[1] * math.prod(latent_size))
         x = integrate(velocity, noise, times, self.solver, seed, after_step)
         return self.generator.statistics.denormalised(_cropped(x, latent_size))
 
+    def _spatial_input(
+        self, latents: Mapping[str, torch.Tensor], size: Sequence[int], padded: Sequence[int]
+    ) -> torch.Tensor | None:
+        """What the networks see of spatial conditions, ``1xSxHxWxD``."""
+        statistics, device = self.generator.statistics, next(self.generator.network.parameters()).device
+        if not statistics.spatial:
+            return None
+        stacked, given = statistics.stacked({key: z[0].cpu() for key, z in latents.items()}, size)
+        return statistics.spatial_input(pad_at_end(stacked[None], padded).to(device), given[None].to(device))
+
     @torch.no_grad()
     def denoise(
-        self, x: torch.Tensor, time: float, context: torch.Tensor, extent: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        time: float,
+        context: torch.Tensor,
+        extent: torch.Tensor | None = None,
+        spatial: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The clean latent.
@@ -139,22 +157,28 @@ class Sampler:
             time: time of the latent, above 0.
             context: vector of conditions, ``1xK``.
             extent: share of each axis that is volume, ``1x3``; None for all.
+            spatial: spatial conditions, ``1xSxHxWxD``; None without.
         """
 
-        def estimate(network: Any, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        def estimate(
+            generator: Generator, x: torch.Tensor, context: torch.Tensor, spatial: torch.Tensor | None = spatial
+        ) -> torch.Tensor:
             times = torch.full((len(x),), time, device=x.device)
+            share = None if extent is None else extent.expand(len(x), -1)
+            sees = spatial if generator.statistics.spatial else None
             with torch.autocast(x.device.type, self.dtype, enabled=self.amp):
-                return network(x, times, context, None if extent is None else extent.expand(len(x), -1)).float()
+                return generator.network(x, times, context, share, sees).float()
 
-        network, (low, high) = self.generator.network, self.interval
+        low, high = self.interval
         if self.scale == 1 or not low <= time <= high:
-            return estimate(network, x, context)
+            return estimate(self.generator, x, context)
         if self.guide is not None:
-            guide = estimate(self.guide.network, x, context)
-            return guide.lerp(estimate(network, x, context), self.scale)
+            guide = estimate(self.guide, x, context)
+            return guide.lerp(estimate(self.generator, x, context), self.scale)
         # both at once, which takes no longer for a small latent
         null = self.generator.statistics.conditions.null_vector()[None].to(context.device)
-        cond, uncond = estimate(network, x.expand(2, *x.shape[1:]), torch.cat([context, null])).chunk(2)
+        both = None if spatial is None else torch.cat([spatial, torch.zeros_like(spatial)])
+        cond, uncond = estimate(self.generator, x.expand(2, *x.shape[1:]), torch.cat([context, null]), both).chunk(2)
         return uncond.lerp(cond, self.scale)
 
 

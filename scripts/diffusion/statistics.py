@@ -15,6 +15,7 @@ import torch
 
 from scripts.bundle.json_files import Must, PositiveFloat, PositiveInt, Sha256, Share, checked
 from scripts.bundle.network_arguments import NetworkArguments
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Conditions
 
 __all__ = ["Geometry", "LatentAutoencoder", "LatentStatistics", "ranges"]
@@ -71,6 +72,7 @@ class LatentStatistics:
         intensity_windows: ``lowest`` and ``highest`` end of the windows, of each image channel.
         training_mean: mean of each channel over the training latents, where ``channel_mean`` is that of the latents that the
             pretrained weights were trained on.
+        spatial: spatial conditions by key.
     """
 
     autoencoder: LatentAutoencoder
@@ -88,6 +90,7 @@ class LatentStatistics:
     scl_inter: float
     intensity_windows: dict[str, list[float]] = field(default_factory=dict)
     training_mean: list[float] | None = None
+    spatial: dict[str, SpatialKind] = field(default_factory=dict)
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -99,6 +102,16 @@ class LatentStatistics:
     def latent_channels(self) -> int:
         """Number of channels of the latents."""
         return len(self.channel_mean)
+
+    @property
+    def spatial_planes(self) -> list[int]:
+        """Number of latents of each spatial condition."""
+        return [kind.num_planes for kind in self.spatial.values()]
+
+    @property
+    def spatial_channels(self) -> int:
+        """Number of channels that :py:meth:`spatial_input` has."""
+        return sum(self.spatial_planes) * self.latent_channels + len(self.spatial)
 
     @property
     def amplitude(self) -> torch.Tensor:
@@ -130,6 +143,7 @@ class LatentStatistics:
         found = {
             "SHA-256 of the autoencoder's weights": state["autoencoder"]["sha256"][:12],
             "condition_keys": list(state["conditions"]["keys"]),
+            "spatial_keys": list(state["spatial"]),
         }
         # a fine-tuned generator has the `latent_gamma` of the weights that it started from
         return found if state["training_mean"] else {**found, "latent_gamma": state["latent_gamma"]}
@@ -154,6 +168,49 @@ class LatentStatistics:
         """The reverse of :py:meth:`normalised`."""
         mean, scale = self._mean_and_scale(z)
         return z / scale + mean
+
+    def stacked(self, latents: Mapping[str, torch.Tensor], size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The spatial conditions of one volume.
+
+        Args:
+            latents: those that it has, each ``(planes * C)xHxWxD``.
+            size: ``HxWxD``, for a volume that has none.
+
+        Returns:
+            the latents of all conditions, one after the other, zeros for those that it does not have,
+            ``(planes * C)xHxWxD``; and for each condition 1 if it has it, and otherwise 0.
+        """
+        counts = [planes * self.latent_channels for planes in self.spatial_planes]
+        found = [latents.get(key, torch.zeros(count, *size)) for key, count in zip(self.spatial, counts)]
+        stacked = torch.cat([torch.zeros(0, *size), *found])
+        return stacked, torch.tensor([float(key in latents) for key in self.spatial])
+
+    def spatial_input(self, latents: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """
+        What a network sees of spatial conditions: their latents, normalised as those of the images are, and for each
+        condition one channel that is 1 where it is given. What is not given is zeros.
+
+        Args:
+            latents: ``Bx(planes * C)xHxWxD``, see :py:meth:`stacked`.
+            given: ``BxK``.
+        """
+        size, planes = latents.shape[2:], sum(self.spatial_planes)
+        by_plane = latents.reshape(-1, self.latent_channels, *size)
+        by_plane = self.normalised(by_plane).reshape(len(latents), planes, self.latent_channels, *size)
+        counts = torch.tensor(self.spatial_planes, dtype=torch.long, device=given.device)
+        of_plane, of_key = (
+            each.reshape(*each.shape, *[1] * len(size)) for each in (given.repeat_interleave(counts, 1), given)
+        )
+        return torch.cat([(by_plane * of_plane[:, :, None]).flatten(1, 2), of_key.expand(-1, -1, *size)], 1)
+
+    @property
+    def spatial_entries(self) -> list[tuple[Any, ...]]:
+        """What each channel of :py:meth:`spatial_input` says: a key, a plane of it and a channel; or a key."""
+        found: list[tuple[Any, ...]] = []
+        for key, kind in self.spatial.items():
+            found += [(key, plane, channel) for plane in kind.names for channel in range(self.latent_channels)]
+        return found + [(key,) for key in self.spatial]
 
     def _mean_and_scale(self, z: torch.Tensor) -> list[torch.Tensor]:
         scale = np.divide(self.channel_amplitude, self.channel_deviation).tolist()

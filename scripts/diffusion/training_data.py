@@ -16,7 +16,8 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.json_files import Share, checked
 from scripts.bundle.weights import what_differs
-from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent
+from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent, read_spatial
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.data.subjects import split_by_subject
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import draw_noise
@@ -70,7 +71,9 @@ def latent_lists(
     return {name: [{"image": item["latent"]} for item in items][:max_volumes] for name, items in lists.items()}
 
 
-def learn_statistics(items: Sequence[Item], latent_gamma: float, condition_keys: Sequence[str]) -> LatentStatistics:
+def learn_statistics(
+    items: Sequence[Item], latent_gamma: float, condition_keys: Sequence[str], spatial_keys: Sequence[str] = ()
+) -> LatentStatistics:
     """
     What the JSON files beside latents say, see :py:func:`statistics_of`.
 
@@ -78,14 +81,22 @@ def learn_statistics(items: Sequence[Item], latent_gamma: float, condition_keys:
         items: training list.
         latent_gamma: see :py:class:`LatentStatistics`.
         condition_keys: names of the conditions to use.
+        spatial_keys: names of the spatial conditions to use.
     """
-    statistics = statistics_of([read_description(Path(item["image"])) for item in items], latent_gamma, condition_keys)
+    descriptions = [read_description(Path(item["image"])) for item in items]
+    statistics = statistics_of(descriptions, latent_gamma, condition_keys, spatial_keys)
     logger.info(statistics.summary())
+    for key in statistics.spatial:
+        count = sum(key in each.spatial for each in descriptions)
+        logger.info(f"{count} of {len(descriptions)} training latents have the spatial condition {key!r}")
     return statistics
 
 
 def statistics_of(
-    descriptions: Sequence[LatentDescription], latent_gamma: float, condition_keys: Sequence[str] = ()
+    descriptions: Sequence[LatentDescription],
+    latent_gamma: float,
+    condition_keys: Sequence[str] = (),
+    spatial_keys: Sequence[str] = (),
 ) -> LatentStatistics:
     """
     Statistics of latents.
@@ -94,9 +105,11 @@ def statistics_of(
         descriptions: what lies beside the latents, all of one autoencoder.
         latent_gamma: 0 to 1, see :py:class:`LatentStatistics`.
         condition_keys: names of the conditions to use.
+        spatial_keys: names of the spatial conditions to use.
 
     Raises:
-        ValueError: for a ``latent_gamma`` outside, or conditions that the volumes do not have.
+        ValueError: for a ``latent_gamma`` outside, conditions that the volumes do not have, and a spatial condition that
+            was not encoded alike for all volumes.
     """
     gamma: float = checked(latent_gamma, Share, "latent_gamma")
     volumes = [volume_of(each) for each in descriptions]
@@ -110,6 +123,7 @@ def statistics_of(
         conditions=Conditions.learn(condition_keys, volumes),
         geometries=[Geometry(list(size), list(spacing), count) for (size, spacing), count in ordered],
         **_intensities(descriptions),
+        spatial={key: _kind(key, descriptions) for key in spatial_keys},
     )
 
 
@@ -118,6 +132,22 @@ def volume_of(description: LatentDescription) -> Volume:
     affine = np.array(description.preprocessed_affine)
     spacing = [round(float(length), 4) for length in np.sqrt(np.square(affine[:3, :3]).sum(0))]
     return Volume(description.preprocessed_shape, spacing, description.conditions)
+
+
+def _kind(key: str, descriptions: Sequence[LatentDescription]) -> SpatialKind:
+    """What a spatial condition is, the same in all volumes that have it."""
+    kinds = {each.spatial[key].kind for each in descriptions if key in each.spatial}
+    if not kinds:
+        known = sorted({name for each in descriptions for name in each.spatial})
+        raise ValueError(
+            f"`spatial_keys` names {key!r}, which no training latent has; they have {', '.join(known) or 'none'}. Run "
+            "`encoding` with the same `spatial_keys`."
+        )
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the spatial condition {key!r} was encoded with different classes: run `encoding` again on all volumes."
+        )
+    return kinds.pop()
 
 
 def _channels(descriptions: Sequence[LatentDescription], latent_gamma: float) -> dict[str, Any]:
@@ -165,7 +195,8 @@ def _refuse_mixture(descriptions: Mapping[str, LatentDescription]) -> None:
 class ReadLatentd(Transform):
     """
     Read a latent and what is known of its volume: ``volume``, a :py:class:`scripts.diffusion.conditions.Volume`; ``seed``,
-    which follows from the file's name; and ``file``.
+    which follows from the file's name; ``file``; and ``spatial`` and ``given``, the latents of the spatial conditions, see
+    :py:meth:`LatentStatistics.stacked`.
 
     Args:
         statistics: statistics of the latents.
@@ -177,14 +208,20 @@ class ReadLatentd(Transform):
 
     def __init__(self, statistics: LatentStatistics, key: str = Keys.IMAGE) -> None:
         self.key = key
+        self.statistics = statistics
         self.kind = (statistics.factors, statistics.latent_channels, statistics.autoencoder.network["out_channels"])
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
         description = read_description(path)
+        latent = read_latent(path, description, *self.kind)
+        conditions = read_spatial(path, description, self.statistics.spatial)
+        spatial, given = self.statistics.stacked(conditions, latent.shape[1:])
         return {
             **data,
-            self.key: read_latent(path, description, *self.kind),
+            self.key: latent,
+            "spatial": spatial,
+            "given": given,
             "volume": volume_of(description),
             "seed": int.from_bytes(hashlib.sha256(description.source.encode()).digest()[:4], "big"),
             "file": str(path),
@@ -211,7 +248,7 @@ class LatentCollate:
 
         Returns:
             ``image`` and ``noise`` ``BxCxHxWxD``, ``mask`` ``Bx1xHxWxD`` (1 in the volume), ``extent`` ``Bx3`` (share of
-            each axis that is volume), and lists of the rest.
+            each axis that is volume), ``spatial`` ``BxNxHxWxD``, ``given`` ``BxK``, and lists of the rest.
         """
         items = [item for sample in samples for item in (sample if isinstance(sample, list) else [sample])]
         latents = [item[Keys.IMAGE] for item in items]
@@ -222,8 +259,15 @@ class LatentCollate:
             mask[i, 0][tuple(slice(n) for n in z.shape[1:])] = 1
         return {
             Keys.IMAGE: torch.cat([pad_at_end(z[None], size) for z in latents]),
+            "spatial": torch.cat([_padded(item["spatial"], size) for item in items]),
+            "given": torch.stack([item["given"] for item in items]),
             "noise": torch.stack([draw_noise((len(z), *size), item["seed"]) for z, item in zip(latents, items)]),
             "mask": mask,
             "extent": torch.tensor([[n / padded for n, padded in zip(z.shape[1:], size)] for z in latents]),
             **{key: [item[key] for item in items] for key in ("volume", "seed", "file")},
         }
+
+
+def _padded(z: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """``1xNxHxWxD`` of a size; replication does not take N = 0."""
+    return pad_at_end(z[None], size) if len(z) else z.new_zeros(1, 0, *size)

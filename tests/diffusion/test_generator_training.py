@@ -126,14 +126,17 @@ def test_latents_of_other_weights_are_replaced_with_a_warning(volumes, latents, 
 
 def test_batch_of_different_sizes_is_padded_and_masked():
     items = [
-        {"image": torch.randn(2, *size), "volume": Volume(size, [1.0] * 3), "seed": i, "file": ""}
+        {"image": torch.randn(2, *size), "spatial": torch.randn(3, *size), "given": torch.tensor([1.0, 0.0])}
+        | {"volume": Volume(size, [1.0] * 3), "seed": i, "file": ""}
         for i, size in enumerate([(5, 8, 3), (4, 4, 4)])
     ]
     batch = LatentCollate(multiple=4)([[item] for item in items])
     assert batch["image"].shape == batch["noise"].shape == (2, 2, 8, 8, 4) and batch["mask"].shape == (2, 1, 8, 8, 4)
     assert batch["mask"].flatten(1).sum(1).tolist() == [5 * 8 * 3, 4**3]
     assert torch.equal(batch["image"][0, :, :5, :8, :3], items[0]["image"])
-    assert torch.equal(batch["image"][0, :, 7, 7, 3], items[0]["image"][:, 4, 7, 2])
+    for key in ("image", "spatial"):
+        assert torch.equal(batch[key][0, :, 7, 7, 3], items[0][key][:, 4, 7, 2])
+    assert batch["given"].tolist() == [[1, 0], [1, 0]]
     assert batch["extent"].tolist() == [[5 / 8, 1, 3 / 4], [1 / 2, 1 / 2, 1]]
     alone = LatentCollate(multiple=8)([items[1]])
     assert torch.equal(alone["noise"], LatentCollate(multiple=8)(items[1:])["noise"])
