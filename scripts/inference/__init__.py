@@ -5,6 +5,7 @@ exported networks; and samples of a generator.
 from scripts.inference.exported_networks import ExportedNetwork, refuse_latents
 from scripts.inference.inferers import ReconstructionInferer, SampleInferer, SpatialEncoder
 from scripts.inference.samples import DrawNoised, SamplePlan, SaveSampled
+from scripts.inference.spatial_samples import SpatialSamplePlan, sample_plan
 from scripts.inference.streaming import StreamingInferer
 from scripts.inference.volume_runs import VolumeDataset, VolumeEvaluator, find_share, join_processes
 
@@ -16,10 +17,12 @@ __all__ = [
     "SamplePlan",
     "SaveSampled",
     "SpatialEncoder",
+    "SpatialSamplePlan",
     "StreamingInferer",
     "VolumeDataset",
     "VolumeEvaluator",
     "find_share",
     "join_processes",
     "refuse_latents",
+    "sample_plan",
 ]
