@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -40,7 +40,7 @@ def preprocessed_grid(grid: Grid, spacing: float | Sequence[float] | None = None
         spacing: mm along each axis (right, anterior, superior), or None for that of the file.
     """
     volume = MetaTensor(torch.empty(1).expand(1, *grid.shape), affine=torch.from_numpy(grid.affine))
-    turned = Orientation("RAS", labels=None, lazy=True)(volume)
+    turned: Any = Orientation("RAS", labels=None, lazy=True)(volume)
     if spacing is not None:
         turned = Spacing(spacing, lazy=True)(turned)
     return Grid(tuple(map(int, turned.peek_pending_shape())), turned.peek_pending_affine().numpy())

@@ -166,7 +166,7 @@ def _save_spatial(
     record: Any = record_of(volume)
     content = nifti_bytes(latents.movedim(0, -1).numpy(), header)
     write_atomically(content, spatial_path(path, key))
-    hashes = {"latent_sha256": content_hash(content)}
+    hashes: dict[str, Any] = {"latent_sha256": content_hash(content)}
     if record.kind.is_label_map:
         labels = volume.as_tensor()[0].numpy()
         ends = (int(end) for end in (labels.min(), labels.max()))
@@ -284,7 +284,7 @@ def _read_voxels(path: Path, shape: tuple[int, ...], dtype: type = np.float32) -
     try:
         image: Any = nib.load(path)
         check_claim(image)
-        values = np.asarray(image.dataobj, dtype=dtype) if image.shape == shape else None
+        values: Any = np.asarray(image.dataobj, dtype=dtype) if image.shape == shape else None
     except Exception as error:  # readers raise errors of any type
         raise ValueError(f"{path} {explanation(error, str(path))}") from error
     if values is None:
@@ -309,11 +309,11 @@ def read_spatial(path: Path, description: LatentDescription, keys: Sequence[str]
     Raises:
         ValueError: for a file that is not what the description names.
     """
-    names = description.spatial if keys is None else keys
-    found = {key: description.spatial[key] for key in names if key in description.spatial}
-    (*sizes, channels), latents = nib.load(path).shape if found else (0,), {}
-    for key, each in found.items():
-        file = spatial_path(path, key)
+    latent: Any = nib.load(path)
+    *sizes, channels = latent.shape
+    latents = {}
+    for key in description.spatial if keys is None else [key for key in keys if key in description.spatial]:
+        each, file = description.spatial[key], spatial_path(path, key)
         _check_hash(file, each.latent_sha256)
         latents[key] = _read_voxels(file, (*sizes, channels * each.kind.num_planes)).movedim(-1, 0)
     return latents

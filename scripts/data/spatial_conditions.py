@@ -109,7 +109,11 @@ class LoadSpatiald(Transform):
         values = np.moveaxis(values, -1, 0) if values.ndim > 3 else values[None]
         one_channel = kind.is_label_map or len(values) == 1
         check_shape((*values.shape[1:], len(values)), 1 if one_channel else self.image_channels)
-        known = {"kind": asdict(kind), "source": os.path.relpath(path, self.dataset_dir), "source_state": state_of(path)}
+        known: dict[str, Any] = {
+            "kind": asdict(kind),
+            "source": os.path.relpath(path, self.dataset_dir),
+            "source_state": state_of(path),
+        }
         if kind.is_label_map:
             labels = labels_in(values[0])
             kind.check(torch.tensor([labels]), "")

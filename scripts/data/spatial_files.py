@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ LABEL = "label"  # the key of label maps, in MONAI as in the Medical Segmentatio
 CHANNEL = re.compile(r"_\d{4}$")  # of nnU-Net, at the end of the names of images alone
 FOLDERS = {f"images{part}": f"labels{part}" for part in ("Tr", "Ts", "Val")}
 Item = dict[str, Any]
-Rule = Callable[[str, str], "str | None"]
 logger = logging.getLogger(__name__)
 
 
@@ -49,12 +48,15 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
     if not spatial_keys:
         return list(items)
     listed = _listed(dataset_dir, spatial_keys)
-    volumes_in = functools.cache(_volumes_in)
+    derivatives, volumes_in = sorted(Path(dataset_dir).glob("derivatives/*")), functools.cache(_volumes_in)
     found = []
     for item in items:
-        path = item["image"]
-        volumes = [each for folder in _folders(Path(path), Path(dataset_dir)) for each in volumes_in(folder)]
-        of_file = {key: _beside(path, volumes, key) for key in spatial_keys if key not in listed}
+        path = Path(item["image"])
+        near = path.parent.relative_to(dataset_dir)
+        folders = [path.parent, *(folder / near for folder in derivatives)]
+        if near.name in FOLDERS:
+            folders.append(path.parent.with_name(FOLDERS[near.name]))
+        of_file = {key: _beside(path, key, map(volumes_in, folders)) for key in spatial_keys if key not in listed}
         of_item = {key: paths.get(os.path.realpath(path)) for key, paths in listed.items()}
         spatial = {key: value for key in spatial_keys if (value := {**of_file, **of_item}[key]) is not None}
         found.append({**item, "spatial": spatial})
@@ -91,14 +93,7 @@ def find_spatial_items(dataset_dir: str, image_glob: str, spatial_keys: Sequence
         ValueError: for a key that no case has, and for two files that fit.
     """
     listed = _listed(dataset_dir, spatial_keys)
-    if listed:
-        items = _cases_of_list(dataset_dir, listed)
-    else:
-        files = [path for path in visible_files(dataset_dir, image_glob) if is_nifti(path.name)]
-        items = _cases_of_files(files, spatial_keys)
-        if not items and len(spatial_keys) == 1:
-            items = {path.with_name(without_ending(path.name)): {spatial_keys[0]: [path]} for path in files}
-        items = {case: {key: _only(paths, case.name, key) for key, paths in found.items()} for case, found in items.items()}
+    items = _cases_of_list(dataset_dir, listed) if listed else _cases_of_files(dataset_dir, image_glob, spatial_keys)
     for key in spatial_keys:
         if not any(key in item for item in items.values()):
             raise ValueError(f"there is no spatial condition {key!r} below `dataset_dir` {dataset_dir!r}.")
@@ -109,9 +104,9 @@ def find_spatial_items(dataset_dir: str, image_glob: str, spatial_keys: Sequence
     ]
 
 
-def _cases_of_list(dataset_dir: str, listed: dict[str, dict[str, str]]) -> dict[Path, dict[str, str]]:
+def _cases_of_list(dataset_dir: str, listed: Mapping[str, Mapping[str, str]]) -> dict[Path, dict[str, str | None]]:
     images = {item["image"] for items in dataset_lists(dataset_dir).values() for item in items}
-    found = {
+    found: dict[Path, dict[str, str | None]] = {
         Path(image): {key: paths[real] for key, paths in listed.items() if real in paths}
         for image in images
         for real in [os.path.realpath(image)]
@@ -119,15 +114,18 @@ def _cases_of_list(dataset_dir: str, listed: dict[str, dict[str, str]]) -> dict[
     return {image: spatial for image, spatial in found.items() if spatial}
 
 
-def _cases_of_files(files: Sequence[Path], spatial_keys: Sequence[str]) -> dict[Path, dict[str, Any]]:
+def _cases_of_files(dataset_dir: str, image_glob: str, spatial_keys: Sequence[str]) -> dict[Path, dict[str, str | None]]:
     """The files of each case by key; the case is called as its volume would be, in its folder."""
-    found: dict[Path, dict[str, Any]] = defaultdict(lambda: defaultdict(list))
+    files = [path for path in visible_files(dataset_dir, image_glob) if is_nifti(path.name)]
+    found: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path in files:
         for key in spatial_keys:
             case = _case(without_ending(path.name), path.parent.name, key)
             if case is not None:
                 found[path.with_name(case)][key].append(path)
-    return found
+    if not found and len(spatial_keys) == 1:
+        found = {path.with_name(without_ending(path.name)): {spatial_keys[0]: [path]} for path in files}
+    return {case: {key: _only(paths, case.name, key) for key, paths in of_key.items()} for case, of_key in found.items()}
 
 
 def _case(name: str, folder: str, key: str) -> str | None:
@@ -173,23 +171,16 @@ def _file_of(item: Item, key: str, folder: Path) -> str:
     return str(path)
 
 
-def _folders(image: Path, dataset_dir: Path) -> list[Path]:
-    """Where conditions of an image may lie."""
-    labels = FOLDERS.get(image.parent.name)
-    of_labels = [image.parent.with_name(labels)] if labels and image.parent != dataset_dir else []
-    derivatives = sorted(dataset_dir.glob("derivatives/*"))
-    return [image.parent, *of_labels, *(folder / image.parent.relative_to(dataset_dir) for folder in derivatives)]
-
-
 def _is_below(path: Path, folder: str) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
-def _beside(image: str, volumes: Sequence[Path], key: str) -> str | None:
-    """The file of a key among the volumes near an image."""
-    path = Path(image)
-    name = without_ending(path.name)
-    return _only([each for each in volumes if each != path and _fits(name, each, key)], image, key)
+def _beside(image: Path, key: str, volumes: Iterable[Mapping[Any, Sequence[Path]]]) -> str | None:
+    """The file of a key among the volumes of several folders."""
+    name = without_ending(image.name)
+    asked = (f"{name}_{key}", name, CHANNEL.sub("", name), _entities(name))
+    near = {path for of_folder in volumes for each in asked for path in of_folder.get(each, [])} - {image}
+    return _only([path for path in sorted(near) if _fits(name, path, key)], str(image), key)
 
 
 def _fits(image: str, file: Path, key: str) -> bool:
@@ -199,22 +190,27 @@ def _fits(image: str, file: Path, key: str) -> bool:
         return key == LABEL and name in (image, CHANNEL.sub("", image))
     if name == f"{image}_{key}":
         return True
-    of_image, of_file = image.split("_"), name.split("_")
-    if not image.startswith("sub-") or _entities(of_image) != _entities(of_file):
+    if not image.startswith("sub-") or _entities(image) != _entities(name):
         return False
-    described = [part for part in of_file[:-1] if part.startswith("desc-")]
-    return f"desc-{key}" in described or (of_file[-1] == key and all(part in of_image for part in described))
+    *parts, suffix = name.split("_")
+    described = [part for part in parts if part.startswith("desc-")]
+    return f"desc-{key}" in described or (suffix == key and set(described) <= set(image.split("_")))
 
 
-def _entities(parts: Sequence[str]) -> set[str]:
-    """The entities of a BIDS name but ``desc``; the suffix, its last part, is none."""
-    return {part for part in parts[:-1] if not part.startswith("desc-")}
+def _entities(name: str) -> frozenset[str]:
+    """The entities of a BIDS name but ``desc``."""
+    return frozenset(part for part in name.split("_")[:-1] if not part.startswith("desc-"))
 
 
-def _volumes_in(folder: Path) -> list[Path]:
-    """The volumes in a folder, by the endings of their names."""
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if without_ending(path.name) != path.name and path.name[0] != "." and path.exists()]
+def _volumes_in(folder: Path) -> dict[Any, list[Path]]:
+    """The volumes in a folder, by their names and by the entities of these."""
+    found: dict[Any, list[Path]] = defaultdict(list)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = without_ending(path.name)
+        if name != path.name and name[0] != "." and path.exists():
+            found[name].append(path)
+            found[_entities(name)].append(path)
+    return found
 
 
 def _only(paths: Sequence[Path], case: str, key: str) -> str | None:

@@ -109,7 +109,7 @@ def test_files_hold_the_latents_of_the_planes_and_the_label_map(made, weights): 
         {"dseg": torch.from_numpy(mask.astype(np.int32))[None, None]}, network
     )
     assert torch.equal(alone["dseg"][0], found["dseg"])
-    assert list(read_spatial(path, description, ["T2w", "t3"])) == ["T2w"]
+    assert list(read_spatial(path, description, ["T2w", "t3"])) == ["T2w"] and not read_spatial(path, description, [])
 
 
 def test_description_says_what_the_conditions_are(made):
