@@ -1,0 +1,158 @@
+"""Generated volumes against the truth that they were generated from parts of: thin slices from thick ones, and filled holes.
+
+    python -m benchmarks.spatial slices --samples_dir OUT --dataset_dir PAIRS --factor 4 [--decoded_dir DECODED]
+    python -m benchmarks.spatial holes --samples_dir OUT --dataset_dir PAIRS [--decoded_dir DECODED]
+
+PAIRS is a folder that `scripts.data.degrade` wrote, OUT the samples that were generated from its validation volumes, and
+DECODED those volumes, encoded and decoded (`evaluating` of configs/inference.json): the limit of what samples can reach.
+Samples get the intensities of what is given by a straight line. Numbers are means over the volumes, in the window of each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fire
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.metrics import SSIMMetric
+from scipy.sparse.linalg import cg
+
+from benchmarks.tables import print_table
+from scripts.data.consistency import in_units_of
+from scripts.data.dataset_tables import dataset_lists
+from scripts.data.file_names import output_path
+from scripts.data.holes import fill_hole, hole_equations
+from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
+from scripts.data.slice_averages import agree_with_slices, average_slices, interpolate_slices
+from scripts.data.volume_reader import read_volume, state_of
+
+PERCENTILES = (0.0, 99.9)  # `intensity_percentiles` of the configs
+Numbers = dict[str, float]
+Scores = dict[str, list[Numbers]]
+
+
+def slices(samples_dir: str, dataset_dir: str, factor: int, axis: int = 2, decoded_dir: str | None = None) -> None:
+    """
+    Print PSNR and SSIM to the thin volumes.
+
+    Args:
+        samples_dir: folder of the samples.
+        dataset_dir: folder of the pairs, whose items have ``thick``.
+        factor: thin slices in a thick one.
+        axis: of the file, along which the slices lie.
+        decoded_dir: folder of the volumes, encoded and decoded.
+    """
+    scores: Scores = defaultdict(list)
+    for truth, (_,), estimates in _cases(samples_dir, dataset_dir, ["thick"], decoded_dir):
+        thick = average_slices(truth, factor, axis)
+        scores["cubic interpolation"].append(_nearness(interpolate_slices(thick, factor, axis, truth.shape[axis]), truth))
+        for name, samples in estimates.items():
+            matched = [in_units_of(thick, sample, average_slices(sample, factor, axis)) for sample in samples]
+            agreeing = [agree_with_slices(sample, thick, factor, axis) for sample in matched]
+            for state, each in (("", matched), (", agreeing", agreeing)):
+                _add(scores, name, state, each, lambda sample, truth=truth: _nearness(sample, truth))
+    _print(scores, {"PSNR": "{:.2f} dB", "SSIM": "{:.4f}"})
+
+
+def holes(samples_dir: str, dataset_dir: str, decoded_dir: str | None = None) -> None:
+    """
+    Print the errors inside the holes and the steps across their borders, the latter beside those of the real volumes.
+
+    Args:
+        samples_dir: folder of the samples.
+        dataset_dir: folder of the pairs, whose items have ``masked`` and ``hole``.
+        decoded_dir: folder of the volumes, encoded and decoded.
+    """
+    scores: Scores = defaultdict(list)
+    for truth, (masked, hole), estimates in _cases(samples_dir, dataset_dir, ["masked", "hole"], decoded_dir):
+        inside = hole != 0
+        given = np.where(inside, masked, truth)  # in the window of the truth
+
+        def score(filled: np.ndarray, truth: np.ndarray = truth, inside: np.ndarray = inside) -> Numbers:
+            return _inside(filled, truth, inside)
+
+        biharmonic = given.copy()
+        biharmonic[inside] = cg(*hole_equations(given, inside, order=2))[0]
+        scores["biharmonic filling"].append(score(biharmonic))
+        for name, samples in estimates.items():
+            matched = [in_units_of(truth[~inside], sample, sample[~inside]) for sample in samples]
+            _add(scores, name, ", as it is", [np.where(inside, sample, given) for sample in matched], score)
+            _add(scores, name, ", without a step", [fill_hole(sample, given, inside) for sample in matched], score)
+    _print(scores, {"mean error": "{:.4f}", "PSNR inside": "{:.2f} dB", "step / real step": "{:.2f}"})
+
+
+def border_step(volume: np.ndarray, inside: np.ndarray) -> float:
+    """Mean absolute difference of neighbours of which one is in a region, ``HxWxD``."""
+    steps = []
+    for axis in range(volume.ndim):
+        crosses = np.diff(inside.astype(np.int8), axis=axis) != 0
+        steps.append(np.abs(np.diff(volume, axis=axis))[crosses])
+    return float(np.concatenate(steps).mean())
+
+
+def _cases(
+    samples_dir: str, dataset_dir: str, keys: list[str], decoded_dir: str | None
+) -> Iterator[tuple[np.ndarray, list[np.ndarray], dict[str, list[np.ndarray]]]]:
+    """The validation volumes that have samples: truth in its window, files of the keys, and estimates by name."""
+    samples = defaultdict(list)
+    for file in sorted(Path(samples_dir).rglob("*_sample_*.json")):
+        samples[json.loads(file.read_text())["spatial_states"][keys[0]]].append(file.with_suffix(".nii.gz"))
+    for item in dataset_lists(dataset_dir)["validation"]:
+        found = samples[state_of(os.path.join(dataset_dir, item[keys[0]]))]
+        if not found:
+            continue
+        image = MetaTensor(torch.from_numpy(_voxels(Path(item["image"])).astype(np.float32))[None])
+        scaled = ScaleIntensityWindowd("image", PERCENTILES)({"image": image})["image"]
+        window = {side: intensity_window(scaled)[side][0] for side in ("low", "high")}
+        estimates = {"sample": [_voxels(path) for path in found]}
+        if decoded_dir is not None:
+            image_path = Path(item["image"]).relative_to(dataset_dir).as_posix()
+            estimates["decoded true latents"] = [_voxels(output_path(decoded_dir, image_path, "reconstruction"))]
+        given = [(_voxels(Path(dataset_dir, item[key])) - window["low"]) / (window["high"] - window["low"]) for key in keys]
+        yield scaled[0].as_tensor().double().numpy(), given, estimates
+
+
+def _voxels(path: Path) -> np.ndarray:
+    return read_volume(str(path))[0].astype(np.float64)
+
+
+def _add(scores: Scores, name: str, state: str, volumes: list[np.ndarray], score: Callable[[np.ndarray], Numbers]) -> None:
+    """Add the score of the first volume, and of the mean of all."""
+    scores[f"{name}{state}"].append(score(volumes[0]))
+    if len(volumes) > 1:
+        scores[f"mean of {len(volumes)} {name}s{state}"].append(score(np.mean(volumes, axis=0)))
+
+
+def _nearness(volume: np.ndarray, truth: np.ndarray) -> Numbers:
+    volume = volume.clip(0, 1)
+    tensors = (torch.from_numpy(each)[None, None].float() for each in (volume, truth))
+    return {"PSNR": _psnr(volume - truth), "SSIM": float(SSIMMetric(spatial_dims=3)(*tensors))}
+
+
+def _inside(filled: np.ndarray, truth: np.ndarray, inside: np.ndarray) -> Numbers:
+    error = (filled.clip(0, 1) - truth)[inside]
+    step = border_step(filled, inside) / border_step(truth, inside)
+    return {"mean error": float(np.abs(error).mean()), "PSNR inside": _psnr(error), "step / real step": step}
+
+
+def _psnr(error: np.ndarray) -> float:
+    return float(-10 * np.log10((error**2).mean()))
+
+
+def _print(scores: Scores, forms: dict[str, str]) -> None:
+    volumes = len(next(iter(scores.values())))
+    rows = [
+        [name, *(form.format(np.mean([one[key] for one in found])) for key, form in forms.items())]
+        for name, found in scores.items()
+    ]
+    print_table([f"{volumes} volumes", *forms], rows)
+
+
+if __name__ == "__main__":
+    fire.Fire({"slices": slices, "holes": holes})
