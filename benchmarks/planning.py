@@ -52,6 +52,7 @@ ROWS: dict[str, tuple[str, tuple[int, ...], int, bool, dict[str, Any]]] = {
 }
 GENERATORS: dict[str, tuple[str, int, dict[str, Any]]] = {  # preset of the autoencoder, edge of the volumes, config keys
     "generator, 16x": ("16x", 512, {}),
+    "generator, 16x, 132 classes": ("16x", 512, {"spatial_keys": ["label"], "num_classes": 132}),
     "generator, 8x, velocity, batch 2": ("8x", 192, {"batch_size": 2, "prediction": "v"}),
 }
 

@@ -2,6 +2,7 @@
 
     python -m scripts estimate [--config_file configs/train.json] [--memory_gb 12] [--any_config_key value]
     python -m scripts estimate --config_file configs/train_diffusion.json [--spatial_size 512] [--autoencoder PRESET]
+        [--spatial_keys "['label']" --num_classes 132]
     python -m scripts recommend --spatial_size "[256,256,64]" --spacing "[0.8,0.8,3]" --memory_gb 8 [--output my.json]
     python -m scripts check
 
@@ -41,6 +42,7 @@ def estimate(
     volume_size: int | Sequence[int] | None = None,
     memory_gb: float | None = None,
     autoencoder: str | Sequence[str] | None = None,
+    num_classes: int | None = None,
     device: str = "cuda",
     json: bool = False,
     **overrides: Any,
@@ -56,6 +58,8 @@ def estimate(
         volume_size: of the volume that is reconstructed, voxels. Without it, spatial_size.
         autoencoder: for a generator, the config or preset of the autoencoder that makes the latents. Without it, that of the
             latents in dataset_dir, or train.json where spatial_size is set.
+        num_classes: for a generator with spatial_size and --spatial_keys "['label']", number of classes of the label map,
+            without the background; other keys are images. Without spatial_size, the latents say what they are.
         memory_gb: also print whether it fits into this many GiB, and if not, which changes would make it fit; with a config
             that only infers, also what slabs hold within it on a GPU.
         device: cuda or cpu, whose memory rules apply. No such device is needed.
@@ -67,12 +71,12 @@ def estimate(
     for_generator = is_generator(config_file)
     if for_generator and volume_size is not None:
         raise ValueError("`volume_size` is for an autoencoder; the size of a generator's volumes is `spatial_size`.")
-    if autoencoder is not None and not for_generator:
-        raise ValueError("`autoencoder` is for the config of a generator, such as configs/train_diffusion.json.")
+    for name, value in (("autoencoder", autoencoder), ("num_classes", num_classes)):
+        if value is not None and not for_generator:
+            raise ValueError(f"`{name}` is for the config of a generator, such as configs/train_diffusion.json.")
     if for_generator:
-        found = estimate_generator(
-            plan_generator(config_file, spatial_size, autoencoder, device=device, **overrides), device
-        )
+        generator = plan_generator(config_file, spatial_size, autoencoder, num_classes, device=device, **overrides)
+        found = estimate_generator(generator, device)
     else:
         plan = read_plan(config_file, device=device, **overrides)
         found = estimate_plan(plan, spatial_size, volume_size, device)

@@ -200,7 +200,8 @@ class LatentStatistics:
         by_plane = self.normalised(by_plane).reshape(len(latents), planes, self.latent_channels, *size)
         counts = torch.tensor(self.spatial_planes, dtype=torch.long, device=given.device)
         of_plane, of_key = (
-            each.reshape(*each.shape, *[1] * len(size)) for each in (given.repeat_interleave(counts, 1), given)
+            each.reshape(*each.shape, *[1] * len(size))
+            for each in (given.repeat_interleave(counts, 1, output_size=planes), given)
         )
         return torch.cat([(by_plane * of_plane[:, :, None]).flatten(1, 2), of_key.expand(-1, -1, *size)], 1)
 

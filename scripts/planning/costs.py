@@ -84,7 +84,8 @@ class Estimate:
         voxels_per_latent: voxels (times image channels) for each number of the latent.
         parameters: number of parameters of the network.
         costs: by name: ``"training"`` (a step) and ``"reconstruction"`` of an autoencoder, ``"training"``, ``"sampling"``
-            (a step of the solver with guidance) and ``"decoding"`` of a generator.
+            (a step of the solver with guidance), ``"encoding"`` (a plane of a spatial condition) and ``"decoding"`` of a
+            generator.
     """
 
     spatial_size: tuple[int, ...]

@@ -6,8 +6,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
 from scripts.bundle.errors import reason
 from scripts.bundle.precision import dtype_name
-from scripts.data.latents import all_latents, read_description
-from scripts.diffusion.conditions import Volume
+from scripts.data.latents import all_latents
+from scripts.data.spatial_kinds import SpatialKind
+from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.generator import Generator
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.sampler import Sampler
-from scripts.diffusion.training_data import statistics_of
+from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
 from scripts.layers.factors import padded_size
 from scripts.planning.allocations import AllocationTracker, nbytes_of
 from scripts.planning.costs import Cost, Estimate
@@ -39,7 +40,7 @@ from scripts.training.resumable_trainer import ResumableTrainer
 __all__ = ["TRAIN_DIFFUSION", "GeneratorPlan", "estimate_generator", "plan_generator", "step_trainer"]
 
 TRAIN_DIFFUSION = str(ROOT / "configs" / "train_diffusion.json")
-UNKNOWN = {"intensity_low": [0.0], "intensity_high": [1.0], "data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}
+LABEL = Keys.LABEL.value
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,21 @@ class GeneratorPlan:
         config: parsed config, with statistics of latents of the right shape.
         network: denoiser, on the ``meta`` device.
         autoencoder: network that makes the latents, on the ``meta`` device.
-        spatial_size: size of the volumes, voxels.
     """
 
     config: ConfigParser
     network: Denoiser
     autoencoder: AutoencoderKL
-    spatial_size: tuple[int, ...]
+
+    @property
+    def statistics(self) -> LatentStatistics:
+        """Statistics of the latents."""
+        return self.get("statistics")
+
+    @property
+    def spatial_size(self) -> tuple[int, ...]:
+        """Size of the largest volume along each axis, voxels."""
+        return tuple(largest for _, largest in self.statistics.seen("size"))
 
     @property
     def padded_size(self) -> tuple[int, ...]:
@@ -88,45 +97,51 @@ def plan_generator(
     config_file: str | Sequence[str] = TRAIN_DIFFUSION,
     spatial_size: int | Sequence[int] | None = None,
     autoencoder: str | Sequence[str] | AutoencoderKL | None = None,
+    num_classes: int | None = None,
     *,
     device: str = "cuda",
     **overrides: Any,
 ) -> GeneratorPlan:
     """
-    Read the config of a generator's training. Which autoencoder makes the latents, and of volumes of which size, is read
-    from the latents in ``dataset_dir``, if there are any and nothing else is asked for.
+    Read the config of a generator's training. Which autoencoder makes the latents, of volumes of which size and with which
+    spatial conditions, is read from the training latents in ``dataset_dir``, if nothing of it is asked for.
 
     Args:
         config_file: a config, or a list of a config and its overlays.
         spatial_size: size of the volumes, voxels; None for the largest of the latents'.
         autoencoder: its config, or a list of a config and its overlays, or the network; None for that of the latents, or for
             ``train.json`` if ``spatial_size`` is given.
+        num_classes: number of classes, without the background, of the label map ``label``, where ``spatial_keys`` names it
+            and ``spatial_size`` is given. Other spatial keys then are images.
         device: device that is planned for, ``"cuda"`` or ``"cpu"``.
         overrides: further config keys.
 
     Raises:
-        ValueError: for a value that the network refuses, or a size that is missing.
+        ValueError: for a value that the network refuses, a size that is missing, or a label map whose number of classes is.
         FileNotFoundError: for a config that does not exist, or where there are no latents.
     """
     parser = read_config(config_file, device, overrides, callables=("optimizer",))
+    get = parser.get_parsed_content
     try:
         parse(parser)
-        network, size = _volumes(parser, spatial_size, autoencoder, device)
-        keys = ensure_tuple(parser.get_parsed_content("condition_keys"))
-        description = _description(network, size, keys)
-        parser["statistics"] = statistics_of([description], parser.get_parsed_content("latent_gamma"), keys)
-        parse(parser)
+        if spatial_size is None:
+            _refuse_without_size(get("dataset_dir"), autoencoder=autoencoder, num_classes=num_classes)
+        else:
+            keys = (ensure_tuple(get(name)) for name in ("condition_keys", "spatial_keys"))
+            parser["statistics"] = _statistics(spatial_size, _network(autoencoder, device), *keys, num_classes)
+            parse(parser)
         with torch.device("meta"):
-            denoiser = parser.get_parsed_content("network_def")
-        whole("batch_size", parser.get_parsed_content("batch_size"))
-        return GeneratorPlan(parser, denoiser, network, size)
+            network = AutoencoderKL(**get("statistics").autoencoder.network)
+            denoiser = get("network_def")
+        whole("batch_size", get("batch_size"))
+        return GeneratorPlan(parser, denoiser, network)
     except (RuntimeError, TypeError) as error:  # MONAI wraps what a component raises
         raise ValueError(f"{config_file} cannot be used: {reason(error)}") from error
 
 
 def estimate_generator(plan: GeneratorPlan, device: str = "cuda") -> Estimate:
     """
-    What a generator needs, found by running its trainer's step, its sampler and the autoencoder's decoder on fake tensors.
+    What a generator needs, found by running its trainer's step, its sampler and the autoencoder on fake tensors.
 
     Args:
         plan: see :py:func:`plan_generator`.
@@ -134,6 +149,15 @@ def estimate_generator(plan: GeneratorPlan, device: str = "cuda") -> Estimate:
     """
     autoencoder = plan.autoencoder
     voxels_of_latent = math.prod(autoencoder.total_downsample_factor) * autoencoder.arguments["in_channels"]
+    once = partial(
+        inference_cost,
+        autoencoder,
+        plan.padded_size,
+        amp_dtype=plan.amp_dtype,
+        device=device,
+        others=[plan.network],
+        in_slabs=True,
+    )
     return Estimate(
         spatial_size=plan.spatial_size,
         volume_size=plan.spatial_size,
@@ -145,15 +169,8 @@ def estimate_generator(plan: GeneratorPlan, device: str = "cuda") -> Estimate:
         costs={
             "training": _training_cost(plan, device),
             "sampling": _sampling_cost(plan, device),
-            "decoding": inference_cost(
-                autoencoder,
-                plan.padded_size,
-                amp_dtype=plan.amp_dtype,
-                device=device,
-                operation="decode",
-                others=[plan.network],
-                in_slabs=True,
-            ),
+            **({"encoding": once(operation="encode")} if plan.statistics.spatial else {}),  # a plane at a time
+            "decoding": once(operation="decode"),
         },
     )
 
@@ -191,8 +208,9 @@ def step_trainer(
 
 def latent_batch(plan: GeneratorPlan) -> dict[str, Any]:
     """A batch of latents of the planned size, whose values do not count."""
+    spatial, given = plan.statistics.stacked({}, plan.latent_shape[1:])
     item = {Keys.IMAGE: torch.zeros(plan.latent_shape), "volume": _volume(plan), "seed": 0, "file": ""}
-    return plan.get("collate")([item] * plan.get("batch_size"))
+    return plan.get("collate")([{**item, "spatial": spatial, "given": given}] * plan.get("batch_size"))
 
 
 def _volume(plan: GeneratorPlan) -> Volume:
@@ -212,7 +230,7 @@ def _sampling_cost(plan: GeneratorPlan, device: str) -> Cost:
     with fake_tensors(), torch.no_grad():
         network: Any = fake_copy(plan.network).eval()
         weights = [network.state_dict(), fake_copy(plan.autoencoder).state_dict()]
-        generator = Generator(network, plan.get("statistics"), plan.get("flow"), condition_dropout=0.1, sha256="")
+        generator = Generator(network, plan.statistics, plan.get("flow"), condition_dropout=0.1, sha256="")
         precision: dict[str, Any] = {"amp": dtype is not None, "amp_dtype": dtype_name(dtype or torch.bfloat16)}
         sampler = Sampler(generator, num_inference_steps=1, guidance_scale=1.5, **precision)
         start = sampler.start(_volume(plan), 0)
@@ -223,51 +241,65 @@ def _sampling_cost(plan: GeneratorPlan, device: str) -> Cost:
     return tracker.cost(nbytes_of(weights))
 
 
-def _volumes(
-    parser: ConfigParser, spatial_size: Any, autoencoder: Any, device: str
-) -> tuple[AutoencoderKL, tuple[int, ...]]:
-    """The autoencoder and the size of the volumes."""
-    if autoencoder is None and spatial_size is None:
-        return _of_latents(parser.get_parsed_content("dataset_dir"))
-    if spatial_size is None:
-        raise ValueError("`autoencoder` is set: set `spatial_size` too, the size of the volumes in voxels.")
-    if not isinstance(autoencoder, AutoencoderKL):
-        autoencoder = read_plan(_configs(autoencoder), device=device).network
-    return autoencoder, voxels("spatial_size", spatial_size, autoencoder.arguments["spatial_dims"])
-
-
-def _configs(autoencoder: str | Sequence[str] | None) -> list[str]:
-    """The autoencoder's config and overlays; ``train.json`` comes before overlays alone."""
-    files = [TRAIN] if autoencoder is None else [autoencoder] if isinstance(autoencoder, str) else list(autoencoder)
-    return files if any("network_def" in json.loads(Path(file).read_text()) for file in files) else [TRAIN, *files]
-
-
-def _of_latents(folder: str) -> tuple[AutoencoderKL, tuple[int, ...]]:
+def _refuse_without_size(dataset_dir: str, **given: Any) -> None:
+    """Without a size there must be latents, which say all else."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"`{name}` is set: set `spatial_size` too, the size of the volumes in voxels.")
     try:
-        descriptions = [read_description(Path(path)) for path in all_latents(folder)]
+        all_latents(dataset_dir)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} An estimate before `encoding` needs `spatial_size`, the size of the volumes in voxels, and "
             "`autoencoder`, its config or preset, such as configs/presets/16x.json."
         ) from error
-    with torch.device("meta"):
-        network = AutoencoderKL(**descriptions[0].network)
-    return network, tuple(max(along) for along in zip(*(each.preprocessed_shape for each in descriptions)))
 
 
-def _description(network: AutoencoderKL, size: Sequence[int], condition_keys: Sequence[str]) -> Any:
-    """What would stand beside a latent, as far as it counts for memory."""
-    channels = network.latent_shape(padded_size(size, network.total_downsample_factor))[0]
-    axes = len(size)
-    return SimpleNamespace(
-        **UNKNOWN,
-        network=network.arguments,
-        weights_sha256="",
-        preprocessed_shape=list(size),
-        preprocessed_affine=torch.eye(axes + 1).tolist(),
-        conditions=dict.fromkeys(condition_keys, 0.0),
-        count=1,
+def _network(autoencoder: str | Sequence[str] | AutoencoderKL | None, device: str) -> AutoencoderKL:
+    if isinstance(autoencoder, AutoencoderKL):
+        return autoencoder
+    files = [TRAIN] if autoencoder is None else [autoencoder] if isinstance(autoencoder, str) else list(autoencoder)
+    overlays_alone = not any("network_def" in json.loads(Path(file).read_text()) for file in files)
+    return read_plan([TRAIN, *files] if overlays_alone else files, device=device).network
+
+
+def _statistics(
+    spatial_size: Any,
+    network: AutoencoderKL,
+    condition_keys: Sequence[str],
+    spatial_keys: Sequence[str],
+    num_classes: int | None,
+) -> LatentStatistics:
+    """Statistics of the latent of a volume, as far as they count for memory."""
+    size = voxels("spatial_size", spatial_size, network.arguments["spatial_dims"])
+    channels = network.arguments["latent_channels"]
+    volume = Volume(size, [1.0] * len(size), dict.fromkeys(condition_keys, 0.0))
+    return LatentStatistics(
+        autoencoder=LatentAutoencoder(network.arguments, ""),
+        volumes=1,
+        latent_gamma=0.0,
         channel_mean=[0.0] * channels,
-        channel_mean_square=[1.0] * channels,
-        image_scale=[1.0] * channels,
+        channel_deviation=[1.0] * channels,
+        channel_amplitude=[1.0] * channels,
+        conditions=Conditions.learn(condition_keys, [volume]),
+        geometries=[Geometry(list(volume.size), list(volume.spacing), 1)],
+        intensity_low=[0.0],
+        intensity_high=[1.0],
+        data_type="<f4",
+        scl_slope=1.0,
+        scl_inter=0.0,
+        spatial=_kinds(spatial_keys, num_classes),
     )
+
+
+def _kinds(spatial_keys: Sequence[str], num_classes: int | None) -> dict[str, SpatialKind]:
+    """Of the spatial conditions, before there are latents of them."""
+    if (LABEL in spatial_keys) != (num_classes is not None):
+        raise ValueError(
+            f"`spatial_keys` is {list(spatial_keys)} and `num_classes` is {num_classes}: before `encoding`, the label map "
+            f"{LABEL!r} needs a number of classes, and no other key has one."
+        )
+    kinds = dict.fromkeys(spatial_keys, SpatialKind())
+    if num_classes is not None:
+        kinds[LABEL] = SpatialKind(tuple(range(1, 1 + whole("num_classes", num_classes))))
+    return kinds

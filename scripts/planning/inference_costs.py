@@ -1,4 +1,4 @@
-"""What reconstructing or decoding a volume in one pass needs, found by running it on fake tensors."""
+"""What reconstructing, encoding or decoding a volume in one pass needs, found by running it on fake tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inference_cost(
     in_slabs: bool = False,
 ) -> Cost:
     """
-    Cost of reconstructing or decoding whole volumes without gradients, as ``ReconstructionInferer`` runs it.
+    Cost of reconstructing, encoding or decoding whole volumes without gradients, as ``ReconstructionInferer`` runs it.
 
     Args:
         network: network with ``encoder.in_channels``, as MONAI's ``AutoencoderKL``. It is not changed, and may be on the
@@ -35,7 +35,7 @@ def inference_cost(
         batch_size: volumes at once.
         amp_dtype: data type of mixed precision, None for none.
         device: ``"cuda"`` or ``"cpu"``, whose casting rules and allocator are imitated. No such device is needed.
-        operation: ``"reconstruct"``, or ``"decode"`` from the latent of such a volume.
+        operation: ``"reconstruct"``, ``"encode"``, or ``"decode"`` from the latent of such a volume.
         others: networks that are in memory meanwhile.
         in_slabs: whether the run would work in slabs where memory is short.
 
@@ -52,6 +52,7 @@ def inference_cost(
         with tracker, casting_rules(device):
             tracker.track(network.state_dict(), [other.state_dict() for other in others], given)
             with autocast(amp_dtype):
-                result = getattr(network, operation)(given).to(given.dtype)
+                result = getattr(network, operation)(given)
+                result = (result[0] if operation == "encode" else result).to(given.dtype)
             del result
     return tracker.cost(nbytes_of(network.state_dict()), in_slabs=in_slabs)

@@ -35,6 +35,7 @@ def estimate_table(estimate: Estimate) -> str:
         "training": f"training step, {by(estimate.spatial_size)}, batch {estimate.batch_size}",
         "reconstruction": f"reconstruction of {by(estimate.volume_size)}",
         "sampling": "one step of sampling, with guidance",
+        "encoding": "encoding a plane of a spatial condition in one pass",
         "decoding": "decoding in one pass",
     }
     tables = [table([headings[name], cost.device], _rows(cost)) for name, cost in estimate.costs.items()]

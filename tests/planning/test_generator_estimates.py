@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
 from scripts.__main__ import main
 from scripts.data.latents import read_description
+from scripts.data.spatial_kinds import SpatialKind
+from scripts.diffusion.training_data import latent_lists
 from scripts.planning.allocations import nbytes_of
 from scripts.planning.generator_estimates import estimate_generator, plan_generator
+from scripts.planning.inference_costs import inference_cost
 from tests.conftest import ROOT
 from tests.diffusion.runs import encode, make_weights
 from tests.planning.real_steps import saved_in_a_generator_step
@@ -18,11 +24,13 @@ from tests.planning.real_steps import saved_in_a_generator_step
 CONFIG = str(ROOT / "configs" / "train_diffusion.json")
 PRESET = str(ROOT / "configs" / "presets" / "16x.json")
 SMALL = {"channels": [8, 16], "norm_num_groups": 4, "num_head_channels": 8}
+SIZED = ["--config_file", CONFIG, "--spatial_size", "64"]
+SPATIAL = {"spatial_keys": ["label", "t2"], "num_classes": 132}
 
 
-@pytest.mark.parametrize("prediction, amp, batch_size", [("gain", True, 1), ("v", False, 2)])
-def test_saved_activations_are_those_of_a_real_step(prediction, amp, batch_size):
-    keys = {**SMALL, "prediction": prediction, "amp": amp, "amp_dtype": "bfloat16", "batch_size": batch_size}
+@pytest.mark.parametrize("prediction, amp, batch_size, spatial", [("gain", True, 1, SPATIAL), ("v", False, 2, {})])
+def test_saved_activations_are_those_of_a_real_step(prediction, amp, batch_size, spatial):
+    keys = {**SMALL, "prediction": prediction, "amp": amp, "amp_dtype": "bfloat16", "batch_size": batch_size, **spatial}
     plan = plan_generator(CONFIG, 64, PRESET, device="cpu", **keys)
     counted = saved_in_a_generator_step(plan)
     assert estimate_generator(plan, "cpu").costs["training"].saved_activations == pytest.approx(counted, rel=0.02)
@@ -40,26 +48,46 @@ def test_average_optimizer_and_the_network_beside_the_decoder_are_counted():
     assert wide.costs["decoding"].peak - small.costs["decoding"].peak == pytest.approx(more, rel=0.05)
 
 
-def test_512_at_16x_trains_a_network_of_150_million_within_5_gib():
+def test_spatial_conditions_add_their_channels_to_training_and_sampling_and_are_encoded_a_plane_at_a_time():
+    without, found = (plan_generator(CONFIG, 64, PRESET, amp=False, **SMALL, **spatial) for spatial in ({}, SPATIAL))
+    channels = found.network.arguments["spatial_channels"]
+    assert channels == (8 + 1) * 64 + 2  # 132 classes are 8 planes of bits, the image is one, and each has a channel
+    before, after = estimate_generator(without).costs, estimate_generator(found).costs
+    twice = 2 * channels * 4**3 * 4  # inputs of two convolutions in training; given and left out in sampling
+    assert after["training"].saved_activations - before["training"].saved_activations == twice
+    weights = nbytes_of(found.network.state_dict()) - nbytes_of(without.network.state_dict())
+    assert twice <= after["sampling"].peak - before["sampling"].peak - weights <= 3 * twice
+    plane = inference_cost(found.autoencoder, [64] * 3, amp_dtype=None, operation="encode", others=[found.network])
+    assert "encoding" not in before and after["encoding"].in_slabs and after["encoding"].peak == plane.peak
+
+
+def test_512_at_16x_with_132_classes_trains_a_network_of_150_million_within_6_gib():
     before = torch.random.get_rng_state()
-    found = estimate_generator(plan_generator(CONFIG, 512, PRESET, channels=[192, 384, 544]))
+    keys = {"spatial_keys": ["label"], "num_classes": 132}
+    found = estimate_generator(plan_generator(CONFIG, 512, PRESET, channels=[192, 384, 544], **keys))
     assert torch.equal(torch.random.get_rng_state(), before)  # nothing is computed
     assert found.latent_shape == (64, 32, 32, 32)
     assert 150e6 <= found.parameters <= 200e6
-    assert found.costs["training"].needed <= 5 * 2**30
+    assert found.costs["training"].needed <= 6 * 2**30
 
 
-def test_latents_in_the_folder_tell_size_and_autoencoder(volumes, tmp_path):
+def test_latents_in_the_folder_tell_size_autoencoder_and_spatial_conditions(volumes, tmp_path):
+    for image in volumes.rglob("*_T1w.nii.gz"):
+        shape = nib.load(image).shape
+        labels = (np.arange(np.prod(shape)) % 21).reshape(shape).astype(np.uint8)
+        nib.save(nib.Nifti1Image(labels, nib.load(image).affine), str(image).replace("_T1w", "_label"))
     weights = make_weights(tmp_path / "autoencoder")
-    latents = encode(volumes, tmp_path / "latents", weights)
-    descriptions = [read_description(path) for path in latents.rglob("*_latent.nii.gz")]
-    plan = plan_generator(CONFIG, dataset_dir=str(latents), **SMALL)
-    assert plan.spatial_size == tuple(max(n) for n in zip(*(each.preprocessed_shape for each in descriptions)))
-    assert plan.autoencoder.arguments == {**plan.autoencoder.arguments, **descriptions[0].network}
+    latents = encode(volumes, tmp_path / "latents", weights, spatial_keys=["label"])
+    plan = plan_generator(CONFIG, dataset_dir=str(latents), spatial_keys=["label"], **SMALL)
+    training = [read_description(Path(item["image"])) for item in latent_lists(str(latents), 0.1, 0)["training"]]
+    assert plan.spatial_size == tuple(max(n) for n in zip(*(each.preprocessed_shape for each in training)))
+    assert plan.autoencoder.arguments == {**plan.autoencoder.arguments, **training[0].network}
+    assert plan.statistics.spatial == {"label": SpatialKind(tuple(range(1, 21)))}
+    assert plan.network.arguments["spatial_channels"] == 5 * 8 + 1
 
 
 def test_command_line_prints_the_estimate(capsys):
-    request = ["estimate", "--config_file", CONFIG, "--spatial_size", "64", "--autoencoder", PRESET, "--channels", "[16,32]"]
+    request = ["estimate", *SIZED, "--autoencoder", PRESET, "--channels", "[16,32]"]
     main([*request, "--memory_gb", "8"])
     text = capsys.readouterr().out
     assert "latent 64 channels x 4x4x4" in text and "training fits into 8 GiB" in text
@@ -77,9 +105,13 @@ def test_recommendation_lists_the_memory_of_the_generator(capsys):
     [
         (["--config_file", CONFIG, "--dataset_dir", "nowhere"], "An estimate before `encoding` needs `spatial_size`"),
         (["--config_file", CONFIG, "--autoencoder", PRESET], "set `spatial_size` too"),
-        (["--config_file", CONFIG, "--spatial_size", "64", "--volume_size", "64"], "`volume_size` is for an autoencoder"),
+        ([*SIZED, "--volume_size", "64"], "`volume_size` is for an autoencoder"),
         (["--autoencoder", PRESET], "`autoencoder` is for the config of a generator"),
-        (["--config_file", CONFIG, "--spatial_size", "64", "--batch_size", "0"], "`batch_size`"),
+        (["--num_classes", "4"], "`num_classes` is for the config of a generator"),
+        (["--config_file", CONFIG, "--num_classes", "4"], "`num_classes` is set: set `spatial_size` too"),
+        ([*SIZED, "--spatial_keys", "['label']"], "label map 'label' needs a number of classes"),
+        ([*SIZED, "--num_classes", "4"], "`spatial_keys` is [] and `num_classes` is 4"),
+        ([*SIZED, "--batch_size", "0"], "`batch_size`"),
     ],
 )
 def test_bad_request_gets_one_line(capsys, request_, words):
