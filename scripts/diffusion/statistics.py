@@ -103,6 +103,22 @@ class LatentStatistics:
         """Number of channels of the latents."""
         return len(self.channel_mean)
 
+    def spatial_kinds(self, spatial_keys: Sequence[str]) -> dict[str, SpatialKind]:
+        """
+        Some of the spatial conditions.
+
+        Args:
+            spatial_keys: names of the conditions.
+
+        Raises:
+            ValueError: for one that the generator does not have.
+        """
+        for key in spatial_keys:
+            if key not in self.spatial:
+                known = ", ".join(self.spatial) or "none"
+                raise ValueError(f"`spatial_keys` names {key!r}; this generator has the spatial conditions {known}.")
+        return {key: self.spatial[key] for key in spatial_keys}
+
     @property
     def spatial_planes(self) -> list[int]:
         """Number of latents of each spatial condition."""

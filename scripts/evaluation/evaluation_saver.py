@@ -24,14 +24,13 @@ from scripts.bundle.files import file_hash
 from scripts.bundle.processes import merged
 from scripts.data.intensity_window import intensity_window
 from scripts.evaluation.html_pages import render_report
-from scripts.evaluation.pictures import draw_panels
+from scripts.evaluation.pictures import Panels, draw_panels
 from scripts.evaluation.results import describe, finite, flat_scores, mean_of_finite, write_results
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 from scripts.evaluation.worst_volumes import WorstVolumes
 
 __all__ = ["EvaluationSaver"]
 
-Panels = dict[str, dict[str, bytes]]
 logger = logging.getLogger(__name__)
 
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,21 @@ from torch.utils.tensorboard import SummaryWriter
 __all__ = [
     "ERROR_GAIN",
     "PLANES",
+    "Panels",
     "POSITION",
     "ReconstructionPicture",
     "draw_columns",
     "draw_panels",
     "draw_reconstruction",
+    "overlaid",
     "panels_of",
 ]
 
+Panels = dict[str, dict[str, bytes]]  # PNG files by plane and by title
 PLANES = ("sagittal", "coronal", "axial")
 POSITION = 0.45  # of each plane along its axis: in the middle of a head there is the gap between its halves
 ERROR_GAIN = 5  # the error is shown this many times larger
+OPACITY = 0.4  # of label maps
 MAX_PIXELS = 320  # along an edge of a panel, of which three in a row must fit on a screen
 
 
@@ -53,7 +58,7 @@ def draw_columns(columns: Mapping[str, torch.Tensor], spacing: Sequence[float]) 
     Draw volumes side by side, all at the window [0, 1].
 
     Args:
-        columns: ``HxWxD`` in RAS orientation by title, at least two.
+        columns: ``HxWxD``, or ``HxWxDx3`` in colours, in RAS orientation by title, at least two.
         spacing: voxel size in mm, of all of them.
 
     Returns:
@@ -76,7 +81,7 @@ def draw_columns(columns: Mapping[str, torch.Tensor], spacing: Sequence[float]) 
     return figure
 
 
-def draw_panels(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, dict[str, bytes]]:
+def draw_panels(image: torch.Tensor, reconstruction: torch.Tensor) -> Panels:
     """
     What :py:func:`draw_reconstruction` draws, as single pictures without text.
 
@@ -91,12 +96,12 @@ def draw_panels(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, 
     return panels_of(_columns(image, reconstruction))
 
 
-def panels_of(columns: Mapping[str, torch.Tensor]) -> dict[str, dict[str, bytes]]:
+def panels_of(columns: Mapping[str, torch.Tensor]) -> Panels:
     """
     Volumes side by side, as single pictures without text.
 
     Args:
-        columns: ``HxWxD`` in RAS orientation by title, values in [0, 1].
+        columns: ``HxWxD``, or ``HxWxDx3`` in colours, in RAS orientation by title, values in [0, 1].
 
     Returns:
         as :py:func:`draw_panels`.
@@ -106,6 +111,25 @@ def panels_of(columns: Mapping[str, torch.Tensor]) -> dict[str, dict[str, bytes]
     }
 
 
+def overlaid(volume: torch.Tensor, labels: torch.Tensor, classes: Sequence[int]) -> torch.Tensor:
+    """
+    A label map over a volume, in a colour for each class.
+
+    Args:
+        volume: ``HxWxD``, values in [0, 1].
+        labels: ``HxWxD``; 0 and labels that are not among the classes have no colour.
+        classes: labels with a colour.
+
+    Returns:
+        ``HxWxDx3``, on the CPU.
+    """
+    found = volume.cpu()[..., None].repeat(1, 1, 1, 3)
+    for number, label in enumerate(classes, start=1):
+        colour = torch.tensor(matplotlib.colormaps["turbo"](number / len(classes))[:3], dtype=found.dtype)
+        found[labels == label] = found[labels == label].lerp(colour, OPACITY)
+    return found
+
+
 def _columns(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
     error = (reconstruction - image).abs() * ERROR_GAIN
     return {"image": image, "reconstruction": reconstruction, f"error x {ERROR_GAIN}": error}
@@ -113,13 +137,13 @@ def _columns(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, tor
 
 def _slice(volume: torch.Tensor, axis: int) -> np.ndarray:
     """A slice across ``axis``. Its rows run along the later one of the two other axes, upwards."""
-    return np.asarray(volume.select(axis, int(volume.shape[axis] * POSITION)).cpu(), dtype=np.float32).T
+    return np.asarray(volume.select(axis, int(volume.shape[axis] * POSITION)).cpu(), dtype=np.float32).swapaxes(0, 1)
 
 
 def _png(values: np.ndarray) -> bytes:
-    pixels = torch.from_numpy(values[::-1].copy())[None, None]
-    size = [min(n, MAX_PIXELS) for n in values.shape]
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+    pixels = torch.from_numpy(np.atleast_3d(values[::-1]).copy()).movedim(-1, 0)[None]
+    size = [min(n, MAX_PIXELS) for n in values.shape[:2]]
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].movedim(0, -1).squeeze(-1).clamp(0, 1)
     file = io.BytesIO()
     Image.fromarray((255 * pixels).round().byte().numpy()).save(file, "PNG", optimize=True)
     return file.getvalue()

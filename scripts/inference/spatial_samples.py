@@ -93,12 +93,8 @@ class SpatialSamplePlan(SamplePlan):
         dataset_dir: str,
     ) -> None:
         super().__init__(sampler, output_dir, num_samples, seed, conditions, spacing=spacing)
-        unknown = [key for key in spatial_keys if key not in self.statistics.spatial]
-        if unknown:
-            known = ", ".join(self.statistics.spatial) or "none"
-            raise ValueError(f"`spatial_keys` names {unknown[0]!r}; this generator has the spatial conditions {known}.")
         self.dataset_dir = dataset_dir
-        self.kinds = {key: self.statistics.spatial[key] for key in spatial_keys}
+        self.kinds = self.statistics.spatial_kinds(spatial_keys)
         self.cases = find_spatial_items(dataset_dir, EVERY_NIFTI, spatial_keys)
 
     def items(self) -> list[Item]:

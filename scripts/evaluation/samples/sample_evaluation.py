@@ -6,7 +6,7 @@ import io
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from scripts.data.latents import read_description
 from scripts.diffusion.conditions import ClassCondition
 from scripts.diffusion.training_data import statistics_of
 from scripts.evaluation.metrics import grid_energy
-from scripts.evaluation.pictures import draw_columns, panels_of
+from scripts.evaluation.pictures import Panels, draw_columns, panels_of
+from scripts.evaluation.results import finite, mean_of_finite
 from scripts.evaluation.samples.sample_features import (
     Standardised,
     channel_statistics,
@@ -39,8 +40,6 @@ from scripts.evaluation.samples.sample_metrics import (
 )
 from scripts.evaluation.samples.sample_report import write_report
 from scripts.evaluation.samples.sample_sets import (
-    COVARIANCE,
-    GAUSSIAN,
     HELD_OUT,
     SAMPLES,
     TRAINING,
@@ -50,46 +49,47 @@ from scripts.evaluation.samples.sample_sets import (
     gaussians,
 )
 from scripts.evaluation.samples.slice_features import ADVICE, load_slice_features
+from scripts.evaluation.samples.spatial_evaluation import SpatialEvaluation
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 from scripts.inference.inferers import SampleInferer
 
 __all__ = ["SampleEvaluation"]
 
-ROWS = (SAMPLES, HELD_OUT, TRAINING, COVARIANCE, GAUSSIAN)
 CLOSE = 0.05  # quantile of held-out distances below which a sample counts as close to a training volume
 FEW = 20  # held-out volumes
-SAMPLES_DRAWN, HELD_OUT_DRAWN = 4, 2
+SAMPLES_DRAWN, HELD_OUT_DRAWN, PAIRS_DRAWN = 4, 2, 2
 SAME_SPLIT = 1e-6  # difference of the channels' means over one training half, from rounding
-DIFFERENCE = "difference"
+NEAREST, DIFFERENCE = "nearest training volume", "difference"
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decoded:
     """
-    What is kept of decoded volumes.
+    What is kept of a decoded volume.
 
     Args:
-        grid_energy: of each.
-        spectra: of each, ``B``, dB.
-        small: each with at most 64 voxels along an axis.
-        local: ``local_statistics`` of each.
-        slices: features of the slices of each; none without the network that they need.
+        numbers: numbers by column.
+        spectrum: ``B``, dB.
+        small: the volume with at most 64 voxels along an axis.
+        local: its ``local_statistics``.
+        slices: features of its slices; None without the network that they need.
     """
 
-    grid_energy: list[float] = field(default_factory=list)
-    spectra: list[torch.Tensor] = field(default_factory=list)
-    small: list[torch.Tensor] = field(default_factory=list)
-    local: list[torch.Tensor] = field(default_factory=list)
-    slices: list[torch.Tensor] = field(default_factory=list)
+    numbers: dict[str, float]
+    spectrum: torch.Tensor
+    small: torch.Tensor
+    local: torch.Tensor
+    slices: torch.Tensor | None
 
 
 class SampleEvaluation:
     """
-    Draws samples with the sizes, spacings and conditions of held-out volumes, and measures them beside
+    Draws samples with the sizes, spacings, conditions and spatial conditions of held-out volumes, and measures them beside
 
     - ``held_out``: volumes that training did not see, up to as many as there are samples;
     - ``training``: as many training volumes;
+    - ``condition_KEY``, ``training_mean``, with image conditions: see :py:meth:`SpatialEvaluation.baselines`;
     - ``covariance_gaussian``, ``gaussian``: what needs no network, see ``sample_sets``.
 
     All of them are latents that go through the autoencoder's decoder, so that what it cannot show is missing everywhere.
@@ -97,7 +97,7 @@ class SampleEvaluation:
     written below a folder: ``metrics.json``, ``metrics.csv`` (a row for each set), ``report.html`` and ``samples.png``. A
     number that is not defined, because there are too few volumes or they are too small, is null, empty or a dash.
 
-    In memory lie the latents of all five sets, and of each decoded volume what :py:class:`Decoded` holds.
+    In memory lie the latents of all sets, and of each decoded volume what :py:class:`Decoded` holds.
 
     Args:
         inferer: that makes samples and decodes.
@@ -107,13 +107,17 @@ class SampleEvaluation:
         num_samples: how many samples.
         seed: of samples, Gaussians, choices and permutations.
         settings: config keys that the numbers depend on, for the report.
+        spatial_keys: names of the spatial conditions that samples are given, where their held-out volume has them.
+        segmenter_steps: steps for which a network is trained on pairs of decoded training volumes and label maps, whose Dice
+            is measured; 0 for none.
         max_pictures: of how many samples to show pictures, those nearest to a training volume.
         view_nearest: of how many of them to show every slice.
         view_samples: numbers of further samples to show every slice of.
         view_max_voxels: of larger volumes only a part is shown in this way.
 
     Raises:
-        ValueError: for fewer than two samples, and for a number in ``view_samples`` that no sample has.
+        ValueError: for fewer than two samples, a number in ``view_samples`` that no sample has, and spatial conditions that
+            the generator does not have or was trained with otherwise.
     """
 
     def __init__(
@@ -125,6 +129,8 @@ class SampleEvaluation:
         num_samples: int,
         seed: int,
         settings: Mapping[str, Any],
+        spatial_keys: Sequence[str] = (),
+        segmenter_steps: int = 0,
         max_pictures: int = 12,
         view_nearest: int = 3,
         view_samples: Sequence[int] = (),
@@ -141,6 +147,8 @@ class SampleEvaluation:
         self.output_dir, self.num_samples, self.seed = Path(output_dir), num_samples, seed
         self.settings, self.max_pictures = {**self.sampler.settings, **settings}, max(max_pictures, view_nearest)
         self.view_nearest, self.view_samples, self.view_max_voxels = view_nearest, view_samples, view_max_voxels
+        self.kinds = self.sampler.generator.statistics.spatial_kinds(spatial_keys)
+        self.segmenter_steps = segmenter_steps
         self.slice_features = load_slice_features()
         self.notes: list[str] = []
 
@@ -149,46 +157,56 @@ class SampleEvaluation:
         self.descriptions = [read_description(Path(path)) for path in self.training]
         self.statistics = statistics_of(self.descriptions, latent_gamma=1.0)
         self.reader = LatentReader(self.statistics)
+        self.spatial = SpatialEvaluation(self.kinds, self.reader, self._decode)
         self._note_limits()
         held_out = self.reader.chosen(self.held_out, self.num_samples, self.seed)
-        samples = draw_samples(self.sampler, self.statistics, held_out.volumes, self.num_samples, self.seed)
-        sets = {SAMPLES: samples, HELD_OUT: held_out}
-        sets[TRAINING] = self.reader.chosen(self.training, self.num_samples, self.seed)
+        samples = draw_samples(self.sampler, self.reader, held_out, self.kinds, self.num_samples, self.seed)
+        training = self.reader.chosen(self.training, self.num_samples, self.seed)
         drawn, training_features = gaussians(self.reader, self.training, samples.latents, self.seed)
-        sets = {name: each for name, each in {**sets, **drawn}.items() if name in ROWS}
+        sets = {SAMPLES: samples, HELD_OUT: held_out, TRAINING: training}
+        sets |= self.spatial.baselines(held_out, training) | drawn
+        if self.segmenter_steps:
+            self.spatial.train_segmenters(training, self.segmenter_steps, self.seed)
         nearest = self._nearest({name: sets[name] for name in (SAMPLES, HELD_OUT, TRAINING)})
         limit = _limit(nearest[HELD_OUT])
-        decoded = {name: self._measured(name, each.latents) for name, each in sets.items()}
+        decoded = {name: self._measured(name, each) for name, each in sets.items()}
+        kept = ("numbers", "spectrum", "small", "local", "slices")
+        numbers, spectra, small, local, slices = (
+            {name: [getattr(volume, kind) for volume in each] for name, each in decoded.items()} for kind in kept
+        )
         channels = {name: [channel_statistics(z, self.statistics.amplitude) for z in s.latents] for name, s in sets.items()}
         columns: list[dict[str, dict[str, Any]]] = [
             {name: {"number": len(each.latents)} for name, each in sets.items()},
             self._distances("coarse", {name: map(coarse_latent, s.latents) for name, s in sets.items()}, training_features),
             self._distances("channels", channels, channels[TRAINING]),
-            self._distances("local", {name: each.local for name, each in decoded.items()}, decoded[TRAINING].local),
-            self._of_slices(decoded),
-            {name: {"ms_ssim": pairwise_ms_ssim(each.small, self.seed)} for name, each in decoded.items()},
+            self._distances("local", local, local[TRAINING]),
+            self._distances("slices", slices, slices[TRAINING]) if self.slice_features else {name: {} for name in sets},
+            {name: {"ms_ssim": pairwise_ms_ssim(each, self.seed)} for name, each in small.items()},
             {name: _closeness(nearest.get(name, []), limit) for name in sets},
-            {name: _spectral(each.spectra, decoded[HELD_OUT].spectra) for name, each in decoded.items()},
-            {name: {"grid_energy": _mean(each.grid_energy)} for name, each in decoded.items()},
+            {name: _spectral(each, spectra[HELD_OUT]) for name, each in spectra.items()},
+            _means(numbers),
             self._obeyed(sets, training_features),
         ]
         rows = {name: {k: _rounded(v) for column in columns for k, v in column[name].items()} for name in sets}
         described = self._described(samples, nearest[SAMPLES], limit)
         pictures, views = self._shown(samples, described)
-        spectra = {name: [_rounded(v) for v in _spectrum(each.spectra)] for name, each in decoded.items()}
-        evaluation = {**self._configuration(), "close": _rounded(limit), "sets": rows, "spectra": spectra}
+        evaluation = {**self._configuration(), "close": _rounded(limit), "sets": rows}
+        evaluation["spectra"] = {name: list(map(_rounded, _spectrum(each))) for name, each in spectra.items()}
         write_report({**evaluation, "samples": described}, pictures, views, self.output_dir)
         self._draw(samples, held_out)
 
     def _draw(self, samples: VolumeSet, held_out: VolumeSet) -> None:
-        """Some samples, and some held-out volumes of the same size and spacing, in ``samples.png``."""
-        first = samples.volumes[0]
-        columns = {}
-        for title, found, count in (("sample", samples, SAMPLES_DRAWN), ("held out", held_out, HELD_OUT_DRAWN)):
+        """Some samples, and some held-out volumes of the same size and spacing, or samples beside the volumes whose spatial
+        conditions they have, in ``samples.png``."""
+        first, columns = samples.volumes[0], {}
+        drawn = [("sample", samples, SAMPLES_DRAWN), ("held out", held_out, HELD_OUT_DRAWN)]
+        for title, found, count in [("sample", samples, PAIRS_DRAWN)] if self.kinds else drawn:
             alike = [i for i, v in enumerate(found.volumes) if (v.size, v.spacing) == (first.size, first.spacing)]
             for i in alike[:count]:
                 known = ", ".join(str(value) for value in found.volumes[i].conditions.values())
-                columns[f"{title} {i}" + f" ({known})" * bool(known)] = self._decode(found.latents[i])[0]
+                volume = self._decode(found.latents[i])[0]
+                columns[f"{title} {i}" + f" ({known})" * bool(known)] = volume
+                columns |= {f"{other} {i}": each for other, each in self.spatial.beside(volume, found.paths[i]).items()}
         file = io.BytesIO()
         draw_columns(columns, first.spacing).savefig(file, format="png", dpi=60)
         path = self.output_dir / "samples.png"
@@ -211,6 +229,13 @@ class SampleEvaluation:
                 "are rough, the test finds only large differences, and no limit tells which samples are close to a training "
                 "volume; with one, distances are not defined. A larger val_fraction in training and here holds out more."
             )
+        for key in self.kinds:
+            missing = sum(key not in read_description(Path(path)).spatial for path in self.held_out)
+            if missing:
+                self.notes.append(
+                    f"{missing} of {len(self.held_out)} held-out volumes do not have the spatial condition {key!r}: samples "
+                    "like them are made without it."
+                )
         if len({each.preprocessed_shape for each in self.descriptions}) > 1:
             self.notes.append(
                 "Volumes differ in size. A latent is compared only with training latents of its own size, and there is no "
@@ -233,22 +258,15 @@ class SampleEvaluation:
         """A normalised latent to a volume ``CxHxWxD`` in [0, 1], as samples are written."""
         return self.inferer.decoder(self.statistics.denormalised(latent[None]), self.inferer.autoencoder)[0].clamp(0, 1)
 
-    def _measured(self, name: str, latents: Sequence[torch.Tensor]) -> Decoded:
-        found = Decoded()
-        for latent in ProgressBar(latents, desc=f"decoding: {name}", unit="volume", leave=False):
+    def _measured(self, name: str, volumes: VolumeSet) -> list[Decoded]:
+        found = []
+        for index, latent in enumerate(ProgressBar(volumes.latents, desc=f"decoding: {name}", unit="volume", leave=False)):
             volume = self._decode(latent)
-            found.grid_energy.append(grid_energy(volume[None], self.statistics.factors))
-            found.spectra.append(power_spectrum(volume))
-            found.small.append(shrunk(volume))
-            found.local.append(local_statistics(volume))
-            if self.slice_features is not None:
-                found.slices.append(self.slice_features(volume))
+            energy = grid_energy(volume[None], self.statistics.factors)
+            numbers = {"grid_energy": energy, **self.spatial.measured(volume, name, volumes, index)}
+            slices = None if self.slice_features is None else self.slice_features(volume)
+            found.append(Decoded(numbers, power_spectrum(volume), shrunk(volume), local_statistics(volume), slices))
         return found
-
-    def _of_slices(self, decoded: Mapping[str, Decoded]) -> dict[str, dict[str, float | None]]:
-        if self.slice_features is None:
-            return {name: {} for name in decoded}
-        return self._distances("slices", {name: each.slices for name, each in decoded.items()}, decoded[TRAINING].slices)
 
     def _distances(
         self, kind: str, features: Mapping[str, Iterable[torch.Tensor]], training: Sequence[torch.Tensor]
@@ -280,14 +298,14 @@ class SampleEvaluation:
                 latents = [coarse_latent(each.latents[i]) for i in asked]
                 given = nearest_class(latents, training_features, labels, condition.classes, standardised) if asked else []
                 hits = [one == other for one, other in zip(given, asked.values())]
-                rows[name][f"obeyed_{key}"] = _mean(hits)
+                rows[name][f"obeyed_{key}"] = mean_of_finite(hits)
         return rows
 
     def _described(self, samples: VolumeSet, nearest: Sequence[Nearest | None], limit: float | None) -> list[dict[str, Any]]:
         """What is known of each sample, the one nearest to a training volume first."""
         rows = []
-        for index, (volume, other) in enumerate(zip(samples.volumes, nearest)):
-            row = {"index": index, **asdict(volume), "nearest": None, "distance": None, "close": None}
+        for index, (volume, path, other) in enumerate(zip(samples.volumes, samples.paths, nearest)):
+            row = {"index": index, "like": path, **asdict(volume), "nearest": None, "distance": None, "close": None}
             if other is not None:
                 row |= {"nearest": other.path, "distance": _rounded(other.distance)}
                 row["close"] = None if limit is None else other.distance < limit
@@ -296,25 +314,25 @@ class SampleEvaluation:
 
     def _shown(
         self, samples: VolumeSet, described: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[int, dict[str, dict[str, bytes]]], dict[int, View]]:
-        """Pictures of samples beside their nearest training volumes in three planes, and all slices of some, by index."""
+    ) -> tuple[dict[int, Panels], dict[int, View]]:
+        """
+        Pictures of samples beside the volumes whose spatial conditions they have and their nearest training volumes in three
+        planes, and all slices of some, by index.
+        """
         pictures, views = {}, {}
         for rank, each in enumerate(described):
             index, named = each["index"], each["index"] in self.view_samples
             if rank < self.max_pictures or named:
-                volumes = self._beside_nearest(samples, each)
-                pictures[index] = panels_of(volumes | _difference(volumes))
+                volumes, difference = {"sample": self._decode(samples.latents[index])[0]}, {}
+                beside = self.spatial.beside(volumes["sample"], samples.paths[index])
+                if each["nearest"] is not None:
+                    volumes[NEAREST] = self._decode(self.reader.read(each["nearest"])[0])[0]
+                    difference[DIFFERENCE] = (volumes[NEAREST] - volumes["sample"]).abs()
+                pictures[index] = panels_of({"sample": volumes["sample"], **beside, **volumes, **difference})
             if rank < self.view_nearest or named:
                 affine = np.diag([*each["spacing"], 1.0]).tolist()
                 views[index] = view_of(volumes, DIFFERENCE, affine, gain=1, max_voxels=self.view_max_voxels)
         return pictures, views
-
-    def _beside_nearest(self, samples: VolumeSet, described: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The sample and, if there is one, its nearest training volume."""
-        volumes = {"sample": self._decode(samples.latents[described["index"]])[0]}
-        if described["nearest"] is not None:
-            volumes["nearest training volume"] = self._decode(self.reader.read(described["nearest"])[0])[0]
-        return volumes
 
     def _configuration(self) -> dict[str, Any]:
         generator = self.sampler.generator
@@ -331,12 +349,6 @@ class SampleEvaluation:
         }
 
 
-def _difference(volumes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The picture of how two volumes differ, if there are two."""
-    first, *others = volumes.values()
-    return {DIFFERENCE: (others[0] - first).abs()} if others else {}
-
-
 def _limit(held_out: Sequence[Nearest | None]) -> float | None:
     """Distance below which 5 % of held-out volumes are from a training volume, if there are enough to tell."""
     distances = [each.distance for each in held_out if each is not None]
@@ -348,7 +360,7 @@ def _closeness(nearest: Sequence[Nearest | None], limit: float | None) -> dict[s
     distances = [each.distance for each in nearest if each is not None]
     return {
         "nearest": float(np.median(distances)) if distances else None,
-        "close": _mean([distance < limit for distance in distances]) if limit is not None else None,
+        "close": mean_of_finite([distance < limit for distance in distances]) if limit is not None else None,
     }
 
 
@@ -359,17 +371,21 @@ def _spectrum(spectra: Sequence[torch.Tensor]) -> list[float]:
 def _spectral(spectra: Sequence[torch.Tensor], real: Sequence[torch.Tensor]) -> dict[str, float | None]:
     """How far the mean spectrum is from the real ones' in all bands, and whether the upper half has more or less, in dB."""
     difference = np.array(_spectrum(spectra)) - np.array(_spectrum(real))
-    return {"spectrum": _mean(abs(difference)), "fine_detail": _mean(difference[NUM_BANDS // 2 :])}
+    return {
+        "spectrum": mean_of_finite(abs(difference).tolist()),
+        "fine_detail": mean_of_finite(difference[NUM_BANDS // 2 :].tolist()),
+    }
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    """Of those that are defined."""
-    defined = [float(value) for value in values if math.isfinite(value)]
-    return math.fsum(defined) / len(defined) if defined else None
+def _means(numbers: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float | None]]:
+    """Over the volumes of each set that have a number; all sets have the same columns."""
+    columns = dict.fromkeys(column for each in numbers.values() for volume in each for column in volume)
+    return {
+        name: {column: mean_of_finite([volume[column] for volume in each if column in volume]) for column in columns}
+        for name, each in numbers.items()
+    }
 
 
 def _rounded(value: float | None) -> float | None:
-    """With six digits, as many as a float32 has; counts stay whole."""
-    if value is None or isinstance(value, int):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    """Counts stay whole."""
+    return value if value is None or isinstance(value, int) else finite(value)

@@ -144,7 +144,7 @@ class NearestLatents:
 
     Args:
         latents: normalised latents, ``CxHxWxD`` each.
-        paths: files that they were read from, which are not compared with themselves; empty texts for samples.
+        paths: a file for each; one that was read from a training latent's file is not compared with itself.
     """
 
     def __init__(self, latents: Sequence[torch.Tensor], paths: Sequence[str]) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scripts.bundle.text_table import summary_table
 from scripts.evaluation.html_pages import Column, extents, render_page
+from scripts.evaluation.pictures import Panels
 from scripts.evaluation.results import write_results
+from scripts.evaluation.samples.sample_sets import CONDITION
 from scripts.evaluation.viewer import View
 
 __all__ = ["write_report"]
@@ -20,6 +23,7 @@ LABELS = {
     "samples": ("samples", "of the generator, with sizes, spacings and conditions of the held-out volumes"),
     "held_out": ("held-out volumes", "decoded latents that training did not see: what samples should be like"),
     "training": ("training volumes", "decoded latents of the training half: as near to the held-out ones as samples can be"),
+    "training_mean": ("mean of training", "the mean of the training latents of the held-out volume's size, decoded"),
     "covariance_gaussian": (
         "Gaussian, covariance",
         "random sums of training latents, with their mean and full covariance; a generator must be much better",
@@ -66,17 +70,36 @@ COLUMNS = {
         ".3f",
         "how much the detail varies with the position in the latent's blocks; above the held-out ones' is blocky",
     ),
+    "psnr": Column("PSNR", ".2f", "to the held-out volume whose conditions the sample has, both decoded, dB"),
+    "ssim": Column("SSIM", ".4f", "structural similarity to the held-out volume whose conditions the sample has"),
 }
-OBEYED = (
-    "share that is nearest to the mean training volume of its {}; held-out volumes say how well that tells classes apart"
-)
+OF_CONDITION = {  # the beginning of a column's name; {} is the condition
+    "obeyed_": Column(
+        "{} obeyed",
+        ".1%",
+        "share nearest to the mean training volume of its {}; held-out volumes say how well that tells classes apart",
+    ),
+    "explained_by_other_": Column(
+        "explained by another's {}",
+        ".3f",
+        "the same with the label map of another volume of the set; what all have in common",
+    ),
+    "explained_": Column(
+        "explained by {}",
+        ".3f",
+        "share of a volume's variance that its label map explains, over the voxels that have a label",
+    ),
+    "dice_": Column("Dice, {}", ".3f", "of a network that was trained to segment decoded training volumes"),
+    "step_": Column("step at {}", ".4f", "mean difference of neighbouring voxels across the border of the label"),
+    "inside_mae_": Column("MAE in {}", ".4f", "mean absolute difference from the held-out volume where the label is"),
+}
 WIDTH, HEIGHT = 640, 220  # of the chart of spectra
 logger = logging.getLogger(__name__)
 
 
 def write_report(
     evaluation: Mapping[str, Any],
-    pictures: Mapping[int, Mapping[str, Mapping[str, bytes]]],
+    pictures: Mapping[int, Panels],
     views: Mapping[int, View],
     output_dir: Path,
 ) -> None:
@@ -96,14 +119,12 @@ def write_report(
     write_results(output_dir, rows, evaluation, _page(evaluation, pictures, views))
 
 
-def _page(
-    evaluation: Mapping[str, Any], pictures: Mapping[int, Mapping[str, Mapping[str, bytes]]], views: Mapping[int, View]
-) -> str:
+def _page(evaluation: Mapping[str, Any], pictures: Mapping[int, Panels], views: Mapping[int, View]) -> str:
     shown = [sample for sample in evaluation["samples"] if sample["index"] in pictures]
     return render_page(
         TEMPLATE,
         evaluation=evaluation,
-        labels=LABELS,
+        labels={name: _label(name) for name in evaluation["sets"]},
         columns={metric: _column(metric) for metric in evaluation["sets"]["samples"]},
         shown=shown,
         pictures=pictures,
@@ -113,11 +134,19 @@ def _page(
     )
 
 
+def _label(name: str) -> tuple[str, str]:
+    if name in LABELS:
+        return LABELS[name]
+    key = name.removeprefix(CONDITION)
+    return f"{key} itself", f"the condition {key} of the held-out volumes as it is, decoded"
+
+
 def _column(metric: str) -> Column:
     if metric in COLUMNS:
         return COLUMNS[metric]
-    condition = metric.removeprefix("obeyed_")
-    return Column(f"{condition} obeyed", ".1%", OBEYED.format(condition))
+    start = next(start for start in OF_CONDITION if metric.startswith(start))
+    column, condition = OF_CONDITION[start], metric.removeprefix(start)
+    return replace(column, label=column.label.format(condition), meaning=column.meaning.format(condition))
 
 
 def _chart(spectra: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:

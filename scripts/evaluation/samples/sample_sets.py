@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.progress import ProgressBar
+from scripts.data.latents import read_description, read_spatial
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import LatentStatistics
@@ -19,11 +22,13 @@ from scripts.evaluation.samples.sample_features import coarse_latent
 from scripts.training.repeatable_batches import derive_seed
 
 __all__ = [
+    "CONDITION",
     "COVARIANCE",
     "GAUSSIAN",
     "HELD_OUT",
     "SAMPLES",
     "TRAINING",
+    "TRAINING_MEAN",
     "CovarianceGaussian",
     "LatentReader",
     "VolumeSet",
@@ -33,7 +38,7 @@ __all__ = [
 ]
 
 SAMPLES, HELD_OUT, TRAINING, COVARIANCE, GAUSSIAN = "samples", "held_out", "training", "covariance_gaussian", "gaussian"
-
+CONDITION, TRAINING_MEAN = "condition_", "training_mean"  # the first one before a key
 
 Shape = tuple[int, ...]
 
@@ -46,14 +51,15 @@ class VolumeSet:
     Args:
         latents: normalised, ``CxHxWxD`` each.
         volumes: size, spacing and conditions of each; empty for Gaussians.
-        paths: files that the latents were read from; empty texts for samples.
+        paths: files that the latents were read from or, of samples, those of the volumes whose conditions they have; empty
+            for Gaussians.
     """
 
     latents: list[torch.Tensor] = field(default_factory=list)
     volumes: list[Volume] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
 
-    def add(self, latent: torch.Tensor, volume: Volume, path: str = "") -> None:
+    def add(self, latent: torch.Tensor, volume: Volume, path: str) -> None:
         """Add a latent."""
         self.latents.append(latent)
         self.volumes.append(volume)
@@ -76,6 +82,27 @@ class LatentReader:
         found = self._read({Keys.IMAGE: path})
         return self.statistics.normalised(found[Keys.IMAGE][None])[0], found["volume"]
 
+    def spatial(self, path: str, kinds: Mapping[str, SpatialKind]) -> dict[str, torch.Tensor]:
+        """
+        Latents of those spatial conditions that a volume has, as the autoencoder makes them.
+
+        Args:
+            path: path of its latent.
+            kinds: spatial conditions by key.
+
+        Returns:
+            ``1x(planes * C)xHxWxD`` each, by key.
+
+        Raises:
+            ValueError: for a condition of another kind.
+        """
+        description = read_description(Path(path))
+        for key, kind in kinds.items():
+            found = description.spatial.get(key)
+            if found is not None and found.kind != kind:
+                raise ValueError(f"{path}: {key!r} was encoded as {found.kind}; the generator was trained with {kind}.")
+        return {key: z[None] for key, z in read_spatial(Path(path), description, list(kinds)).items()}
+
     def chosen(self, paths: Sequence[str], count: int, seed: int) -> VolumeSet:
         """Up to ``count`` of the latents, drawn at random."""
         found = VolumeSet()
@@ -84,25 +111,29 @@ class LatentReader:
         return found
 
 
-def draw_samples(sampler: Sampler, statistics: LatentStatistics, like: Sequence[Volume], count: int, seed: int) -> VolumeSet:
+def draw_samples(
+    sampler: Sampler, reader: LatentReader, like: VolumeSet, kinds: Mapping[str, SpatialKind], count: int, seed: int
+) -> VolumeSet:
     """
     Samples of a generator, each with size, spacing and conditions of one of the volumes, which take turns.
 
     Args:
         sampler: sampler that makes them.
-        statistics: statistics by which they are normalised.
+        reader: reader of the volumes' spatial conditions, by whose statistics samples are normalised.
         like: volumes.
+        kinds: spatial conditions, by key, that are given where a volume has them.
         count: number of samples.
         seed: seed of the run; a sample depends on it and on its number.
     """
     drawn, keys = VolumeSet(), sampler.generator.statistics.conditions.keys
     for index in ProgressBar(range(count), desc="sampling", unit="sample", leave=False):
-        volume = like[index % len(like)]
+        volume, path = like.volumes[index % len(like.volumes)], like.paths[index % len(like.paths)]
         given = replace(volume, conditions={key: volume.conditions[key] for key in keys if key in volume.conditions})
         noise_seed = derive_seed(seed, index)
         start = sampler.start(given, noise_seed)
-        z = sampler(start["noise"][None], start["context"][None], start["latent_size"].tolist(), noise_seed).cpu()
-        drawn.add(statistics.normalised(z)[0], given)
+        inputs = start["noise"][None], start["context"][None], start["latent_size"].tolist(), noise_seed
+        z = sampler(*inputs, spatial=reader.spatial(path, kinds)).cpu()
+        drawn.add(reader.statistics.normalised(z)[0], given, path)
     return drawn
 
 

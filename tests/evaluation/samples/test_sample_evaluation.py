@@ -81,7 +81,7 @@ def folder(tmp_path_factory) -> Path:
 def evaluating(folder: Path, evaluation_dir: Path, **keys) -> ConfigWorkflow:
     paths = {"dataset_dir": folder / "latents", "output_dir": folder / "run", "evaluation_dir": evaluation_dir}
     paths["autoencoder"] = folder / "autoencoder" / "model.pt"
-    return workflow(OVERLAY, "evaluating", "train", **paths, **{**KEYS, **keys})
+    return workflow(OVERLAY, "evaluating", "train", **{**paths, **KEYS, **keys})
 
 
 def evaluate(folder: Path, evaluation_dir: Path, **keys) -> None:
@@ -118,6 +118,9 @@ def test_samples_have_sizes_and_conditions_of_held_out_volumes(evaluation):
     assert distances == sorted(distances) and distances[0] > 0
     for sample in evaluation["samples"]:
         assert sample["size"] == [20, 20, 20] and sample["spacing"] == [1, 1.5, 2]
+        assert (
+            sample["conditions"] == json.loads(Path(sample["like"]).with_name("T1w_latent.json").read_text())["conditions"]
+        )
         assert sample["conditions"]["sex"] in "FM" and Path(sample["nearest"]).is_file()
     assert any("held out: 2" in note for note in evaluation["notes"])
     assert not any("not the one" in note for note in evaluation["notes"])
