@@ -67,7 +67,7 @@ def finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def mean_of_finite(values: list[float]) -> float | None:
+def mean_of_finite(values: Sequence[float]) -> float | None:
     """The mean of those values that are finite, rounded; None without any."""
     defined = [value for value in values if math.isfinite(value)]
     return finite(math.fsum(defined) / len(defined)) if defined else None

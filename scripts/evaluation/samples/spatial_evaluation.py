@@ -71,8 +71,7 @@ class SpatialEvaluation:
                 volume = self._volume(path, known)
                 pairs[key].append((volume.cpu(), read_labels(Path(path), known, key)))
         for key, found in pairs.items():
-            classes, device = self.label_maps[key].classes, str(volume.device)
-            self.segmenters[key] = train_segmenter([found], classes, steps, seed, device)
+            self.segmenters[key] = train_segmenter([found], self.label_maps[key].classes, steps, seed, str(volume.device))
 
     def measured(self, volume: torch.Tensor, name: str, volumes: VolumeSet, index: int) -> dict[str, float]:
         """
@@ -88,8 +87,9 @@ class SpatialEvaluation:
         if not volumes.paths:
             return {}
         path = volumes.paths[index]
-        known, found = read_description(Path(path)), {}
-        volume, truth = cropped(volume, known), None
+        found: dict[str, float] = {}
+        known, truth = read_description(Path(path)), None
+        volume = cropped(volume, known)
         has_image = not self.images.keys().isdisjoint(known.spatial)
         if has_image and name not in (HELD_OUT, TRAINING):
             truth = self._volume(path, known)
@@ -152,4 +152,5 @@ class SpatialEvaluation:
 
 def cropped(volume: torch.Tensor, known: LatentDescription) -> torch.Tensor:
     """A decoded volume without its padding."""
-    return volume[(..., *map(slice, known.preprocessed_shape))]
+    height, width, depth = known.preprocessed_shape
+    return volume[..., :height, :width, :depth]
