@@ -51,7 +51,9 @@ def slices(samples_dir: str, dataset_dir: str, factor: int, axis: int = 2, decod
     scores: Scores = defaultdict(list)
     for truth, (_,), estimates in _cases(samples_dir, dataset_dir, ["thick"], decoded_dir):
         thick = average_slices(truth, factor, axis)
-        scores["cubic interpolation"].append(_nearness(interpolate_slices(thick, factor, axis, truth.shape[axis]), truth))
+        cubic = interpolate_slices(thick, factor, axis, truth.shape[axis])
+        scores["cubic interpolation"].append(_nearness(cubic, truth))
+        scores["cubic interpolation, agreeing"].append(_nearness(agree_with_slices(cubic, thick, factor, axis), truth))
         for name, samples in estimates.items():
             matched = [in_units_of(thick, sample, average_slices(sample, factor, axis)) for sample in samples]
             agreeing = [agree_with_slices(sample, thick, factor, axis) for sample in matched]
