@@ -20,7 +20,6 @@ import fire
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.metrics import SSIMMetric
 from scipy.sparse.linalg import cg
 
 from benchmarks.tables import print_table
@@ -31,6 +30,7 @@ from scripts.data.holes import fill_hole, hole_equations
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
 from scripts.data.slice_averages import agree_with_slices, average_slices, interpolate_slices
 from scripts.data.volume_reader import read_volume, state_of
+from scripts.evaluation.samples.spatial_metrics import border_step, fidelity, inside_mae
 
 PERCENTILES = (0.0, 99.9)  # `intensity_percentiles` of the configs
 Numbers = dict[str, float]
@@ -59,7 +59,7 @@ def slices(samples_dir: str, dataset_dir: str, factor: int, axis: int = 2, decod
             agreeing = [agree_with_slices(sample, thick, factor, axis) for sample in matched]
             for state, each in (("", matched), (", agreeing", agreeing)):
                 _add(scores, name, state, each, lambda sample, truth=truth: _nearness(sample, truth))
-    _print(scores, {"PSNR": "{:.2f} dB", "SSIM": "{:.4f}"})
+    _print(scores, {"psnr": "{:.2f} dB", "ssim": "{:.4f}"})
 
 
 def holes(samples_dir: str, dataset_dir: str, decoded_dir: str | None = None) -> None:
@@ -89,15 +89,6 @@ def holes(samples_dir: str, dataset_dir: str, decoded_dir: str | None = None) ->
     _print(scores, {"mean error": "{:.4f}", "PSNR inside": "{:.2f} dB", "step / real step": "{:.2f}"})
 
 
-def border_step(volume: np.ndarray, inside: np.ndarray) -> float:
-    """Mean absolute difference of neighbours of which one is in a region, ``HxWxD``."""
-    steps = []
-    for axis in range(volume.ndim):
-        crosses = np.diff(inside.astype(np.int8), axis=axis) != 0
-        steps.append(np.abs(np.diff(volume, axis=axis))[crosses])
-    return float(np.concatenate(steps).mean())
-
-
 def _cases(
     samples_dir: str, dataset_dir: str, keys: list[str], decoded_dir: str | None
 ) -> Iterator[tuple[np.ndarray, list[np.ndarray], dict[str, list[np.ndarray]]]]:
@@ -117,7 +108,7 @@ def _cases(
             image_path = Path(item["image"]).relative_to(dataset_dir).as_posix()
             estimates["decoded true latents"] = [_voxels(output_path(decoded_dir, image_path, "reconstruction"))]
         given = [(_voxels(Path(dataset_dir, item[key])) - window["low"]) / (window["high"] - window["low"]) for key in keys]
-        yield scaled[0].as_tensor().double().numpy(), given, estimates
+        yield scaled.as_tensor()[0].numpy().astype(np.float64), given, estimates
 
 
 def _voxels(path: Path) -> np.ndarray:
@@ -132,19 +123,20 @@ def _add(scores: Scores, name: str, state: str, volumes: list[np.ndarray], score
 
 
 def _nearness(volume: np.ndarray, truth: np.ndarray) -> Numbers:
-    volume = volume.clip(0, 1)
-    tensors = (torch.from_numpy(each)[None, None].float() for each in (volume, truth))
-    return {"PSNR": _psnr(volume - truth), "SSIM": float(SSIMMetric(spatial_dims=3)(*tensors))}
+    return fidelity(_tensor(volume.clip(0, 1)), _tensor(truth))
 
 
 def _inside(filled: np.ndarray, truth: np.ndarray, inside: np.ndarray) -> Numbers:
-    error = (filled.clip(0, 1) - truth)[inside]
-    step = border_step(filled, inside) / border_step(truth, inside)
-    return {"mean error": float(np.abs(error).mean()), "PSNR inside": _psnr(error), "step / real step": step}
+    volume, real, hole = map(_tensor, (filled.clip(0, 1), truth, inside))
+    return {
+        "mean error": inside_mae(volume, real, hole),
+        "PSNR inside": float(-10 * (volume - real)[hole].square().mean().log10()),
+        "step / real step": border_step(volume, hole) / border_step(real, hole),
+    }
 
 
-def _psnr(error: np.ndarray) -> float:
-    return float(-10 * np.log10((error**2).mean()))
+def _tensor(volume: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(volume)[None]
 
 
 def _print(scores: Scores, forms: dict[str, str]) -> None:

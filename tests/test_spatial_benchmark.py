@@ -60,10 +60,3 @@ def test_errors_in_a_hole_and_steps_at_its_border_are_measured(folder, capsys):
     found = table(capsys.readouterr().out)
     assert found["mean of 2 samples, without a step"][0] < found["sample, without a step"][0] < 0.1
     assert found["sample, as it is"][2] > 1
-
-
-def test_step_is_the_mean_over_the_border():
-    volume = np.arange(8.0).reshape(2, 2, 2)
-    inside = np.zeros((2, 2, 2), dtype=bool)
-    inside[0, 0, 0] = True
-    assert spatial.border_step(volume, inside) == pytest.approx((4 + 2 + 1) / 3)
