@@ -126,6 +126,7 @@ def _page(evaluation: Mapping[str, Any], pictures: Mapping[int, Panels], views: 
         evaluation=evaluation,
         labels={name: _label(name) for name in evaluation["sets"]},
         columns={metric: _column(metric) for metric in evaluation["sets"]["samples"]},
+        spatial=[metric for metric in evaluation["sets"]["samples"] if metric.startswith(("explained_", "psnr"))],
         shown=shown,
         pictures=pictures,
         views=views,

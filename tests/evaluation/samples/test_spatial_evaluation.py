@@ -123,7 +123,7 @@ def test_report_shows_conditions_beside_samples(folder, evaluation):
     assert [picture.mode for picture in pictures] == ["L", "RGB", "RGB", "L", "L", "L", "L"]
     coloured = np.ptp(np.asarray(pictures[2]), axis=-1) > 0
     assert coloured.sum() == 16 and pictures[2].size == SIZE[1:]  # the hole, where the slice crosses it
-    assert "explained by another" in html and "t2 itself" in html
+    assert "<dt>explained by label</dt>" in html and "t2 itself" in html
 
 
 def test_picture_shows_label_maps_in_colour(folder, evaluation):
