@@ -66,7 +66,7 @@ class GeneratorPlan:
     @property
     def spatial_size(self) -> tuple[int, ...]:
         """Size of the largest volume along each axis, voxels."""
-        return tuple(largest for _, largest in self.statistics.seen("size"))
+        return tuple(map(max, zip(*(each.size for each in self.statistics.geometries))))
 
     @property
     def padded_size(self) -> tuple[int, ...]:
@@ -127,8 +127,9 @@ def plan_generator(
         if spatial_size is None:
             _refuse_without_size(get("dataset_dir"), autoencoder=autoencoder, num_classes=num_classes)
         else:
-            keys = (ensure_tuple(get(name)) for name in ("condition_keys", "spatial_keys"))
-            parser["statistics"] = _statistics(spatial_size, _network(autoencoder, device), *keys, num_classes)
+            conditions, spatial = (ensure_tuple(get(name)) for name in ("condition_keys", "spatial_keys"))
+            network = _network(autoencoder, device)
+            parser["statistics"] = _statistics(spatial_size, network, conditions, spatial, num_classes)
             parse(parser)
         with torch.device("meta"):
             network = AutoencoderKL(**get("statistics").autoencoder.network)
