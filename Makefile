@@ -1,5 +1,6 @@
 # make train: train on the packaged sample volumes.   make test: run the tests.   make bench: the benchmark tables.
-# make generate: train a small generator on the latents of synthetic heads, and make new ones with the shipped one, guided by it.
+# make generate: train a small generator on latents of synthetic heads; make new heads with the shipped one, guided by it, and
+# heads from label maps of heads that nobody trained on.
 # make gpu: everything that this bundle claims of GPUs, run and measured on the one that is there; ARGS="--device cpu" runs it small.
 # make quality: train every row of the quality tables.   make weights: train the shipped weights again, from nothing, in hours.
 # make release: the bundle as one file to share, in dist/.   make lint: the checks of style and types.
@@ -34,13 +35,17 @@ train: .venv/installed
 
 generate: .venv/installed
 	$(BIN)/python -m monai.bundle run encoding --config_file configs/inference.json $(CONFIGS) \
-		--dataset_dir $(HEADS) --output_dir $(GENERATOR)/latents
+		--dataset_dir $(HEADS) --output_dir $(GENERATOR)/latents --spatial_keys "['label']"
 	$(BIN)/python -m monai.bundle run training --config_file $(DIFFUSION) $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --condition_keys "['skull']" \
 		--channels "[64,64,64]" --batch_size 4 --optimizer#_target_ scripts.training.Muon --lr 0.002 \
 		--ema_decay 0.99 --epochs 16 --val_interval 16 --channels_last true --resume true $(ARGS)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
-		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --weights models/generator/model.pt --num_samples 64 $(SAMPLING)
+		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --weights models/generator/model.pt --num_samples 64 \
+		--spatial_keys "[]" $(SAMPLING)
+	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
+		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --weights models/generator/model.pt --num_samples 32 \
+		--evaluation_dir $(GENERATOR)/evaluation_of_masks --segmenter_steps 300 --num_inference_steps 8 --channels_last true
 	for skull in whole stripped; do \
 		$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \
 			--ckpt_dir models/generator --output_dir $(GENERATOR)/samples/$$skull \
