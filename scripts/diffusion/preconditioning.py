@@ -79,7 +79,7 @@ class Denoiser(nn.Module):
                     f"`channels` has {width}; {'with' if attends else 'without'} attention it must be a multiple of "
                     f"{multiple} (`norm_num_groups` {norm_num_groups}, `num_head_channels` {num_head_channels})."
                 )
-        of_unet = {
+        of_unet: dict[str, Any] = {
             "channels": list(channels),
             "attention_levels": [bool(attends) for attends in attention_levels],
             "num_res_blocks": [num_res_blocks] * len(channels) if isinstance(num_res_blocks, int) else list(num_res_blocks),

@@ -215,7 +215,7 @@ class ReadLatentd(Transform):
         path = Path(data[self.key])
         description = read_description(path)
         latent = read_latent(path, description, *self.kind)
-        conditions = read_spatial(path, description, self.statistics.spatial)
+        conditions = read_spatial(path, description, list(self.statistics.spatial))
         spatial, given = self.statistics.stacked(conditions, latent.shape[1:])
         return {
             **data,
