@@ -13,7 +13,8 @@ CLASSES = (2, 5)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(segmentation, "PATCH_SIZE", (16, 16, 16))
+    for size in ("PATCH_SIZE", "WINDOW_SIZE"):
+        monkeypatch.setattr(segmentation, size, (16, 16, 16))
 
 
 def boxes(seed: int) -> Pair:
@@ -27,7 +28,7 @@ def boxes(seed: int) -> Pair:
 
 
 def test_trained_network_finds_the_classes_in_other_volumes():
-    segmenter = train_segmenter([[boxes(seed) for seed in range(8)]], CLASSES, steps=60, seed=0)
+    segmenter = train_segmenter([[boxes(seed) for seed in range(8)]], CLASSES, steps=80, seed=0)
     image, labels = boxes(100)
     only_first = torch.where(labels == 2, labels, 0)
     dice = segmenter.dice([(image, labels), (image, only_first)])
