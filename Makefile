@@ -20,6 +20,7 @@ HEADS := '$$scripts.data.prepare_demonstration_heads(@bundle_root + "/data/heads
 DIFFUSION := configs/train_diffusion.json
 SAMPLING := --num_inference_steps 15 --guide $(GENERATOR)/checkpoints/model.pt --guidance_scale 1.5 \
 	--guidance_interval "[0,0.6]" --channels_last true
+FROM_MASKS := --num_inference_steps 8 --channels_last true
 
 CODEC := OMP_NUM_THREADS=1 $(BIN)/python -m monai.bundle run training $(CONFIGS) --num_workers 0 --resume true --config_file
 RECIPE := 'configs/synthetic_patches.json','configs/shipped_weights.json'
@@ -38,14 +39,18 @@ generate: .venv/installed
 		--dataset_dir $(HEADS) --output_dir $(GENERATOR)/latents --spatial_keys "['label']"
 	$(BIN)/python -m monai.bundle run training --config_file $(DIFFUSION) $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --condition_keys "['skull']" \
+		--spatial_keys "['label']" --condition_dropout 0.2 \
 		--channels "[64,64,64]" --batch_size 4 --optimizer#_target_ scripts.training.Muon --lr 0.002 \
 		--ema_decay 0.99 --epochs 16 --val_interval 16 --channels_last true --resume true $(ARGS)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
 		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --weights models/generator/model.pt --num_samples 64 \
 		--spatial_keys "[]" $(SAMPLING)
 	$(BIN)/python -m monai.bundle run evaluating --config_file "['$(DIFFUSION)','configs/evaluate_diffusion.json']" $(CONFIGS) \
-		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --weights models/generator/model.pt --num_samples 32 \
-		--evaluation_dir $(GENERATOR)/evaluation_of_masks --segmenter_steps 300 --num_inference_steps 8 --channels_last true
+		--dataset_dir $(GENERATOR)/latents --output_dir $(GENERATOR) --num_samples 32 $(FROM_MASKS) \
+		--evaluation_dir $(GENERATOR)/evaluation_of_masks --segmenter_steps 450
+	$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \
+		--ckpt_dir $(GENERATOR)/checkpoints --output_dir $(GENERATOR)/pairs --num_samples 1 $(FROM_MASKS) \
+		--dataset_dir data/heads/validation --spatial_keys "['label']"
 	for skull in whole stripped; do \
 		$(BIN)/python -m monai.bundle run generating --config_file configs/generate.json $(CONFIGS) \
 			--ckpt_dir models/generator --output_dir $(GENERATOR)/samples/$$skull \

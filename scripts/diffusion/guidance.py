@@ -58,7 +58,7 @@ def _differing(guide: Generator, generator: Generator) -> list[str]:
     found = {
         "statistics of the latents' channels": _statistics_agree(there, here),
         "conditions": len(entries[0]) == len(entries[1]) and all(map(_entry_agrees, *entries)),
-        "spatial conditions": there.spatial in ({}, here.spatial),
+        "spatial conditions": not there.spatial or not here.spatial or there.spatial == here.spatial,
         "multiples of the latents' sizes": generator.network.multiple % guide.network.multiple == 0,
     }
     return [name for name, agree in found.items() if not agree]

@@ -165,7 +165,10 @@ class Sampler:
         ) -> torch.Tensor:
             times = torch.full((len(x),), time, device=x.device)
             share = None if extent is None else extent.expand(len(x), -1)
-            sees = spatial if generator.statistics.spatial else None
+            sees = None
+            if generator.statistics.spatial:
+                none = x.new_zeros(len(x), generator.statistics.spatial_channels, *x.shape[2:])
+                sees = none if spatial is None else spatial
             with torch.autocast(x.device.type, self.dtype, enabled=self.amp):
                 return generator.network(x, times, context, share, sees).float()
 

@@ -121,14 +121,23 @@ def test_guidance_compares_with_nothing_given(statistics):
     torch.testing.assert_close(guided, 2 * cond - uncond, rtol=1e-4, atol=1e-5)
 
 
-def test_guide_without_spatial_conditions_does_not_see_them(statistics):
-    plain = denoiser(statistics, spatial_channels=0)
-    leave_start(plain)
-    guide = Generator(plain, replace(statistics, spatial={}), RectifiedFlow(), 0.1, "1")
-    generator = Generator(denoiser(statistics), statistics, RectifiedFlow(), 0.1, "0")
-    x, context = torch.randn(1, 2, 4, 6, 4), statistics.conditions.vector(VOLUME)[None]
-    sampler = Sampler(generator, guidance_scale=2.0, guide=guide)
-    assert sampler.denoise(x, 0.7, context, None, torch.randn(1, 10, 4, 6, 4)).shape == x.shape
+def test_guide_and_generator_need_not_both_have_spatial_conditions(statistics):
+    networks = denoiser(statistics), denoiser(statistics, spatial_channels=0)
+    for network in networks:
+        leave_start(network)
+    having, plain = (
+        Generator(network, replace(statistics, spatial=spatial), RectifiedFlow(), 0.1, str(spatial))
+        for network, spatial in zip(networks, (statistics.spatial, {}))
+    )
+    x, context, spatial = torch.randn(1, 2, 4, 6, 4), statistics.conditions.vector(VOLUME)[None], torch.randn(1, 10, 4, 6, 4)
+    time, nothing = torch.tensor([0.7]), torch.zeros_like(spatial)
+    with torch.no_grad():
+        given, not_given = (networks[0](x, time, context, None, each) for each in (spatial, nothing))
+        without = networks[1](x, time, context)
+    found = Sampler(having, guidance_scale=2.0, guide=plain).denoise(x, 0.7, context, None, spatial)
+    torch.testing.assert_close(found, 2 * given - without)
+    found = Sampler(plain, guidance_scale=2.0, guide=having).denoise(x, 0.7, context)
+    torch.testing.assert_close(found, 2 * without - not_given)
 
 
 def test_sample_depends_on_its_conditions_and_pads_them_as_training_does(statistics):
