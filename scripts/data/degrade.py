@@ -190,6 +190,8 @@ def _hole_of(item: dict[str, Any], key: str, image: np.ndarray, header: NiftiHea
     labels, of_labels = _read(os.path.join(dataset_dir, item[key]))
     if labels.shape != image.shape[:3] or not np.allclose(of_labels.affine, header.affine, atol=1e-3):
         raise ValueError(f"and its `{key}`, {item[key]}, have different grids.")
+    if not labels.any():
+        raise ValueError(f"has no hole: its `{key}`, {item[key]}, is 0 everywhere.")
     return labels != 0
 
 

@@ -117,6 +117,9 @@ def test_volumes_that_cannot_be_degraded_are_refused_by_name(folder, tmp_path):
     save(Path(folder, "labelsTr/0.nii"), np.ones((12, 10, 17), np.uint8))
     with pytest.raises(ValueError, match=r"imagesTr/0.nii and its `label`, labelsTr/0.nii, have different grids"):
         degrade.holes(folder, str(tmp_path / "out"), hole_key="label")
+    save(Path(folder, "labelsTr/0.nii"), np.zeros(SHAPE, np.uint8))
+    with pytest.raises(ValueError, match=r"imagesTr/0.nii has no hole: its `label`, labelsTr/0.nii, is 0 everywhere"):
+        degrade.holes(folder, str(tmp_path / "out"), hole_key="label")
     save(Path(folder, "imagesTr/0.nii"), np.full(SHAPE, np.nan, np.float32))
     with pytest.raises(ValueError, match=r"imagesTr/0.nii has voxels that are NaN or infinite"):
         degrade.thick_slices(folder, str(tmp_path / "out"), factor=4)
