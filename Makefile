@@ -20,7 +20,7 @@ HEADS := '$$scripts.data.prepare_demonstration_heads(@bundle_root + "/data/heads
 DIFFUSION := configs/train_diffusion.json
 SAMPLING := --num_inference_steps 15 --guide $(GENERATOR)/checkpoints/model.pt --guidance_scale 1.5 \
 	--guidance_interval "[0,0.6]" --channels_last true
-FROM_MASKS := --num_inference_steps 8 --channels_last true
+FROM_MASKS := --num_inference_steps 8 --guidance_scale 1.5 --channels_last true
 
 CODEC := OMP_NUM_THREADS=1 $(BIN)/python -m monai.bundle run training $(CONFIGS) --num_workers 0 --resume true --config_file
 RECIPE := 'configs/synthetic_patches.json','configs/shipped_weights.json'
