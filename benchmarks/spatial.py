@@ -3,13 +3,14 @@
     python -m benchmarks.spatial slices --samples_dir OUT --dataset_dir PAIRS --factor 4 [--decoded_dir DECODED]
     python -m benchmarks.spatial holes --samples_dir OUT --dataset_dir PAIRS [--decoded_dir DECODED]
 
-PAIRS is a folder that `scripts.data.degrade` wrote, OUT the samples that were generated from its validation volumes, and
+PAIRS is a folder that `scripts.data.degrade` wrote, OUT the samples that were generated from its volumes, and
 DECODED those volumes, encoded and decoded (`evaluating` of configs/inference.json): the limit of what samples can reach.
 Samples get the intensities of what is given by a straight line. Numbers are means over the volumes, in the window of each.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import defaultdict
@@ -37,19 +38,22 @@ Numbers = dict[str, float]
 Scores = dict[str, list[Numbers]]
 
 
-def slices(samples_dir: str, dataset_dir: str, factor: int, axis: int = 2, decoded_dir: str | None = None) -> None:
+def slices(
+    samples_dir: str, dataset_dir: str, factor: int, axis: int = 2, thick_key: str = "thick", decoded_dir: str | None = None
+) -> None:
     """
     Print PSNR and SSIM to the thin volumes.
 
     Args:
         samples_dir: folder of the samples.
-        dataset_dir: folder of the pairs, whose items have ``thick``.
+        dataset_dir: folder of the pairs.
         factor: thin slices in a thick one.
         axis: of the file, along which the slices lie.
+        thick_key: key of the thick slices in the pairs.
         decoded_dir: folder of the volumes, encoded and decoded.
     """
     scores: Scores = defaultdict(list)
-    for truth, (_,), estimates in _cases(samples_dir, dataset_dir, ["thick"], decoded_dir):
+    for truth, (_,), estimates in _cases(samples_dir, dataset_dir, [thick_key], decoded_dir):
         thick = average_slices(truth, factor, axis)
         cubic = interpolate_slices(thick, factor, axis, truth.shape[axis])
         scores["cubic interpolation"].append(_nearness(cubic, truth))
@@ -92,11 +96,11 @@ def holes(samples_dir: str, dataset_dir: str, decoded_dir: str | None = None) ->
 def _cases(
     samples_dir: str, dataset_dir: str, keys: list[str], decoded_dir: str | None
 ) -> Iterator[tuple[np.ndarray, list[np.ndarray], dict[str, list[np.ndarray]]]]:
-    """The validation volumes that have samples: truth in its window, files of the keys, and estimates by name."""
+    """The volumes that have samples: truth in its window, files of the keys, and estimates by name."""
     samples = defaultdict(list)
     for file in sorted(Path(samples_dir).rglob("*_sample_*.json")):
         samples[json.loads(file.read_text())["spatial_states"][keys[0]]].append(file.with_suffix(".nii.gz"))
-    for item in dataset_lists(dataset_dir)["validation"]:
+    for item in itertools.chain(*dataset_lists(dataset_dir).values()):
         found = samples[state_of(os.path.join(dataset_dir, item[keys[0]]))]
         if not found:
             continue
