@@ -29,7 +29,7 @@ from scripts.evaluation.samples.segmentation import Pair, train_segmenter
 
 __all__ = ["usefulness"]
 
-STEPS = 900
+STEPS = 450
 
 
 def usefulness(

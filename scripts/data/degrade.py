@@ -30,7 +30,7 @@ from scripts.bundle.files import write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.data.dataset_tables import conditions_of, dataset_lists
 from scripts.data.file_names import OUTSIDE, is_nifti, output_path, stays_inside
-from scripts.data.holes import draw_hole
+from scripts.data.holes import draw_hole, fill_hole
 from scripts.data.restored_volumes import NiftiHeader, as_stored, nifti_bytes
 from scripts.data.slice_averages import average_slices, interpolate_slices, thin_affine
 from scripts.data.volume_lists import EVERY_NIFTI, find_images
@@ -99,7 +99,7 @@ def holes(
 ) -> None:
     """
     Write each volume, and beside it ``NAME_hole.nii.gz``, which is 1 in the hole, and ``NAME_masked.nii.gz``, the volume
-    with its lowest value in the hole.
+    with the membrane (solution of Laplace's equation) in the hole.
 
     Args:
         dataset_dir: folder of the volumes.
@@ -123,8 +123,7 @@ def holes(
             random = np.random.default_rng((seed, zlib.crc32(Path(name).as_posix().encode())))
             grey = values.reshape(*values.shape[:3], -1).mean(-1)
             hole = draw_hole(grey, np.array(header.affine), radius, per_volume, random)
-        filled = values.copy()
-        filled[hole] = values.min()
+        filled = fill_hole(np.zeros_like(values), values, hole, nib.affines.voxel_sizes(np.array(header.affine)))
         return {"masked": (filled, header), "hole": (hole, replace(header, **LABEL))}
 
     _write_pairs(dataset_dir, output_dir, image_glob, masked)
