@@ -126,8 +126,15 @@ class SpatialSamplePlan(SamplePlan):
         return self.output_dir / "imagesTr" / f"{self._name(item)}_0000.nii.gz"
 
     def labels_path(self, item: Item, key: str) -> Path:
-        """File of a label map that a sample was made from: that of the key ``label`` is in ``labelsTr``."""
-        return self.output_dir / f"{key}sTr" / f"{self._name(item)}.nii.gz"
+        """File of a label map that a sample was made from."""
+        return self.output_dir / f"{self.label_names[key]}sTr" / f"{self._name(item)}.nii.gz"
+
+    @property
+    def label_names(self) -> dict[str, str]:
+        """What label maps are called in the pairs: that of the key ``label``, otherwise the first, is the ``label``."""
+        keys = [key for key, kind in self.kinds.items() if kind.is_label_map]
+        label = Keys.LABEL.value
+        return {key: label if key == label or (key == keys[0] and label not in keys) else key for key in keys}
 
     def _name(self, item: Item) -> str:
         return f"{item['name']}_sample_{item['index']:02d}"
@@ -202,11 +209,11 @@ class SpatialSamplePlan(SamplePlan):
         for item in filter(self.is_whole, self._all()):
             files = {
                 Keys.IMAGE.value: self.path(item),
-                **{key: self.labels_path(item, key) for key in self._label_keys(item)},
+                **{self.label_names[key]: self.labels_path(item, key) for key in self._label_keys(item)},
             }
             paths = {key: f"./{path.relative_to(self.output_dir).as_posix()}" for key, path in files.items()}
             training.append({**self.volume(item).conditions, **paths})
-        kind = self.statistics.spatial.get(Keys.LABEL.value)
+        kind = next((self.kinds[key] for key, name in self.label_names.items() if name == Keys.LABEL.value), None)
         names = {"background": 0, **{f"class {label}": label for label in (kind.classes if kind else ())}}
         content = {
             "description": HEADER,
@@ -219,7 +226,7 @@ class SpatialSamplePlan(SamplePlan):
         write_atomically(json.dumps(content, indent=2).encode(), self.output_dir / "dataset.json")
 
     def _label_keys(self, item: Item) -> list[str]:
-        return [key for key in item["paths"] if self.statistics.spatial[key].is_label_map]
+        return [key for key in item["paths"] if key in self.label_names]
 
     def _file(self, item: Item) -> str:
         """The file whose grid a sample has."""

@@ -15,6 +15,7 @@ from monai.data import load_decathlon_datalist
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.generator import describe
+from scripts.inference.spatial_samples import SpatialSamplePlan
 from tests.conftest import save_volume
 from tests.diffusion.runs import KEYS, encode, generate, leave_start, make_weights, workflow
 
@@ -169,3 +170,20 @@ def test_conditions_of_the_case_are_used_and_those_asked_for_come_first(generato
         generate(generator, weights, tmp_path / name, conditions=conditions, **keys)
         (described,) = (tmp_path / name / "imagesTr").glob("*.json")
         assert json.loads(described.read_text())["conditions"] == {"age": age}
+
+
+def test_a_label_map_of_another_key_is_the_label_of_the_pairs(generator, weights, tmp_path):
+    flow = workflow("generate.json", "generating", "infer", ckpt_dir=generator, autoencoder=weights, output_dir=tmp_path)
+    sampler = flow.parser.get_parsed_content("sampler")
+    kind = sampler.generator.statistics.spatial["label"]
+    for keys, names in (
+        (["dseg", "rois"], {"dseg": "label", "rois": "rois"}),
+        (["rois", "label"], {"rois": "rois", "label": "label"}),
+    ):
+        for key in keys:
+            sampler.generator.statistics.spatial[key] = kind
+            save_mask(tmp_path / "masks" / f"case_{key}.nii.gz")
+        plan = SpatialSamplePlan(sampler, str(tmp_path), 1, spatial_keys=keys, dataset_dir=str(tmp_path / "masks"))
+        assert plan.label_names == names
+        (item,) = plan.items()
+        assert [plan.labels_path(item, key).parent.name for key in keys] == [f"{names[key]}sTr" for key in keys]
