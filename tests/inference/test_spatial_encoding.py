@@ -20,6 +20,7 @@ from scripts.bundle.weights import save_weights
 from scripts.data.latents import LatentDescription, read_description, read_labels, read_spatial
 from scripts.data.spatial_kinds import SpatialKind
 from scripts.inference import SpatialEncoder, StreamingInferer
+from scripts.layers.resampling import pad_to_multiple
 from tests.conftest import head_like, save_volume
 from tests.inference.test_volume_runs import run, weights, workflow  # noqa: F401  weights is a fixture
 
@@ -102,9 +103,12 @@ def test_files_hold_the_latents_of_the_planes_and_the_label_map(made, weights): 
     assert {key: tuple(z.shape) for key, z in found.items()} == {"dseg": (16, 3, 2, 2), "T2w": (8, 3, 2, 2)}
     network = network_of(workflow("encoding", volumes, latents, weights), weights)
     encode = StreamingInferer(amp=False, amp_dtype="bfloat16", operation="encode")
-    for number, label in enumerate(CLASSES):
-        plane = torch.from_numpy(mask == label).float()[None, None]
-        assert torch.equal(found["dseg"][8 * number : 8 * number + 8], encode(plane, network)[0])
+    for number, label in enumerate(CLASSES):  # by the linear shortcut alone
+        plane = pad_to_multiple(torch.from_numpy(mask == label).float()[None, None], network.total_downsample_factor)
+        assert torch.equal(found["dseg"][8 * number : 8 * number + 8], network.shortcut.encode(plane)[0])
+    image = torch.rand(1, 1, *mask.shape)
+    (latent,) = SpatialEncoder(encode, {"T2w": SpatialKind()}).encode_planes({"T2w": image}, network).values()
+    assert torch.equal(latent, encode(image, network))
     alone = SpatialEncoder(encode, {"dseg": SpatialKind(CLASSES)}).encode_planes(
         {"dseg": torch.from_numpy(mask.astype(np.int32))[None, None]}, network
     )
