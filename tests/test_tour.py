@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -29,11 +30,13 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def save_volumes(folder: Path, count: int) -> str:
-    """A training list and a validation list of small volumes, named as the bundle's heads are."""
+    """A training list and a validation list of small volumes and label maps, named as the bundle's heads are."""
     lists = {part: [{"image": f"{part}/head_{i:03d}.nii.gz"} for i in range(count)] for part in ("training", "validation")}
     for items in lists.values():
         for seed, item in enumerate(items):
-            save_volume(folder / item["image"], (32, 30, 24), seed=seed)
+            path = save_volume(folder / item["image"], (32, 30, 24), seed=seed)
+            item["label"] = item["image"].replace(".nii.gz", "_label.nii.gz")
+            shutil.copy(path, folder / item["label"])
     (folder / "dataset.json").write_text(json.dumps(lists))
     return str(folder)
 

@@ -108,18 +108,18 @@ class SpatialEncoder(Inferer):
         self.encoder, self.kinds = encoder, kinds
 
     def __call__(  # type: ignore[override]
-        self, inputs: torch.Tensor, network: Any, spatial: Mapping[str, torch.Tensor]
+        self, inputs: torch.Tensor, network: Any, spatial: Mapping[str, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """
         Args:
             inputs: images, ``BxCxHxWxD``.
             network: :py:class:`scripts.autoencoderkl.AutoencoderKL`.
-            spatial: conditions by name, see :py:meth:`encode_planes`.
+            spatial: conditions by name, see :py:meth:`encode_planes`; None without.
 
         Returns:
             their latents, and after them, as further channels, those of the conditions in the order of ``spatial``.
         """
-        return torch.cat([self.encoder(inputs, network), *self.encode_planes(spatial, network).values()], 1)
+        return torch.cat([self.encoder(inputs, network), *self.encode_planes(spatial or {}, network).values()], 1)
 
     def encode_planes(self, spatial: Mapping[str, torch.Tensor], network: Any) -> dict[str, torch.Tensor]:
         """
