@@ -108,18 +108,13 @@ class SpatialSamplePlan(SamplePlan):
         return share_of(self._missing(self._all()))
 
     def _all(self) -> list[Item]:
-        return [
-            {
-                "name": case["name"],
-                "index": index,
-                Keys.IMAGE.value: next(iter(self._in_order(case["spatial"]).values())),
-                "source": case["image"] or "",
-                "paths": self._in_order(case["spatial"]),
-                "spatial": case["spatial"],
-            }
-            for case in self.cases
-            for index in range(self.num_samples)
-        ]
+        items: list[Item] = []
+        for case in self.cases:
+            paths = {key: case["spatial"][key] for key in self.kinds if key in case["spatial"]}
+            known = {"name": case["name"], "source": case["image"] or "", "paths": paths, "spatial": paths}
+            known[Keys.IMAGE.value] = next(iter(paths.values()))
+            items += [{**known, "index": index} for index in range(self.num_samples)]
+        return items
 
     def path(self, item: Item) -> Path:
         """File of a sample."""
@@ -235,9 +230,6 @@ class SpatialSamplePlan(SamplePlan):
     def _grid(self, item: Item) -> Grid:
         """The grid of a sample as the network sees it."""
         return preprocessed_grid(_read_grid(self._file(item)), self.spacing)
-
-    def _in_order(self, paths: Mapping[str, str]) -> dict[str, str]:
-        return {key: paths[key] for key in self.kinds if key in paths}
 
 
 @functools.lru_cache
