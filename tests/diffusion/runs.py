@@ -10,6 +10,8 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.weights import save_weights
+from scripts.diffusion.flow import RectifiedFlow
+from scripts.diffusion.generator import describe
 from tests.conftest import ROOT
 from tests.training_run import train
 
@@ -62,6 +64,17 @@ def encode(volumes: Path, latents: Path, weights: Path, **keys) -> Path:
     keys = {**AUTOENCODER, "ckpt_dir": weights.parent, **keys}
     workflow("inference.json", "encoding", "infer", dataset_dir=volumes, output_dir=latents, **keys).run()
     return latents
+
+
+def save_untrained_generator(latents: Path, folder: Path, **keys) -> Path:
+    """Save a generator of latents that has learned nothing, and return the folder of its weights."""
+    keys = {**{name: KEYS[name] for name in ("channels", "norm_num_groups", "num_head_channels")}, "prediction": "x", **keys}
+    flow = workflow("train_diffusion.json", "training", "train", dataset_dir=latents, device="cpu", **keys)
+    torch.manual_seed(0)
+    network, statistics = (flow.parser.get_parsed_content(name) for name in ("network_def", "statistics"))
+    leave_start(network)
+    save_weights(network, folder / "checkpoints" / "model.pt", describe(statistics, RectifiedFlow(), 0.1))
+    return folder / "checkpoints"
 
 
 def train_generator(latents: Path, output_dir: Path, prepare: Callable | None = None, num_processes: int = 1, **keys) -> int:

@@ -20,13 +20,12 @@ import torch
 from monai.bundle import verify_net_in_out
 
 from scripts.bundle.weights import save_weights
-from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.generator import describe
 from scripts.diffusion.loading import load_generator
 from scripts.diffusion.preconditioning import PREDICTIONS, Denoiser
 from scripts.diffusion.sampler import Sampler
 from tests.conftest import ROOT, save_volume
-from tests.diffusion.runs import encode, generate, leave_start, make_weights, workflow
+from tests.diffusion.runs import encode, generate, leave_start, make_weights, save_untrained_generator, workflow
 from tests.inference.test_exported_networks import run_documented
 from tests.training_run import free_port
 
@@ -47,19 +46,7 @@ def generator(weights, tmp_path_factory) -> Path:
     rows = [f"sub-{i}\t{20 + 5 * i}\t{'FM'[i % 2]}" for i in range(4)]
     (folder / "volumes" / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *rows]))
     latents = encode(folder / "volumes", folder / "latents", weights)
-    keys = {
-        "channels": [8, 16],
-        "norm_num_groups": 4,
-        "num_head_channels": 8,
-        "condition_keys": ["age", "sex"],
-        "prediction": "x",
-    }
-    flow = workflow("train_diffusion.json", "training", "train", dataset_dir=latents, device="cpu", **keys)
-    torch.manual_seed(0)
-    network, statistics = (flow.parser.get_parsed_content(name) for name in ("network_def", "statistics"))
-    leave_start(network)
-    save_weights(network, folder / "checkpoints" / "model.pt", describe(statistics, RectifiedFlow(), 0.1))
-    return folder / "checkpoints"
+    return save_untrained_generator(latents, folder, condition_keys=["age", "sex"])
 
 
 @pytest.fixture(scope="module")

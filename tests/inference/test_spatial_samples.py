@@ -9,15 +9,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from monai.data import load_decathlon_datalist
 
-from scripts.bundle.weights import save_weights
-from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.generator import describe
 from scripts.inference.spatial_samples import SpatialSamplePlan
 from tests.conftest import save_volume
-from tests.diffusion.runs import KEYS, encode, generate, leave_start, make_weights, workflow
+from tests.diffusion.runs import encode, generate, make_weights, save_untrained_generator, workflow
 
 SIZE, SPACING = (14, 18, 10), (1.0, 1.5, 2.0)
 MASK = np.zeros(SIZE, np.uint8)
@@ -45,14 +41,8 @@ def generator(weights, tmp_path_factory) -> Path:
         save_mask(path.with_name(f"sub-{i}_T1w_label.nii.gz"))
     (folder / "volumes" / "participants.tsv").write_text("participant_id\tage\nsub-0\t20\nsub-1\t30\nsub-2\t40")
     latents = encode(folder / "volumes", folder / "latents", weights, spatial_keys=["label"])
-    keys = {**{name: KEYS[name] for name in ("channels", "norm_num_groups", "num_head_channels")}, "prediction": "x"}
-    keys |= {"condition_keys": ["age"], "spatial_keys": ["label"], "val_fraction": 0.34}
-    flow = workflow("train_diffusion.json", "training", "train", dataset_dir=latents, device="cpu", **keys)
-    torch.manual_seed(0)
-    network, statistics = (flow.parser.get_parsed_content(name) for name in ("network_def", "statistics"))
-    leave_start(network)
-    save_weights(network, folder / "checkpoints" / "model.pt", describe(statistics, RectifiedFlow(), 0.1))
-    return folder / "checkpoints"
+    keys = {"condition_keys": ["age"], "spatial_keys": ["label"], "val_fraction": 0.34}
+    return save_untrained_generator(latents, folder, **keys)
 
 
 @pytest.fixture(scope="module")
