@@ -14,7 +14,7 @@ from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.precision import choose_precision
 from scripts.bundle.weights import load_weights
 from scripts.data.intensity_window import ScaleIntensityWindowd
-from scripts.data.mni152 import t1_template
+from scripts.data.synthetic_heads import t1_template
 from scripts.evaluation.block_dct import block_dct_reconstruction
 from tests.conftest import ROOT
 

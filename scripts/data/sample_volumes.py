@@ -21,8 +21,7 @@ import numpy as np
 from torch.nn.functional import avg_pool3d
 
 from scripts.bundle.progress import ProgressBar
-from scripts.data.mni152 import as_uint8, t1_template, tissue_maps
-from scripts.data.synthetic_heads import synthesise_head, synthesise_similar_head
+from scripts.data.synthetic_heads import as_uint8, synthesise_head, synthesise_similar_head, t1_template, tissue_maps
 
 __all__ = ["prepare_demonstration_heads", "prepare_sample_volumes"]
 
@@ -39,31 +38,27 @@ def prepare_sample_volumes(folder: str) -> str:
     Write the sample volumes below ``folder``, unless they are there.
 
     Args:
-        folder: where to put them. It appears only when it is complete.
+        folder: Where to put them. It appears only when it is complete.
 
     Returns:
         ``folder``, which then holds ``dataset.json`` (Medical Segmentation Decathlon format), 8 training volumes and
         one validation volume of 197x233x189 voxels at 1 mm.
     """
-    target = Path(folder)
-    if (target / "dataset.json").is_file():
-        return folder
-    logger.info(f"preparing the sample volumes in {target}")
-    with _whole_folder(target) as unfinished:
-        names = [f"synthetic_{i:02d}.nii.gz" for i in range(NUM_TRAINING_VOLUMES)]
-        bar = ProgressBar(names, desc="sample volumes", unit="volume")  # the tissue maps take long too
-        template = t1_template()
-        _save(template, unfinished / "validation" / "mni152_t1.nii.gz")
-        tissues = tissue_maps()
-        for seed, name in enumerate(bar):
-            _save(as_uint8(synthesise_head(tissues, seed), template.affine), unfinished / "training" / name)
-        _save_lists(
-            unfinished,
-            name="MNI152 sample",
-            description="synthetic heads for training, the ICBM 2009a T1 template for validation",
-            training=[{"image": f"training/{name}"} for name in names],
-            validation=[{"image": "validation/mni152_t1.nii.gz"}],
-        )
+    if not (Path(folder) / "dataset.json").is_file():
+        with _whole_folder(Path(folder)) as unfinished:
+            names = [f"training/synthetic_{i:02d}.nii.gz" for i in range(NUM_TRAINING_VOLUMES)]
+            bar = ProgressBar(names, desc="sample volumes", unit="volume")  # the tissue maps take long too
+            template, tissues = t1_template(), tissue_maps()
+            _save(template, unfinished / "validation" / "mni152_t1.nii.gz")
+            for seed, name in enumerate(bar):
+                _save(as_uint8(synthesise_head(tissues, seed), template.affine), unfinished / name)
+            _save_lists(
+                unfinished,
+                name="MNI152 sample",
+                description="synthetic heads for training, the ICBM 2009a T1 template for validation",
+                training=[{"image": name} for name in names],
+                validation=[{"image": "validation/mni152_t1.nii.gz"}],
+            )
     return folder
 
 
@@ -72,9 +67,9 @@ def prepare_demonstration_heads(folder: str, num_training: int | None = None) ->
     Write heads for training a small generator below ``folder``, unless they are there.
 
     Args:
-        folder: where to put them. It appears only when it is complete.
-        num_training: heads for training; None for 320, or as many as are there. A larger number adds heads and leaves the
-            others as they are.
+        folder: Where to put them. It appears only when it is complete.
+        num_training: Number of heads for training; None for 320, or as many as are there. A larger number adds heads and
+            leaves the others as they are.
 
     Returns:
         ``folder``, which then holds the training heads and 32 for validation, of 64x80x64 voxels at 3 mm, and
@@ -82,20 +77,15 @@ def prepare_demonstration_heads(folder: str, num_training: int | None = None) ->
         the head is ``"whole"`` or ``"stripped"``; half of each list are stripped.
 
     Raises:
-        ValueError: where the folder holds another number of training heads than was asked for, or heads without label maps.
+        ValueError: where the folder holds another number of training heads than was asked for.
     """
-    target = Path(folder)
-    if (target / "dataset.json").is_file():
-        present = json.loads((target / "dataset.json").read_text())["training"]
-        if num_training not in (None, len(present)) or "label" not in present[0]:
-            maps = "label maps" if "label" in present[0] else "no label maps"
-            raise ValueError(
-                f"{folder} holds {len(present)} training heads with {maps}, not {num_training or len(present)} with label "
-                "maps. Name another folder, or delete this one."
-            )
+    lists_file = Path(folder) / "dataset.json"
+    if lists_file.is_file():
+        present = len(json.loads(lists_file.read_text())["training"])
+        if num_training not in (None, present):
+            raise ValueError(f"{folder} holds {present} training heads, not {num_training}; name another folder.")
         return folder
-    logger.info(f"preparing the demonstration heads in {target}")
-    with _whole_folder(target) as unfinished:
+    with _whole_folder(Path(folder)) as unfinished:
         counts = {"validation": NUM_HELD_OUT_HEADS, "training": num_training or NUM_TRAINING_HEADS}
         numbered = [(part, i) for part, count in counts.items() for i in range(count)]
         bar = ProgressBar(numbered, desc="demonstration heads", unit="volume")
@@ -113,7 +103,7 @@ def prepare_demonstration_heads(folder: str, num_training: int | None = None) ->
             unfinished,
             name="MNI152 demonstration heads",
             description="synthetic heads for training a generator, further ones for validation; skull: whole or stripped",
-            labels={"0": "background", **{str(label): name for label, name in enumerate(TISSUES, start=1)}},
+            labels={str(label): name for label, name in enumerate(("background", *TISSUES))},
             **lists,
         )
     return folder
@@ -122,6 +112,7 @@ def prepare_demonstration_heads(folder: str, num_training: int | None = None) ->
 @contextlib.contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write to that takes the place of ``target`` at the end, unless another process was faster."""
+    logger.info(f"preparing {target}")
     unfinished = target.with_name(f"{target.name}.unfinished-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -9,9 +9,7 @@ from monai.transforms import Compose
 from torch.utils.data import ConcatDataset
 
 from scripts.data import HeadPatchd, ProceduralVolumed
-from scripts.data.head_patches import head_patch
-from scripts.data.procedural_volumes import procedural_volume, share_inside
-from scripts.data.random_fields import bent_grid, fractal_noise
+from scripts.data.synthetic_patches import bent_grid, fractal_noise, head_patch, procedural_volume, share_inside
 from scripts.training import RepeatableDataset
 from scripts.training.repeatable_batches import Draw
 
