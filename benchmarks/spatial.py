@@ -27,9 +27,8 @@ from benchmarks.tables import print_table
 from scripts.data.consistency import in_units_of
 from scripts.data.dataset_tables import dataset_lists
 from scripts.data.file_names import output_path
-from scripts.data.holes import fill_hole, hole_equations
+from scripts.data.given_parts import agree_with_slices, average_slices, fill_hole, hole_equations, interpolate_slices
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
-from scripts.data.slice_averages import agree_with_slices, average_slices, interpolate_slices
 from scripts.data.volume_reader import read_volume, state_of
 from scripts.evaluation.samples.spatial_metrics import border_step, fidelity, inside_mae
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from scripts.bundle.json_files import Must, PositiveInt, checked
 
-__all__ = ["NetworkArguments"]
+__all__ = ["NetworkArguments", "total_downsample_factor"]
 
 
 @dataclass(frozen=True)
@@ -24,3 +26,8 @@ class _Network:
 NetworkArguments = Annotated[
     dict[str, Any], Must("the arguments of an AutoencoderKL", lambda found: checked(found, _Network, "network"))
 ]
+
+
+def total_downsample_factor(network: Mapping[str, Any]) -> tuple[int, ...]:
+    """The total factor along each axis of the network with these arguments."""
+    return tuple(math.prod(along) for along in zip(network["initial_downsample_factor"], *network["downsample_factors"]))

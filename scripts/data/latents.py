@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, file_hash, write_atomically
-from scripts.bundle.json_files import Count, PositiveInt, Sha256, checked, read_dataclass
+from scripts.bundle.json_files import PositiveInt, Sha256, read_dataclass
+from scripts.bundle.network_arguments import NetworkArguments, total_downsample_factor
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import check_arguments
 from scripts.data.dataset_tables import log_participants
-from scripts.data.file_names import is_nifti, output_path, without_ending
+from scripts.data.file_names import output_path, without_ending
 from scripts.data.restored_volumes import (
     NiftiHeader,
     Record,
@@ -42,9 +43,8 @@ from scripts.data.restored_volumes import (
     rows_of,
     with_record,
 )
-from scripts.data.spatial_conditions import SpatialDescription
-from scripts.data.spatial_kinds import SpatialKind
-from scripts.data.volume_checks import check_claim, explanation
+from scripts.data.spatial_conditions import SpatialDescription, SpatialKind
+from scripts.data.volume_lists import EVERY_NIFTI, visible_files
 from scripts.data.volume_reader import read_volume, state_of
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
     "LoadLatentd",
     "SaveLatentd",
     "all_latents",
-    "described",
     "find_latents",
     "read_description",
     "read_labels",
@@ -62,10 +61,8 @@ __all__ = [
     "without_whole_latents",
 ]
 
-POSTFIX = "latent"
-OWN = f"_{POSTFIX}.nii.gz"  # end of the name of a latent that this bundle wrote
+OWN = "_latent.nii.gz"  # end of the name of a latent that this bundle wrote
 OF_CONDITION = re.compile(r"_(?:spatial|labels)-[\w-]+\.nii\.gz$")
-SCALE_FILE = "latent_scale.json"
 MAX_DESCRIPTION = 2**25  # bytes; a mask of missing voxels that are scattered at random takes up to 0.2 for each voxel
 logger = logging.getLogger(__name__)
 
@@ -76,45 +73,45 @@ class LatentDescription(Record):
     What lies beside a latent.
 
     Args:
-        padding: voxels at the end of each axis that the network was given in addition.
-        settings: config values that the latent depends on.
-        mean: of the latent.
-        mean_square: ditto.
-        count: number of its values.
-        channel_mean: ditto of each channel.
-        channel_mean_square: ditto.
-        image_scale: what each channel is multiplied by to be in units of the image.
-        network: arguments of the autoencoder.
-        weights_sha256: hash of its weights.
-        latent_sha256: hash of the latent's file.
-        spatial: the spatial conditions, by name, whose latents and label maps lie beside it.
+        settings: Config values that the latent depends on.
+        count: Number of its values.
+        channel_mean: Mean of each channel.
+        channel_mean_square: Mean square of each channel.
+        image_scale: Factor of each channel that brings it to units of the image.
+        network: Arguments of the autoencoder.
+        weights_sha256: Hash of its weights.
+        latent_sha256: Hash of the latent's file.
+        spatial: Spatial conditions, by name, whose latents and label maps lie beside it.
     """
 
-    padding: tuple[Count, Count, Count]
     settings: dict[str, Any]
-    mean: float
-    mean_square: float
     count: PositiveInt
     channel_mean: tuple[float, ...]
     channel_mean_square: tuple[float, ...]
     image_scale: tuple[float, ...]
-    network: dict[str, Any]
+    network: NetworkArguments
     weights_sha256: Sha256
     latent_sha256: Sha256
     spatial: dict[str, SpatialDescription] = field(default_factory=dict)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of the latent's file, ``HxWxDxC``."""
+        pairs = zip(self.preprocessed_shape, total_downsample_factor(self.network))
+        return *(-(-n // factor) for n, factor in pairs), len(self.channel_mean)
 
 
 class SaveLatentd(Transform):
     """
     Write a latent, those of the spatial conditions of its volume (``data["spatial"]``, see
-    :py:class:`scripts.data.spatial_conditions.LoadSpatiald`) and their label maps, and last the description.
+    :py:class:`scripts.data.LoadSpatiald`) and their label maps, and last the description.
 
     Args:
-        key: of the latent, ``CxHxWxD``, with the channels of the conditions after its own.
-        output_dir: folder to write to; the files get the relative path that the volume has in its folder.
-        network: that made it.
-        weights: path of its weights.
-        settings: config values that the latent depends on; a run with other values encodes the volume again.
+        key: Key of the latent, ``CxHxWxD``, with the channels of the conditions after its own.
+        output_dir: Folder to write to; the files get the relative path that the volume has in its folder.
+        network: Network that made it.
+        weights: Path of its weights.
+        settings: Config values that the latent depends on; a run with other values encodes the volume again.
     """
 
     def __init__(self, key: str, output_dir: str, network: AutoencoderKL, weights: str, settings: Mapping[str, Any]) -> None:
@@ -123,60 +120,51 @@ class SaveLatentd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         record = record_of(data[Keys.IMAGE])
-        spatial: dict[str, MetaTensor] = data.get("spatial") or {}  # MONAI makes None of an empty dictionary
-        z_mu, *planes = self._split(data[self.key].detach().as_subclass(torch.Tensor).float().cpu(), spatial)
-        path = output_path(self.output_dir, record.source, POSTFIX, record.keep_ending)
+        volumes: dict[str, MetaTensor] = data.get("spatial") or {}  # MONAI makes None of an empty dictionary
+        spatial: dict[str, Any] = {key: record_of(volume) for key, volume in volumes.items()}
+        channels = self.network.arguments["latent_channels"]
+        latents = data[self.key].detach().as_subclass(torch.Tensor).float().cpu()
+        z_mu, *planes = latents.split([channels, *(channels * each.kind.num_planes for each in spatial.values())])
+        path = output_path(self.output_dir, record.source, "latent", record.keep_ending)
         path.parent.mkdir(parents=True, exist_ok=True)
-        factors = self.network.total_downsample_factor
-        header = _latent_header(record, factors)
-        saved = {key: _save_spatial(path, key, spatial[key], z, header) for key, z in zip(spatial, planes)}
-        content = nifti_bytes(z_mu.movedim(0, -1).numpy(), header)
-        by_channel = z_mu.double().flatten(1)
+        affine = np.array(record.preprocessed_affine) @ _to_volume(self.network.total_downsample_factor)
+        header = NiftiHeader.of_affine(affine, xyzt_units=record.xyzt_units, sform_code=record.sform_code or 1)
+        for (key, known), z in zip(spatial.items(), planes):
+            if known.covered < 1:
+                logger.info(f"{path}: {known.source} covers {known.covered:.1%} of the volume")
+            hashes = {"latent_sha256": _save(z.movedim(0, -1).numpy(), header, _beside(path, "spatial", key))}
+            if known.kind.is_label_map:
+                hashes["labels_sha256"] = _save_labels(volumes[key], _beside(path, "labels", key))
+            spatial[key] = replace(known, **hashes)
+        by_channel, shortcut = z_mu.double().flatten(1), self.network.shortcut
         description = LatentDescription(
             **vars(record),
-            padding=tuple(-size % factor for size, factor in zip(record.preprocessed_shape, factors)),
             settings=self.settings,
-            mean=z_mu.double().mean().item(),
-            mean_square=z_mu.double().square().mean().item(),
             count=z_mu.numel(),
             channel_mean=tuple(by_channel.mean(1).tolist()),
             channel_mean_square=tuple(by_channel.square().mean(1).tolist()),
-            image_scale=_image_scale(self.network),
+            image_scale=(1.0,) * channels if shortcut is None else tuple(shortcut.scale.flatten().tolist()),
             network=self.network.arguments,
             weights_sha256=file_hash(self.weights),
-            latent_sha256=content_hash(content),
-            spatial=saved,
+            latent_sha256=_save(z_mu.movedim(0, -1).numpy(), header, path),
+            spatial=spatial,
         )
-        write_atomically(content, path)
         _write_description(description, path)
         logger.info(f"{path}: {clipped_shares(vars(record))}")
         return dict(data)
 
-    def _split(self, latents: torch.Tensor, spatial: Mapping[str, MetaTensor]) -> tuple[torch.Tensor, ...]:
-        """The latent of the volume, and those of each condition."""
-        own = self.network.arguments["latent_channels"]
-        records: list[Any] = [record_of(volume) for volume in spatial.values()]
-        return latents.split([own, *(own * each.kind.num_planes for each in records)])
+
+def _save(values: np.ndarray, header: NiftiHeader, path: Path) -> str:
+    """Write voxels, ``HxWxD`` or ``HxWxDxC``, and return the hash of the file."""
+    content = nifti_bytes(values, header)
+    write_atomically(content, path)
+    return content_hash(content)
 
 
-def _save_spatial(
-    path: Path, key: str, volume: MetaTensor, latents: torch.Tensor, header: NiftiHeader
-) -> SpatialDescription:
-    """Write the latents of a spatial condition, and its label map, beside the latent of its volume."""
-    record: Any = record_of(volume)
-    content = nifti_bytes(latents.movedim(0, -1).numpy(), header)
-    write_atomically(content, spatial_path(path, key))
-    hashes: dict[str, Any] = {"latent_sha256": content_hash(content)}
-    if record.kind.is_label_map:
-        labels = volume.as_tensor()[0].numpy()
-        ends = (int(end) for end in (labels.min(), labels.max()))
-        labels = labels.astype(np.result_type(*map(np.min_scalar_type, ends)))
-        content = nifti_bytes(labels, NiftiHeader.of_affine(volume.affine.numpy(), data_type=labels.dtype.str))
-        write_atomically(content, labels_path(path, key))
-        hashes["labels_sha256"] = content_hash(content)
-    if record.covered < 1:
-        logger.info(f"{path}: {record.source} covers {record.covered:.1%} of the volume")
-    return SpatialDescription(**vars(record), **hashes)
+def _save_labels(volume: MetaTensor, path: Path) -> str:
+    labels = volume.as_tensor()[0].numpy()
+    labels = labels.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (labels.min(), labels.max()))))
+    return _save(labels, NiftiHeader.of_affine(volume.affine.numpy(), data_type=labels.dtype.str), path)
 
 
 class LoadLatentd(Transform):
@@ -185,11 +173,11 @@ class LoadLatentd(Transform):
     with channels last. The volume of that one has the latent's spacing divided by the total factor of the network.
 
     Args:
-        key: of the path, which is replaced by the latent, ``CxHxWxD``.
-        network: that is to decode it.
-        weights: path of its weights.
-        dataset_dir: folder of the latents.
-        intensity_range: intensities of a volume whose latent is of another program; None for 0 to 1.
+        key: Key of the path, which is replaced by the latent, ``CxHxWxD``.
+        network: Network that is to decode it.
+        weights: Path of its weights.
+        dataset_dir: Folder of the latents.
+        intensity_range: Intensities of a volume whose latent is of another program; None for 0 to 1.
 
     Raises:
         ValueError: when called, for a latent that is damaged or was made by another network or other weights.
@@ -205,7 +193,7 @@ class LoadLatentd(Transform):
     ) -> None:
         self.key, self.arguments, self.weights = key, network.arguments, weights
         self.factors, self.dataset_dir = network.total_downsample_factor, dataset_dir
-        self.low, self.high = intensity_range or (0.0, 1.0)
+        self.window = intensity_range or (0.0, 1.0)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
@@ -214,108 +202,95 @@ class LoadLatentd(Transform):
         description = read_description(path)
         check_arguments(description.network, self.arguments, path)
         if description.weights_sha256 != file_hash(self.weights):
-            raise ValueError(
-                f"{path} was made with other weights than {self.weights}; point `ckpt_dir` at those, or encode again."
-            )
-        channels = self.arguments["latent_channels"], self.arguments["out_channels"]
-        return {**data, self.key: with_record(read_latent(path, description, self.factors, *channels), description)}
+            raise ValueError(f"{path} was made with other weights than {self.weights}; set `ckpt_dir`, or encode again.")
+        return {**data, self.key: with_record(read_latent(path, description), description)}
 
     def _of_another_program(self, path: Path, keep_ending: bool) -> MetaTensor:
-        channels = self.arguments["latent_channels"]
+        latent_channels, channels = self.arguments["latent_channels"], self.arguments["out_channels"]
         values, affine = read_volume(str(path))
-        if channels == 1 and values.ndim == 3:
+        if latent_channels == 1 and values.ndim == 3:
             values = values[..., None]
-        if values.ndim != 4 or values.shape[-1] != channels:
+        if values.ndim != 4 or values.shape[-1] != latent_channels:
             raise ValueError(
-                f"has the shape {values.shape}, which is no latent of this network, with {channels} channels at the end."
+                f"has the shape {values.shape}; the last axis must be the {latent_channels} channels of the network."
             )
         if not np.isfinite(values).all():
             raise ValueError("has values that are NaN or infinite.")
         affine = affine @ np.linalg.inv(_to_volume(self.factors))
         shape = tuple(int(n) * factor for n, factor in zip(values.shape, self.factors))
-        num_channels = self.arguments["out_channels"]
-        described = {
+        low, high = ((float(end),) * channels for end in self.window)
+        record = Record(
             **vars(NiftiHeader.of_affine(affine)),
-            "source": path.relative_to(self.dataset_dir).as_posix(),
-            "keep_ending": keep_ending,
-            "shape": (*shape, num_channels) if num_channels > 1 else shape,
-            "preprocessed_shape": shape,
-            "preprocessed_affine": rows_of(affine),
-            "intensity_low": (self.low,) * num_channels,
-            "intensity_high": (self.high,) * num_channels,
-        }
-        z_mu = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32))
-        return with_record(z_mu, checked(described, Record))
+            source=path.relative_to(self.dataset_dir).as_posix(),
+            keep_ending=keep_ending,
+            shape=(*shape, channels) if channels > 1 else shape,
+            preprocessed_shape=shape,  # type: ignore[arg-type]  # of three axes
+            preprocessed_affine=rows_of(affine),
+            intensity_low=low,
+            intensity_high=high,
+        )
+        return with_record(torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32)), record)
 
 
-def read_latent(
-    path: Path, description: LatentDescription, factors: Sequence[int], latent_channels: int, image_channels: int
-) -> torch.Tensor:
+def _to_volume(factors: Sequence[int]) -> np.ndarray:
+    """The affine from voxels of a latent, each at the centre of its block, to those of its volume."""
+    affine = np.diag([*factors, 1.0])
+    affine[:3, 3] = [(factor - 1) / 2 for factor in factors]
+    return affine
+
+
+def read_description(path: Path) -> LatentDescription:
+    """
+    The description beside a latent.
+
+    Args:
+        path: Path of the latent.
+
+    Raises:
+        OSError: when it is missing.
+        ValueError: when it is not what :py:class:`LatentDescription` says.
+    """
+    return read_dataclass(_description_path(path), LatentDescription, MAX_DESCRIPTION)
+
+
+def read_latent(path: Path, description: LatentDescription) -> torch.Tensor:
     """
     Read the voxels of a latent.
 
     Args:
-        path: of the latent.
-        description: what :py:func:`read_description` found beside it.
-        factors: total downsample factor of its network along each axis.
-        latent_channels: of its network.
-        image_channels: ditto.
+        path: Path of the latent.
+        description: Description beside it.
 
     Returns:
         ``CxHxWxD``.
 
     Raises:
-        ValueError: for a file that is not what its description names, or a description of another network.
+        ValueError: for a file that is not what its description names.
     """
-    _check_hash(path, description.latent_sha256)
-    size, padding, about = description.preprocessed_shape, description.padding, _description_path(path)
-    if padding != tuple(-n % factor for n, factor in zip(size, factors)):
-        raise ValueError(
-            f"{about}: `padding` {padding} does not pad `preprocessed_shape` {size} to a multiple of {factors}."
-        )
-    if len(description.intensity_low) != image_channels:
-        raise ValueError(f"{about}: `intensity_low` is {description.intensity_low}, for {image_channels} channels.")
-    sizes = (-(-n // factor) for n, factor in zip(size, factors))
-    return _read_voxels(path, (*sizes, latent_channels)).movedim(-1, 0)
+    return _read(path, description.latent_sha256, description.latent_shape).movedim(-1, 0)
 
 
-def _read_voxels(path: Path, shape: tuple[int, ...], dtype: type = np.float32) -> torch.Tensor:
-    """The voxels of a file of the shape that description and network determine."""
-    try:
-        image: Any = nib.load(path)
-        check_claim(image)
-        values: Any = np.asarray(image.dataobj, dtype=dtype) if image.shape == shape else None
-    except Exception as error:  # readers raise errors of any type
-        raise ValueError(f"{path} {explanation(error, str(path))}") from error
-    if values is None:
-        raise ValueError(f"{path} has the shape {image.shape}; by its description and network it must be {shape}.")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path} has values that are NaN or infinite; encode again.")
-    return torch.from_numpy(values)
-
-
-def read_spatial(path: Path, description: LatentDescription, keys: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+def read_spatial(path: Path, description: LatentDescription, keys: Iterable[str]) -> dict[str, torch.Tensor]:
     """
     Read the latents of the spatial conditions of a volume.
 
     Args:
-        path: of the latent of the volume.
-        description: what :py:func:`read_description` found beside it.
-        keys: which conditions; None for all. Those that the volume has not are left out.
+        path: Path of the latent of the volume.
+        description: Description beside it.
+        keys: Names of conditions; those that the volume has not are left out.
 
     Returns:
-        latents of the planes one after the other, ``num_planes * CxHxWxD`` for a latent of ``CxHxWxD``, by key.
+        Latents of the planes one after the other, ``num_planes * CxHxWxD`` for a latent of ``CxHxWxD``, by key.
 
     Raises:
         ValueError: for a file that is not what the description names.
     """
-    latent: Any = nib.load(path)
-    *sizes, channels = latent.shape
+    *size, channels = description.latent_shape
     latents = {}
-    for key in description.spatial if keys is None else [key for key in keys if key in description.spatial]:
-        each, file = description.spatial[key], spatial_path(path, key)
-        _check_hash(file, each.latent_sha256)
-        latents[key] = _read_voxels(file, (*sizes, channels * each.kind.num_planes)).movedim(-1, 0)
+    for key in (key for key in keys if key in description.spatial):
+        each = description.spatial[key]
+        shape = (*size, channels * each.kind.num_planes)
+        latents[key] = _read(_beside(path, "spatial", key), each.latent_sha256, shape).movedim(-1, 0)
     return latents
 
 
@@ -324,36 +299,61 @@ def read_labels(path: Path, description: LatentDescription, key: str) -> torch.T
     Read a label map on the preprocessed grid.
 
     Args:
-        path: of the latent of its volume.
-        description: what :py:func:`read_description` found beside it.
-        key: of the label map.
+        path: Path of the latent of its volume.
+        description: Description beside it.
+        key: Name of the label map.
 
     Returns:
         ``1xHxWxD``, int32.
 
     Raises:
-        ValueError: for a file that is not what the description names, and a key that is no label map of the volume.
+        ValueError: for a file that is not what the description names, and a condition that is no label map.
     """
-    if key not in description.spatial or description.spatial[key].labels_sha256 is None:
-        raise ValueError(f"{_description_path(path)} names no label map {key!r}; encode with `spatial_keys` again.")
-    file = labels_path(path, key)
-    _check_hash(file, description.spatial[key].labels_sha256)
-    return _read_voxels(file, description.preprocessed_shape, np.int32)[None]
+    sha256 = description.spatial[key].labels_sha256
+    return _read(_beside(path, "labels", key), sha256, description.preprocessed_shape, np.int32)[None]
 
 
-def spatial_path(path: Path, key: str) -> Path:
-    """The file with the latents of a spatial condition, beside the latent of its volume."""
-    return path.with_name(path.name.removesuffix(OWN) + f"_spatial-{key}.nii.gz")
-
-
-def labels_path(path: Path, key: str) -> Path:
-    """The file with a label map on the preprocessed grid, beside the latent of its volume."""
-    return path.with_name(path.name.removesuffix(OWN) + f"_labels-{key}.nii.gz")
-
-
-def _check_hash(path: Path, expected: str | None) -> None:
-    if not path.is_file() or expected != content_hash(path.read_bytes()):
+def _read(path: Path, sha256: str | None, shape: tuple[int, ...], dtype: type = np.float32) -> torch.Tensor:
+    """The voxels of a file of which a description says the hash and the shape."""
+    if not _is_file(path, sha256):
         raise ValueError(f"{path} is not the file that its description names: it was changed or damaged; encode again.")
+    image: Any = nib.load(path)
+    if image.shape != shape:
+        raise ValueError(f"{path} has the shape {image.shape}; by its description and network it must be {shape}.")
+    values: Any = np.asarray(image.dataobj, dtype)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} has values that are NaN or infinite; encode again.")
+    return torch.from_numpy(values)
+
+
+def _is_file(path: Path, sha256: str | None) -> bool:
+    return path.is_file() and content_hash(path.read_bytes()) == sha256
+
+
+def _beside(path: Path, what: str, key: str) -> Path:
+    """The file with the latents (``"spatial"``) or the label map (``"labels"``) of a spatial condition."""
+    return path.with_name(path.name.removesuffix(OWN) + f"_{what}-{key}.nii.gz")
+
+
+def _description_path(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+
+
+def _write_description(description: LatentDescription, path: Path) -> None:
+    write_atomically(json.dumps(asdict(description), indent=2).encode(), _description_path(path))
+
+
+def all_latents(dataset_dir: str) -> list[str]:
+    """
+    The latents below a folder that this bundle wrote, sorted.
+
+    Raises:
+        FileNotFoundError: when there are none.
+    """
+    found = sorted(str(path) for path in visible_files(dataset_dir, f"**/*{OWN}"))
+    if not found:
+        raise FileNotFoundError(f"there is no latent (*{OWN}) below `dataset_dir` {dataset_dir!r}; encode first.")
+    return found
 
 
 def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
@@ -365,50 +365,18 @@ def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: when there are no latents.
     """
-    files = sorted(path for path in Path(dataset_dir).glob("**/*") if is_nifti(path.name) and path.is_file())
-    files = [path for path in files if not OF_CONDITION.search(path.name)]
-    found = [path for path in files if not any(part[0] == "." for part in path.relative_to(dataset_dir).parts)]
+    found = sorted(str(path) for path in visible_files(dataset_dir, EVERY_NIFTI) if not OF_CONDITION.search(path.name))
     if not found:
         raise FileNotFoundError(f"there is no latent below `dataset_dir` {dataset_dir!r}; encode first.")
-    names = Counter(path.with_name(without_ending(path.name.replace(OWN, ".nii.gz"))) for path in found)
-    return share_of(
-        [{"image": str(path), "keep_ending": names[path.with_name(without_ending(path.name))] > 1} for path in found]
-    )
+    counts = Counter(without_ending(path.replace(OWN, ".nii.gz")) for path in found)
+    return share_of([{"image": path, "keep_ending": counts[without_ending(path)] > 1} for path in found])
 
 
-def all_latents(dataset_dir: str) -> list[str]:
-    """
-    The latents below a folder, sorted.
-
-    Raises:
-        FileNotFoundError: when there are no latents.
-    """
-    found = sorted(str(path) for path in Path(dataset_dir).glob(f"**/[!.]*{OWN}"))
-    if not found:
-        raise FileNotFoundError(
-            f"there is no latent (*_{POSTFIX}.nii.gz) below `dataset_dir` {dataset_dir!r}; encode first."
-        )
-    return found
-
-
-def described(item: Mapping[str, Any], dataset_dir: str, output_dir: str) -> LatentDescription | None:
-    """
-    The description of a volume's latent, if an earlier run wrote one that can be used.
-
-    Args:
-        item: ``{"image": path, "keep_ending": whether the name of its result does}``.
-        dataset_dir: folder of the volume.
-        output_dir: folder of the latents.
-    """
+def _usable_description(path: Path) -> LatentDescription | None:
     try:
-        return read_description(_latent_of(item, dataset_dir, output_dir))
+        return read_description(path)
     except (OSError, ValueError):
         return None
-
-
-def _latent_of(item: Mapping[str, Any], dataset_dir: str, output_dir: str) -> Path:
-    source = str(Path(item["image"]).relative_to(dataset_dir))
-    return output_path(output_dir, source, POSTFIX, item.get("keep_ending", False))
 
 
 def without_whole_latents(
@@ -420,76 +388,55 @@ def without_whole_latents(
     kinds: Mapping[str, SpatialKind] | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Those of ``items`` that have no complete latent of an earlier run in the folder.
+    Those of ``items`` that have no complete latent of an earlier run in the folder. The others get the conditions that
+    ``dataset.json`` and ``participants.tsv`` say now.
 
     Args:
         items: ``[{"image": path, "spatial": {key: path}}, ...]``; the latter may be missing.
-        dataset_dir: their folder.
-        output_dir: folder of the latents.
-        weights: path of the weights; latents made with others do not count.
-        settings: of the run; latents made with others do not count.
-        kinds: of the spatial conditions; latents with others, or of other files, do not count.
+        dataset_dir: Folder of the volumes.
+        output_dir: Folder of the latents.
+        weights: Path of the weights; latents made with others do not count.
+        settings: Config values; latents made with others do not count.
+        kinds: Kinds of the spatial conditions; latents with others, or of other files, do not count.
     """
     log_participants([item["image"] for item in items], dataset_dir)
-    missing = []
-    changed = others = 0
+    missing, others, weights_sha256 = [], 0, file_hash(weights)
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
-        found = described(item, dataset_dir, output_dir)
+        source = os.path.relpath(item["image"], dataset_dir)
+        path = output_path(output_dir, source, "latent", item.get("keep_ending", False))
+        found = _usable_description(path)
+        origins = {
+            key: ((kinds or {})[key], os.path.relpath(file, dataset_dir), state_of(file))
+            for key, file in item.get("spatial", {}).items()
+        }
         if (
             found is None
             or found.settings != dict(settings)
-            or found.weights_sha256 != file_hash(weights)
+            or found.weights_sha256 != weights_sha256
             or found.source_state != state_of(item["image"])
-            or not _has_conditions(found, item, dataset_dir, kinds or {})
-            or not _is_whole(path := _latent_of(item, dataset_dir, output_dir), found)
+            or {key: each.origin for key, each in found.spatial.items()} != origins
+            or not all(_is_file(*pair) for pair in _files_of(path, found))
         ):
             missing.append(item)
-            others += found is not None and found.weights_sha256 != file_hash(weights)
+            others += found is not None and found.weights_sha256 != weights_sha256
             continue
         known = replace(found, **conditions_and_list(item["image"], dataset_dir))
         if known != found:
             _write_description(known, path)
-            changed += 1
     if len(missing) < len(items):
         logger.info(f"{len(items) - len(missing)} of {len(items)} volumes are encoded already")
-    if changed:
-        logger.info(f"new conditions or lists (participants.tsv, dataset.json) are now stored for {changed} of them")
     if others:
-        logger.warning(
-            f"{others} latents in {output_dir} were made with other weights than {weights} and are replaced; give each "
-            "autoencoder an `output_dir` of its own to keep both"
-        )
+        logger.warning(f"{others} latents in {output_dir} were made with other weights than {weights} and are replaced")
     return missing
 
 
-def _has_conditions(
-    found: LatentDescription, item: Mapping[str, Any], dataset_dir: str, kinds: Mapping[str, SpatialKind]
-) -> bool:
-    """Whether a latent has the spatial conditions that its volume has now."""
-    now = {
-        key: (kinds[key], os.path.relpath(path, dataset_dir), state_of(path))
-        for key, path in item.get("spatial", {}).items()
-    }
-    return now == {key: (each.kind, each.source, each.source_state) for key, each in found.spatial.items()}
-
-
-def _is_whole(path: Path, found: LatentDescription) -> bool:
-    """Whether all files of a latent are those that its description names."""
-    try:
-        for file, expected in _files_of(path, found):
-            _check_hash(file, expected)
-    except ValueError:
-        return False
-    return True
-
-
-def _files_of(path: Path, found: LatentDescription) -> Iterator[tuple[Path, str]]:
+def _files_of(path: Path, found: LatentDescription) -> Iterator[tuple[Path, str | None]]:
     """The files beside a description with their hashes."""
     yield path, found.latent_sha256
     for key, each in found.spatial.items():
-        yield spatial_path(path, key), each.latent_sha256
-        if each.labels_sha256 is not None:
-            yield labels_path(path, key), each.labels_sha256
+        yield _beside(path, "spatial", key), each.latent_sha256
+        if each.kind.is_label_map:
+            yield _beside(path, "labels", key), each.labels_sha256
 
 
 def save_latent_scale(output_dir: str, weights: str) -> float | None:
@@ -498,76 +445,24 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
     below the folder. Waits for the other processes of the run.
 
     Args:
-        output_dir: folder of the latents, where ``latent_scale.json`` is written.
-        weights: path of the weights; latents made with others do not count.
+        output_dir: Folder of the latents, where ``latent_scale.json`` is written.
+        weights: Path of the weights; latents made with others do not count.
 
     Returns:
-        the scale; None where there is no latent.
+        The scale; None where there is no latent.
     """
     if idist.get_world_size() > 1:
         idist.barrier()
-    paths = sorted(Path(output_dir).glob(f"**/[!.]*{OWN}"))
-    found = [d for d in map(_usable_description, paths) if d is not None and d.weights_sha256 == file_hash(weights)]
+    descriptions = map(_usable_description, sorted(visible_files(output_dir, f"**/*{OWN}")))
+    found = [each for each in descriptions if each is not None and each.weights_sha256 == file_hash(weights)]
     if not found:
         return None
-    count = sum(d.count for d in found)
-    mean = math.fsum(d.count * d.mean for d in found) / count
-    variance = math.fsum(d.count * d.mean_square for d in found) / count - mean**2
-    if not variance > 0:
-        raise ValueError(f"the latents below {output_dir} have a variance of {variance:g}, which gives no scale.")
-    scale = 1 / math.sqrt(variance)
+    counts = [each.count for each in found]
+    mean = np.average([np.mean(each.channel_mean) for each in found], weights=counts)
+    mean_square = np.average([np.mean(each.channel_mean_square) for each in found], weights=counts)
+    scale = 1 / math.sqrt(mean_square - mean**2)
     if idist.get_rank() == 0:
         content = {"latent_scale": scale, "mean": mean, "volumes": len(found), "weights_sha256": file_hash(weights)}
-        write_atomically(json.dumps(content, indent=2).encode(), Path(output_dir) / SCALE_FILE)
-        logger.info(f"latent_scale {scale:.6g} over {len(found)} volumes, in {Path(output_dir) / SCALE_FILE}")
+        write_atomically(json.dumps(content, indent=2).encode(), Path(output_dir) / "latent_scale.json")
+        logger.info(f"latent_scale {scale:.6g} over {len(found)} volumes")
     return scale
-
-
-def _latent_header(record: Record, factors: Sequence[int]) -> NiftiHeader:
-    """Header of a latent, whose affine places each voxel at the centre of its block of the volume."""
-    affine = np.array(record.preprocessed_affine) @ _to_volume(factors)
-    return NiftiHeader.of_affine(affine, xyzt_units=record.xyzt_units, sform_code=record.sform_code or 1)
-
-
-def _to_volume(factors: Sequence[int]) -> np.ndarray:
-    """The affine from voxels of a latent to those of its volume."""
-    affine = np.diag([*factors, 1.0])
-    affine[:3, 3] = [(factor - 1) / 2 for factor in factors]
-    return affine
-
-
-def _image_scale(network: AutoencoderKL) -> tuple[float, ...]:
-    """What each latent channel is multiplied by to be in units of the image; 1 without a linear shortcut."""
-    if network.shortcut is None:
-        return (1.0,) * network.arguments["latent_channels"]
-    return tuple(network.shortcut.scale.flatten().tolist())
-
-
-def _description_path(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
-
-
-def _write_description(description: LatentDescription, path: Path) -> None:
-    write_atomically(json.dumps(asdict(description), indent=2).encode(), _description_path(path))
-
-
-def read_description(path: Path) -> LatentDescription:
-    """
-    The description beside a latent.
-
-    Args:
-        path: of the latent.
-
-    Raises:
-        ValueError: when one of the two is missing, or the description is not what :py:class:`LatentDescription` says.
-    """
-    if not path.is_file() or not _description_path(path).is_file():
-        raise ValueError(f"{path} or {_description_path(path).name} is missing; encode the volume again.")
-    return read_dataclass(_description_path(path), LatentDescription, MAX_DESCRIPTION)
-
-
-def _usable_description(path: Path) -> LatentDescription | None:
-    try:
-        return read_description(path)
-    except (OSError, ValueError):
-        return None

@@ -1,11 +1,13 @@
-"""Loads the spatial conditions of a volume on its grid, and learns what labels they have."""
+"""Spatial conditions, which are images or label maps: what they are encoded as, and reading them on the grid of a volume."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -14,53 +16,218 @@ from monai.transforms import Transform
 from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
 
-from scripts.bundle.json_files import Sha256, Share, checked
+from scripts.bundle.json_files import Must, Sha256, Share, checked, shortened
+from scripts.bundle.processes import merged
+from scripts.bundle.progress import ProgressBar
 from scripts.data.grids import Grid, on_grid, preprocessed_grid
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
-from scripts.data.restored_volumes import Number, Source, with_record
-from scripts.data.spatial_kinds import SpatialKind, labels_in
+from scripts.data.restored_volumes import with_record
 from scripts.data.volume_checks import check_shape, explanation
 from scripts.data.volume_reader import read_volume, state_of
 
-__all__ = ["LoadSpatiald", "SpatialDescription", "SpatialRecord"]
+__all__ = ["LoadSpatiald", "SpatialDescription", "SpatialKind", "labels_in", "learn_kinds"]
+
+MOST_CLASSES = 2**10
+PLANES_OF_CLASSES = 16  # up to so many classes have a plane each; more share planes, one for each bit of their numbers
+LARGEST_LABEL = 2**31 - 1
+THREADS = 4
+Classes = Annotated[
+    tuple[int, ...],
+    Must(
+        f"up to {MOST_CLASSES} different labels, ascending and without 0",
+        lambda found: len(found) <= MOST_CLASSES and list(found) == sorted({*found} - {0}),
+    ),
+]
+Range = Annotated[tuple[float, float], Must("two numbers with the lower one first", lambda pair: pair[0] < pair[1])]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SpatialKind:
+    """
+    A spatial condition, as all volumes of a data set have it.
+
+    Args:
+        classes: Labels of a label map without 0, which is the background; empty for an image.
+        intensity_percentiles: Percentiles of an image that become 0 and 1, see
+            :py:class:`scripts.data.intensity_window.ScaleIntensityWindowd`.
+        intensity_range: Intensities of an image that become 0 and 1, instead.
+    """
+
+    classes: Classes = ()
+    intensity_percentiles: Range = (0.0, 99.9)
+    intensity_range: Range | None = None
+
+    @property
+    def is_label_map(self) -> bool:
+        """Whether it is a label map."""
+        return bool(self.classes)
+
+    @property
+    def num_planes(self) -> int:
+        """Number of volumes that are encoded: 1 for an image, one for each class or, of more than 16, for each bit."""
+        count = len(self.classes)
+        return max(1, count if count <= PLANES_OF_CLASSES else count.bit_length())
+
+    @property
+    def names(self) -> list[str]:
+        """What each plane is."""
+        if self.num_planes == len(self.classes):
+            return [f"class {label}" for label in self.classes]
+        # the number of a class follows from all of them
+        return [f"bit {bit} of {self.classes}" for bit in range(self.num_planes)] if self.classes else ["image"]
+
+    def planes(self, volume: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
+        """
+        The volumes that are encoded.
+
+        Args:
+            volume: ``BxCxHxWxD``, an image in [0, 1] or labels.
+            name: Name of the volume, for errors.
+
+        Returns:
+            ``num_planes`` volumes of the shape of ``volume``, float32 in [0, 1].
+
+        Raises:
+            ValueError: for labels that are not among the classes.
+        """
+        if not self.is_label_map:
+            yield volume.float()
+            return
+        self.check(labels_in(volume.flatten(0, 2).cpu().numpy()), name)
+        if len(self.classes) <= PLANES_OF_CLASSES:
+            for label in self.classes:
+                yield (volume == label).float()
+            return
+        known, order = torch.tensor((0, *self.classes), dtype=volume.dtype, device=volume.device).sort()
+        numbers = order.to(torch.int16)[torch.searchsorted(known, volume.contiguous(), out_int32=True)]
+        for bit in range(self.num_planes):
+            yield (numbers >> bit & 1).float()
+
+    def check(self, labels: Sequence[int], name: str) -> None:
+        """
+        Check the labels of a label map.
+
+        Args:
+            labels: Labels, see :py:func:`labels_in`.
+            name: Name of the volume, for errors.
+
+        Raises:
+            ValueError: for labels that are not among the classes.
+        """
+        unknown = sorted({*labels} - {0, *self.classes})
+        if unknown:
+            known = shortened([0, *self.classes])
+            raise ValueError(f"{name} has labels that are not among the classes: {shortened(unknown)}; known are {known}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpatialRecord:
+class SpatialDescription:
     """
-    What is known of a spatial condition.
+    What is known of the spatial condition of a volume.
 
     Args:
-        kind: image or label map, and how it is encoded.
-        source: path of the file, relative to ``dataset_dir``.
-        source_state: state of the file, see :py:func:`scripts.data.volume_reader.state_of`.
-        labels: of the file's label map, 0 included.
-        intensity_low: intensity of each channel of an image that 0 stands for.
-        intensity_high: intensity of each channel of an image that 1 stands for.
-        covered: share of the volume's grid that its field of view covers.
+        kind: Image or label map, and how it is encoded.
+        source: Path of the file, relative to ``dataset_dir``.
+        source_state: State of the file, see :py:func:`scripts.data.volume_reader.state_of`.
+        intensity_low: Intensity of each channel of an image that 0 stands for.
+        intensity_high: Intensity of each channel of an image that 1 stands for.
+        covered: Share of the volume's grid that its field of view covers.
+        latent_sha256: Hash of the file with the latents of its planes; None before it is encoded.
+        labels_sha256: Hash of the file with its label map on the preprocessed grid; None without one.
     """
 
     kind: SpatialKind
-    source: Source
+    source: str
     source_state: str
-    labels: tuple[int, ...] = ()
-    intensity_low: tuple[Number, ...] = ()
-    intensity_high: tuple[Number, ...] = ()
+    intensity_low: tuple[float, ...] = ()
+    intensity_high: tuple[float, ...] = ()
     covered: Share
+    latent_sha256: Sha256 | None = None
+    labels_sha256: Sha256 | None = None
+
+    @property
+    def origin(self) -> tuple[SpatialKind, str, str]:
+        """What its latents depend on."""
+        return self.kind, self.source, self.source_state
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpatialDescription(SpatialRecord):
+def labels_in(values: np.ndarray) -> list[int]:
     """
-    What the description of a latent says of a spatial condition.
+    The labels of a label map, ascending.
 
     Args:
-        latent_sha256: hash of the file with the latents of its planes.
-        labels_sha256: hash of the file with its label map on the preprocessed grid.
-    """
+        values: Voxels of any type, ``HxWxD``.
 
-    latent_sha256: Sha256
-    labels_sha256: Sha256 | None = None
+    Raises:
+        ValueError: for voxels that are no labels, with text that follows the name of the volume.
+    """
+    labels = np.unique(np.concatenate([np.unique(part) for part in values]))  # in parts, for memory
+    strange = labels[(labels != np.rint(labels)) | (labels < -LARGEST_LABEL) | (labels > LARGEST_LABEL)]
+    if len(strange):
+        raise ValueError(f"is no label map: it has voxels of {strange[0]:.10g}, and labels are integers.")
+    if len(labels) > MOST_CLASSES + 1:
+        raise ValueError(f"is no label map: it has more than {MOST_CLASSES} different values.")
+    return labels.astype(np.int64).tolist()
+
+
+def learn_kinds(
+    items: Sequence[Mapping[str, Any]],
+    spatial_keys: Sequence[str],
+    label_keys: Sequence[str] = (),
+    intensity_percentiles: Sequence[float] = (0.0, 99.9),
+    intensity_range: Sequence[float] | None = None,
+    spatial_ranges: Mapping[str, Sequence[float] | None] | None = None,
+) -> dict[str, SpatialKind]:
+    """
+    The kind of each spatial condition of a run, over the volumes of all its processes. Label maps are the key ``label`` and
+    ``label_keys``, and all are read. One that cannot be read is left out here, and refused where it is encoded.
+
+    Args:
+        items: ``[{"image": path, "spatial": {key: path}, ...}, ...]`` of this process.
+        spatial_keys: Names of the conditions.
+        label_keys: Names of those that are label maps, beside ``label``.
+        intensity_percentiles: Percentiles of images that become 0 and 1.
+        intensity_range: Intensities of images that become 0 and 1, instead.
+        spatial_ranges: The same for single keys; None for the percentiles.
+
+    Raises:
+        ValueError: for label maps without a label, or with too many.
+    """
+    ranges = {**dict.fromkeys(spatial_keys, intensity_range), **(spatial_ranges or {})}
+    for name, keys in (("label_keys", label_keys), ("spatial_ranges", ranges)):
+        unknown = [key for key in keys if key not in spatial_keys]
+        if unknown:
+            raise ValueError(f"`{name}` has {unknown[0]!r}, which is not among `spatial_keys` {list(spatial_keys)}.")
+    kinds = {}
+    for key in spatial_keys:
+        if key == Keys.LABEL or key in label_keys:
+            kinds[key] = SpatialKind(_classes(items, key))
+            logger.info(f"{key!r} is a label map with the classes {shortened(list(kinds[key].classes))}")
+        else:
+            window = {"intensity_percentiles": intensity_percentiles, "intensity_range": ranges[key]}
+            kinds[key] = checked(window, SpatialKind)
+            logger.info(f"{key!r} is an image")
+    return kinds
+
+
+def _classes(items: Sequence[Mapping[str, Any]], key: str) -> tuple[int, ...]:
+    paths = [item["spatial"][key] for item in items if key in item["spatial"]]
+    with ThreadPoolExecutor(THREADS) as pool:
+        bar = ProgressBar(pool.map(_labels, paths), total=len(paths), desc=f"labels of {key!r}", unit="volume", leave=False)
+        found = merged(dict(zip(paths, bar)))
+    classes = sorted({label for labels in found.values() for label in labels} - {0})
+    if not 0 < len(classes) <= MOST_CLASSES:
+        raise ValueError(f"the label maps {key!r} have {len(classes)} labels beside 0, and need 1 to {MOST_CLASSES}.")
+    return tuple(classes)
+
+
+def _labels(path: str) -> list[int]:
+    try:
+        return labels_in(read_volume(path)[0])
+    except Exception as error:  # readers raise errors of any type
+        logger.warning(f"{path} {explanation(error, path)}")
+        return []
 
 
 class LoadSpatiald(Transform):
@@ -70,13 +237,14 @@ class LoadSpatiald(Transform):
     then interpolated linearly. Outside of their field of view they are 0.
 
     ``data["spatial"]``, ``{key: path}``, becomes ``{key: volume}``: ``1xHxWxD`` for a label map, int32, and ``CxHxWxD`` for
-    an image, float32; each with its affine and its record (:py:func:`scripts.data.restored_volumes.record_of`).
+    an image, float32; each with its affine and its :py:class:`SpatialDescription` (by
+    :py:func:`scripts.data.restored_volumes.record_of`).
 
     Args:
-        kinds: the conditions that are loaded, in order; those that an item has not are left out.
-        dataset_dir: folder; the records hold paths relative to it.
-        image_channels: number of channels of the network. An image may also have one, for all of them.
-        spacing: mm along each axis without an image, or None for that of the first condition's file.
+        kinds: Conditions that are loaded, in order; those that an item has not are left out.
+        dataset_dir: Folder; the descriptions hold paths relative to it.
+        image_channels: Number of channels of the network. An image may also have one, for all of them.
+        spacing: Spacing in mm along each axis without an image, or None for that of the first condition's file.
 
     Raises:
         ValueError: when called, for a label map with other values than integers or labels that are not among the classes,
@@ -109,27 +277,18 @@ class LoadSpatiald(Transform):
         values = np.moveaxis(values, -1, 0) if values.ndim > 3 else values[None]
         one_channel = kind.is_label_map or len(values) == 1
         check_shape((*values.shape[1:], len(values)), 1 if one_channel else self.image_channels)
-        known: dict[str, Any] = {
-            "kind": asdict(kind),
-            "source": os.path.relpath(path, self.dataset_dir),
-            "source_state": state_of(path),
-        }
+        known: dict[str, Any]
         if kind.is_label_map:
-            labels = labels_in(values[0])
-            kind.check(torch.tensor([labels]), "")
-            values, known = values.astype(np.int32), {**known, "labels": tuple(labels)}
+            kind.check(labels_in(values[0]), path)
+            values, known = values.astype(np.int32), {}
         else:
-            values, window = _scaled(values, affine, path, kind)
-            known |= {f"intensity_{side}": tuple(window[side]) for side in ("low", "high")}
+            image = MetaTensor(torch.from_numpy(values.astype(np.float32)), meta={ImageMetaKey.FILENAME_OR_OBJ: path})
+            scale = ScaleIntensityWindowd(Keys.IMAGE, kind.intensity_percentiles, kind.intensity_range)
+            image = scale({Keys.IMAGE: image})[Keys.IMAGE]
+            values, window = image.as_tensor().numpy(), intensity_window(image)
+            known = {f"intensity_{side}": tuple(window[side]) for side in ("low", "high")}
         grid = grid or preprocessed_grid(Grid(values.shape[1:], affine), self.spacing)
         values, covered = on_grid(values, affine, grid, nearest=kind.is_label_map)
-        record = checked({**known, "covered": covered}, SpatialRecord)
+        source = os.path.relpath(path, self.dataset_dir)
+        record: Any = SpatialDescription(kind=kind, source=source, source_state=state_of(path), covered=covered, **known)
         return with_record(MetaTensor(torch.from_numpy(values), affine=torch.from_numpy(grid.affine)), record)
-
-
-def _scaled(values: np.ndarray, affine: np.ndarray, path: str, kind: SpatialKind) -> tuple[np.ndarray, dict[str, Any]]:
-    """An image in [0, 1], ``CxHxWxD``, and its window."""
-    image = MetaTensor(torch.from_numpy(values.astype(np.float32)), meta={ImageMetaKey.FILENAME_OR_OBJ: path})
-    scale = ScaleIntensityWindowd(Keys.IMAGE, kind.intensity_percentiles, kind.intensity_range)
-    scaled = scale({Keys.IMAGE: image})[Keys.IMAGE]
-    return scaled.as_tensor().numpy(), intensity_window(scaled)

@@ -8,9 +8,11 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from monai.utils.enums import CommonKeys as Keys
 
 from scripts.data.dataset_tables import dataset_lists
 from scripts.data.file_names import is_nifti, without_ending
@@ -19,7 +21,6 @@ from scripts.data.volume_reader import identity_of
 
 __all__ = ["find_spatial", "find_spatial_items"]
 
-LABEL = "label"  # the key of label maps, in MONAI as in the Medical Segmentation Decathlon
 CHANNEL = re.compile(r"_\d{4}$")  # of nnU-Net, at the end of the names of images alone
 FOLDERS = {f"images{part}": f"labels{part}" for part in ("Tr", "Ts", "Val")}
 Item = dict[str, Any]
@@ -35,11 +36,11 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
 
     Args:
         items: ``[{"image": path, ...}, ...]``.
-        dataset_dir: folder of the volumes.
-        spatial_keys: which conditions.
+        dataset_dir: Folder of the volumes.
+        spatial_keys: Names of the conditions.
 
     Returns:
-        those of ``items`` that are not conditions of others, each with ``"spatial": {key: path}``; a volume may lack some.
+        Those of ``items`` that are not conditions of others, each with ``"spatial": {key: path}``; a volume may lack some.
 
     Raises:
         ValueError: for a key that no volume has, for two files that fit, and where nothing but conditions is left.
@@ -47,30 +48,31 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
     """
     if not spatial_keys:
         return list(items)
-    listed = _listed(dataset_dir, spatial_keys)
-    derivatives, volumes_in = sorted(Path(dataset_dir).glob("derivatives/*")), functools.cache(_volumes_in)
+    listed = {os.path.realpath(image): of_item for image, of_item in _listed(dataset_dir, spatial_keys).items()}
+    keys_beside = [key for key in spatial_keys if not any(key in of_item for of_item in listed.values())]
+    derivatives, conditions_in = sorted(Path(dataset_dir).glob("derivatives/*")), functools.cache(_conditions_in)
     found = []
     for item in items:
-        path = Path(item["image"])
-        near = path.parent.relative_to(dataset_dir)
-        folders = [path.parent, *(folder / near for folder in derivatives)]
+        image = Path(item["image"])
+        near = image.parent.relative_to(dataset_dir)
+        folders = [image.parent, *(folder / near for folder in derivatives)]
         if near.name in FOLDERS:
-            folders.append(path.parent.with_name(FOLDERS[near.name]))
-        of_file = {key: _beside(path, key, map(volumes_in, folders)) for key in spatial_keys if key not in listed}
-        of_item = {key: paths.get(os.path.realpath(path)) for key, paths in listed.items()}
-        spatial = {key: value for key in spatial_keys if (value := {**of_file, **of_item}[key]) is not None}
-        found.append({**item, "spatial": spatial})
+            folders.append(image.parent.with_name(FOLDERS[near.name]))
+        spatial = dict(listed.get(os.path.realpath(image), {}))
+        for key in keys_beside:
+            fitting = [conditions_in(folder, key).get(case, []) for folder in folders for case in _cases_of(image)]
+            paths = {path for paths in fitting for path in paths} - {image}
+            if paths:
+                spatial[key] = _only(sorted(paths), str(image), key)
+        found.append({**item, "spatial": {key: spatial[key] for key in spatial_keys if key in spatial}})
     used = {os.path.realpath(path) for item in found for path in item["spatial"].values()}
     left = [item for item in found if os.path.realpath(item["image"]) not in used]
-    if not left and found:
+    if found and not left:
         raise ValueError(f"every volume below {dataset_dir} is a condition of another one; name the others in `image_glob`.")
     for key in spatial_keys:
         count = sum(key in item["spatial"] for item in left)
         if not count:
-            raise ValueError(
-                f"no volume below {dataset_dir} has the spatial condition {key!r}: neither dataset.json nor a file beside a "
-                f"volume (NAME_{key}, or in BIDS the suffix {key} or desc-{key}) has that name."
-            )
+            raise ValueError(f"no volume below {dataset_dir} has the spatial condition {key!r}, such as NAME_{key}.")
         logger.info(f"{count} of {len(left)} volumes have the spatial condition {key!r}")
     return left
 
@@ -82,9 +84,9 @@ def find_spatial_items(dataset_dir: str, image_glob: str, spatial_keys: Sequence
     all NIfTI files.
 
     Args:
-        dataset_dir: folder to search.
-        image_glob: pattern that files must match, relative to it, see :py:func:`scripts.data.volume_lists.find_images`.
-        spatial_keys: which conditions.
+        dataset_dir: Folder to search.
+        image_glob: Pattern that files must match, relative to it, see :py:func:`scripts.data.volume_lists.find_images`.
+        spatial_keys: Names of the conditions.
 
     Returns:
         ``[{"name": of the case, "image": path or None, "spatial": {key: path}}, ...]``, sorted by name; names are unique.
@@ -92,35 +94,47 @@ def find_spatial_items(dataset_dir: str, image_glob: str, spatial_keys: Sequence
     Raises:
         ValueError: for a key that no case has, and for two files that fit.
     """
-    listed = _listed(dataset_dir, spatial_keys)
-    items = _cases_of_list(dataset_dir, listed) if listed else _cases_of_files(dataset_dir, image_glob, spatial_keys)
+    listed = {Path(image): of_item for image, of_item in _listed(dataset_dir, spatial_keys).items()}
+    cases = listed or _cases_of_files(dataset_dir, image_glob, spatial_keys)
     for key in spatial_keys:
-        if not any(key in item for item in items.values()):
+        if not any(key in of_case for of_case in cases.values()):
             raise ValueError(f"there is no spatial condition {key!r} below `dataset_dir` {dataset_dir!r}.")
-    names = _names(list(items), Path(dataset_dir))
+    names = {case: without_ending(case.name) for case in cases}
+    if len({*names.values()}) < len(cases):
+        names = {case: "_".join([*case.relative_to(dataset_dir).parts[:-1], name]) for case, name in names.items()}
+    if len({*names.values()}) < len(cases):
+        raise ValueError(f"{dataset_dir} has several cases of one name, their folders included; rename them.")
     return [
-        {"name": names[case], "image": str(case) if listed and case.is_file() else None, "spatial": items[case]}
-        for case in sorted(items, key=lambda case: names[case])
+        {"name": names[case], "image": str(case) if listed and case.is_file() else None, "spatial": cases[case]}
+        for case in sorted(cases, key=lambda case: names[case])
     ]
 
 
-def _cases_of_list(dataset_dir: str, listed: Mapping[str, Mapping[str, str]]) -> dict[Path, dict[str, str | None]]:
-    images = {item["image"] for items in dataset_lists(dataset_dir).values() for item in items}
-    found: dict[Path, dict[str, str | None]] = {
-        Path(image): {key: paths[real] for key, paths in listed.items() if real in paths}
-        for image in images
-        for real in [os.path.realpath(image)]
-    }
-    return {image: spatial for image, spatial in found.items() if spatial}
+def _listed(dataset_dir: str, spatial_keys: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The files that items of ``dataset.json`` name, by the path of the volume and by key."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for item in (item for items in dataset_lists(dataset_dir).values() for item in items):
+        for key in spatial_keys:
+            value = item.get(key)
+            if not value:
+                continue
+            where = f"{dataset_dir}/dataset.json has {value!r} as `{key}` of {item['image']}"
+            path = os.path.normpath(Path(dataset_dir) / value) if isinstance(value, str) else ""
+            if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(dataset_dir)):
+                raise ValueError(f"{where}, which must be the path of one file in that folder.")
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{where}, which does not exist.")
+            found[item["image"]][key] = path
+    return dict(found)
 
 
-def _cases_of_files(dataset_dir: str, image_glob: str, spatial_keys: Sequence[str]) -> dict[Path, dict[str, str | None]]:
+def _cases_of_files(dataset_dir: str, image_glob: str, spatial_keys: Sequence[str]) -> dict[Path, dict[str, str]]:
     """The files of each case by key; the case is called as its volume would be, in its folder."""
     files = [path for path in visible_files(dataset_dir, image_glob) if is_nifti(path.name)]
     found: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path in files:
         for key in spatial_keys:
-            case = _case(without_ending(path.name), path.parent.name, key)
+            case = _case(path, key)
             if case is not None:
                 found[path.with_name(case)][key].append(path)
     if not found and len(spatial_keys) == 1:
@@ -128,95 +142,43 @@ def _cases_of_files(dataset_dir: str, image_glob: str, spatial_keys: Sequence[st
     return {case: {key: _only(paths, case.name, key) for key, paths in of_key.items()} for case, of_key in found.items()}
 
 
-def _case(name: str, folder: str, key: str) -> str | None:
-    """The case whose condition a file is, None if it is not called so."""
-    if key == LABEL and folder in FOLDERS.values():
-        return name
-    if name.endswith(f"_{key}"):
-        return name.removesuffix(f"_{key}")
-    parts = name.split("_")
-    return "_".join(part for part in parts[:-1] if part != f"desc-{key}") if f"desc-{key}" in parts[:-1] else None
-
-
-def _names(cases: Sequence[Path], folder: Path) -> dict[Path, str]:
-    """A name for each case: that of its file, or with its folders where it is not the only one."""
-    short = {case: without_ending(case.name) for case in cases}
-    if len(set(short.values())) == len(cases):
-        return short
-    long = {case: "_".join([*case.relative_to(folder).parts[:-1], name]) for case, name in short.items()}
-    if len(set(long.values())) < len(cases):
-        raise ValueError(f"{folder} has several cases of one name, their folders included; rename them.")
-    return long
-
-
-def _listed(dataset_dir: str, spatial_keys: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The files that ``dataset.json`` names, by the real path of the volume, for each key that it has."""
-    items = [item for items in dataset_lists(dataset_dir).values() for item in items]
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    for item in items:
-        for key in spatial_keys:
-            if item.get(key):
-                found[key][os.path.realpath(item["image"])] = _file_of(item, key, Path(dataset_dir))
-    return dict(found)
-
-
-def _file_of(item: Item, key: str, folder: Path) -> str:
-    value = item[key]
-    where = f"{folder / 'dataset.json'} has {value!r} as `{key}` of {item['image']}"
-    path = Path(os.path.normpath(folder / value)) if isinstance(value, str) else None
-    if path is None or not _is_below(path, str(folder)):
-        raise ValueError(f"{where}, which must be the path of one file in that folder.")
-    if not path.exists():
-        raise FileNotFoundError(f"{where}, which does not exist.")
-    return str(path)
-
-
-def _is_below(path: Path, folder: str) -> bool:
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
-
-
-def _beside(image: Path, key: str, volumes: Iterable[Mapping[Any, Sequence[Path]]]) -> str | None:
-    """The file of a key among the volumes of several folders."""
-    name = without_ending(image.name)
-    asked = (f"{name}_{key}", name, CHANNEL.sub("", name), _entities(name))
-    near = {path for of_folder in volumes for each in asked for path in of_folder.get(each, [])} - {image}
-    return _only([path for path in sorted(near) if _fits(name, path, key)], str(image), key)
-
-
-def _fits(image: str, file: Path, key: str) -> bool:
-    """Whether a file is called as a condition of the image of this name is."""
+def _case(file: Path, key: str) -> str | None:
+    """The case whose condition a file is by its name: the name of the volume, or in BIDS its entities."""
     name = without_ending(file.name)
     if file.parent.name in FOLDERS.values():
-        return key == LABEL and name in (image, CHANNEL.sub("", image))
-    if name == f"{image}_{key}":
-        return True
-    if not image.startswith("sub-") or _entities(image) != _entities(name):
-        return False
-    *parts, suffix = name.split("_")
-    described = [part for part in parts if part.startswith("desc-")]
-    return f"desc-{key}" in described or (suffix == key and set(described) <= set(image.split("_")))
+        return name if key == Keys.LABEL else None
+    if name.endswith(f"_{key}"):
+        return name.removesuffix(f"_{key}")
+    entities = name.split("_")[:-1]
+    return "_".join(part for part in entities if part != f"desc-{key}") if f"desc-{key}" in entities else None
 
 
-def _entities(name: str) -> frozenset[str]:
-    """The entities of a BIDS name but ``desc``."""
-    return frozenset(part for part in name.split("_")[:-1] if not part.startswith("desc-"))
-
-
-def _volumes_in(folder: Path) -> dict[Any, list[Path]]:
-    """The volumes in a folder, by their names and by the entities of these."""
-    found: dict[Any, list[Path]] = defaultdict(list)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        name = without_ending(path.name)
-        if name != path.name and name[0] != "." and path.exists():
-            found[name].append(path)
-            found[_entities(name)].append(path)
+def _cases_of(image: Path) -> set[str]:
+    """The cases, as :py:func:`_case` names them, that a volume may be."""
+    name = without_ending(image.name)
+    found = {name}
+    if image.parent.name in FOLDERS:
+        found.add(CHANNEL.sub("", name))
+    if name.startswith("sub-"):
+        entities = name.split("_")[:-1]
+        found |= {"_".join(entities), "_".join(part for part in entities if not part.startswith("desc-"))}
     return found
 
 
-def _only(paths: Sequence[Path], case: str, key: str) -> str | None:
+def _conditions_in(folder: Path, key: str) -> dict[str, list[Path]]:
+    """The volumes in a folder that are conditions of a key, by case."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        case = _case(path, key) if without_ending(path.name) != path.name and path.name[0] != "." else None
+        if case is not None and path.exists():
+            found[case].append(path)
+    return found
+
+
+def _only(paths: Iterable[Path], case: str, key: str) -> str:
     """The path of the only file of several paths."""
-    files = {identity_of(path): path for path in reversed(paths)}
+    files = {identity_of(path): path for path in reversed(list(paths))}
     if len(files) > 1:
         names = " and ".join(sorted(str(path) for path in files.values()))
         raise ValueError(f"{case} has several files as {key!r}: {names}. Take one away, or write a dataset.json.")
-    return str(*files.values()) if files else None
+    return str(*files.values())

@@ -5,7 +5,6 @@ normalised, conditions, sizes, spacings and intensities.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -14,8 +13,8 @@ import numpy as np
 import torch
 
 from scripts.bundle.json_files import Must, PositiveFloat, PositiveInt, Sha256, Share, checked
-from scripts.bundle.network_arguments import NetworkArguments
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.bundle.network_arguments import NetworkArguments, total_downsample_factor
+from scripts.data.spatial_conditions import SpatialKind
 from scripts.diffusion.conditions import Conditions
 
 __all__ = ["Geometry", "LatentAutoencoder", "LatentStatistics", "ranges"]
@@ -95,8 +94,7 @@ class LatentStatistics:
     @property
     def factors(self) -> tuple[int, ...]:
         """Total downsample factor of the autoencoder along each axis."""
-        network = self.autoencoder.network
-        return tuple(math.prod(along) for along in zip(network["initial_downsample_factor"], *network["downsample_factors"]))
+        return total_downsample_factor(self.autoencoder.network)
 
     @property
     def latent_channels(self) -> int:

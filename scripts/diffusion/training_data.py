@@ -17,7 +17,7 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.bundle.json_files import Share, checked
 from scripts.bundle.weights import what_differs
 from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent, read_spatial
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.data.spatial_conditions import SpatialKind
 from scripts.data.subjects import split_by_subject
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import draw_noise
@@ -209,13 +209,12 @@ class ReadLatentd(Transform):
     def __init__(self, statistics: LatentStatistics, key: str = Keys.IMAGE) -> None:
         self.key = key
         self.statistics = statistics
-        self.kind = (statistics.factors, statistics.latent_channels, statistics.autoencoder.network["out_channels"])
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = Path(data[self.key])
         description = read_description(path)
-        latent = read_latent(path, description, *self.kind)
-        conditions = read_spatial(path, description, list(self.statistics.spatial))
+        latent = read_latent(path, description)
+        conditions = read_spatial(path, description, self.statistics.spatial)
         spatial, given = self.statistics.stacked(conditions, latent.shape[1:])
         return {
             **data,

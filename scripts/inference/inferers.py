@@ -10,7 +10,7 @@ from monai.inferers import Inferer
 
 from scripts.bundle.precision import autocast_dtype
 from scripts.bundle.progress import ProgressBar
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.data.spatial_conditions import SpatialKind
 from scripts.diffusion.sampler import Sampler
 from scripts.layers.resampling import pad_to_multiple
 

@@ -17,7 +17,7 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.processes import share_of
 from scripts.data.restored_volumes import NiftiHeader, Record, nifti_bytes, record_of, restore, rows_of, with_record
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.data.spatial_conditions import SpatialKind
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import LatentStatistics, ranges

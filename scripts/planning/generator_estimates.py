@@ -22,7 +22,7 @@ from scripts.bundle.config import ROOT
 from scripts.bundle.errors import reason
 from scripts.bundle.precision import dtype_name
 from scripts.data.latents import all_latents
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.data.spatial_conditions import SpatialKind
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.generator import Generator
 from scripts.diffusion.preconditioning import Denoiser

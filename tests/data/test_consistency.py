@@ -11,7 +11,7 @@ import pytest
 
 from scripts.bundle.files import content_hash
 from scripts.data import consistency, degrade
-from scripts.data.slice_averages import average_slices
+from scripts.data.given_parts import average_slices
 from tests.conftest import head_like
 
 SHAPE = (24, 20, 18)
@@ -75,7 +75,7 @@ def test_voxels_outside_of_the_hole_are_those_of_the_file(folder):
 
 
 def test_other_conditions_grids_and_folders_are_refused_by_name(folder):
-    with pytest.raises(ValueError, match=r"a_sample_00_0000.json names the spatial conditions thick, and not masked, hole"):
+    with pytest.raises(FileNotFoundError, match="no sample below .*thick_samples' was generated from masked, hole"):
         consistency.holes(str(folder / "thick_samples"), str(folder / "thick"), str(folder / "out"))
     with pytest.raises(FileNotFoundError, match="no sample below `samples_dir`"):
         consistency.holes(str(folder / "in"), str(folder / "holes"), str(folder / "out"))

@@ -13,7 +13,7 @@ from scipy.ndimage import binary_dilation
 
 from scripts.data import degrade
 from scripts.data.dataset_tables import dataset_lists
-from scripts.data.slice_averages import average_slices
+from scripts.data.given_parts import average_slices
 from tests.conftest import head_like
 
 SHAPE = (12, 10, 18)
@@ -104,9 +104,6 @@ def test_conditions_of_a_bids_table_are_kept(tmp_path):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda i, o: degrade.thick_slices(i, o, factor=1), "`factor` is 1; it must be a whole number from 2 on."),
-        (lambda i, o: degrade.thin_grid(i, o, factor=2, axis=3), "`axis` is 3; it must be a whole number from 0 to 2."),
-        (lambda i, o: degrade.holes(i, o, radius=0), "`radius` is 0; it must be a number of mm above 0."),
         (lambda i, o: degrade.holes(i, i), "`output_dir` is `dataset_dir`"),
         (lambda i, o: degrade.holes(i, o, hole_key="lesion"), "imagesTr/0.nii has no `lesion` in dataset.json"),
     ],
@@ -121,7 +118,7 @@ def test_volumes_that_cannot_be_degraded_are_refused_by_name(folder, tmp_path):
     with pytest.raises(ValueError, match=r"imagesTr/0.nii and its `label`, labelsTr/0.nii, have different grids"):
         degrade.holes(folder, str(tmp_path / "out"), hole_key="label")
     save(Path(folder, "labelsTr/0.nii"), np.zeros(SHAPE, np.uint8))
-    with pytest.raises(ValueError, match=r"imagesTr/0.nii has no hole: its `label`, labelsTr/0.nii, is 0 everywhere"):
+    with pytest.raises(ValueError, match=r"imagesTr/0.nii the hole is empty or the whole volume"):
         degrade.holes(folder, str(tmp_path / "out"), hole_key="label")
     save(Path(folder, "imagesTr/0.nii"), np.full(SHAPE, np.nan, np.float32))
     with pytest.raises(ValueError, match=r"imagesTr/0.nii has voxels that are NaN or infinite"):

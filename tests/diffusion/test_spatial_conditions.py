@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.data.spatial_conditions import SpatialKind
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.generator import Generator

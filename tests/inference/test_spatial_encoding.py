@@ -18,7 +18,7 @@ from monai.bundle import ConfigWorkflow
 from scripts.bundle.errors import reason
 from scripts.bundle.weights import save_weights
 from scripts.data.latents import LatentDescription, read_description, read_labels, read_spatial
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.data.spatial_conditions import SpatialKind
 from scripts.inference import SpatialEncoder, StreamingInferer
 from scripts.layers.resampling import pad_to_multiple
 from tests.conftest import head_like, save_volume
@@ -99,7 +99,7 @@ def test_files_hold_the_latents_of_the_planes_and_the_label_map(made, weights): 
     assert np.array_equal(read_labels(path, description, "dseg")[0], mask)
     stored = nib.load(latents / "sub-1" / "sub-1_T1w_labels-dseg.nii.gz")
     assert stored.get_data_dtype() == np.uint8 and np.array_equal(stored.affine, np.eye(4))
-    found = read_spatial(path, description)
+    found = read_spatial(path, description, description.spatial)
     assert {key: tuple(z.shape) for key, z in found.items()} == {"dseg": (16, 3, 2, 2), "T2w": (8, 3, 2, 2)}
     network = network_of(workflow("encoding", volumes, latents, weights), weights)
     encode = StreamingInferer(amp=False, amp_dtype="bfloat16", operation="encode")
@@ -119,13 +119,13 @@ def test_files_hold_the_latents_of_the_planes_and_the_label_map(made, weights): 
 def test_description_says_what_the_conditions_are(made):
     _, latents = made
     dseg, t2 = (described(latents, 1)[1].spatial[key] for key in ("dseg", "T2w"))
-    assert (dseg.kind, dseg.source, dseg.labels) == (SpatialKind(CLASSES), "sub-1/sub-1_dseg.nii.gz", (0, *CLASSES))
+    assert (dseg.kind, dseg.source) == (SpatialKind(CLASSES), "sub-1/sub-1_dseg.nii.gz")
     assert t2.kind == SpatialKind() and not t2.kind.is_label_map and t2.labels_sha256 is None
     values = head_like((10, 14, 11), 6)
     assert t2.intensity_low[0] == values.min() and t2.intensity_high[0] == pytest.approx(np.percentile(values, 99.9))
     of_few = described(latents, 0)[1].spatial
     assert list(of_few) == ["dseg"]  # no other contrast
-    assert of_few["dseg"].kind == SpatialKind(CLASSES) and of_few["dseg"].labels == (0, 1)  # classes of all, labels of one
+    assert of_few["dseg"].kind == SpatialKind(CLASSES)  # the classes of all, though it has one of them
 
 
 def test_images_are_encoded_as_without_conditions(made, weights, tmp_path):  # noqa: F811
@@ -191,15 +191,15 @@ def test_only_what_is_not_there_is_encoded_again(copied, weights, change: Callab
     assert rewritten(before, latents) == again
     path, description = described(latents, 0)
     assert description.spatial["dseg"].kind.classes == ((1, 7, 9) if change is add_class else CLASSES)
-    assert read_spatial(path, description)["dseg"].shape[0] == 8 * description.spatial["dseg"].kind.num_planes
+    assert read_spatial(path, description, ["dseg"])["dseg"].shape[0] == 8 * description.spatial["dseg"].kind.num_planes
 
 
 def test_changed_files_are_refused_when_they_are_read(copied):
     _, latents = copied
     damage_planes(*copied)
     with pytest.raises(ValueError, match=r"sub-2_T1w_spatial-dseg.nii.gz is not the file that its description names"):
-        read_spatial(*described(latents, 2))
-    with pytest.raises(ValueError, match="names no label map 'T2w'"):
+        read_spatial(*described(latents, 2), ["dseg"])
+    with pytest.raises(ValueError, match="labels-T2w.nii.gz is not the file that its description names"):
         read_labels(*described(latents, 1), "T2w")
 
 
@@ -253,5 +253,5 @@ def test_planes_have_the_channels_of_the_network(weights, tmp_path):  # noqa: F8
     torch.manual_seed(0)
     save_weights(flow.parser.get_parsed_content("network_def"), tmp_path / "model.pt")
     run("encoding", tmp_path, out, tmp_path, **keys)
-    found = read_spatial(out / "a_latent.nii.gz", read_description(out / "a_latent.nii.gz"))
+    found = read_spatial(out / "a_latent.nii.gz", read_description(out / "a_latent.nii.gz"), ["label", "t2"])
     assert [len(z) for z in found.values()] == [8, 8]

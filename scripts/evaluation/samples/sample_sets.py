@@ -13,7 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import read_description, read_spatial
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.data.spatial_conditions import SpatialKind
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import LatentStatistics
@@ -101,7 +101,7 @@ class LatentReader:
             found = description.spatial.get(key)
             if found is not None and found.kind != kind:
                 raise ValueError(f"{path}: {key!r} was encoded as {found.kind}; the generator was trained with {kind}.")
-        return {key: z[None] for key, z in read_spatial(Path(path), description, list(kinds)).items()}
+        return {key: z[None] for key, z in read_spatial(Path(path), description, kinds).items()}
 
     def chosen(self, paths: Sequence[str], count: int, seed: int) -> VolumeSet:
         """Up to ``count`` of the latents, drawn at random."""
