@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -18,9 +19,8 @@ import torch
 from ignite.engine import Events
 
 from benchmarks.loop import Stopwatch
-from benchmarks.machine import described
-from benchmarks.networks import FACTORS, MONAI, build, build_with, total_factors
-from benchmarks.tables import print_table
+from benchmarks.networks import FACTORS, MONAI, build, total_factors
+from benchmarks.tables import described, print_table
 from scripts.bundle.machine import MIB
 from scripts.bundle.precision import autocast_dtype, choose_precision
 from scripts.planning.saved_tensors import SavedTensors
@@ -48,51 +48,36 @@ def tables(size: int = 96, inference_size: int = 256, device: str = "cpu") -> No
         inference_size: edge of the cube that is reconstructed, voxels.
         device: where to run.
     """
-    precision = choose_precision(device).name
-    print(f"{described(device, precision)}. Training step on {size}³, batch 1, channels (32, 64, 64):\n")
-    rows = {name: (saved_activations(name, size, device), training_step(name, size, device)) for name in [MONAI, *FACTORS]}
-    memory, seconds = rows[MONAI]
-    print_table(
-        ["network", "total", "saved activations", "less than MONAI", "training step"],
-        (
-            [
-                name,
-                f"{total_factors(build(name))[0]}x",
-                f"{m / MIB:.0f} MiB",
-                f"{1 - m / memory:.1%}",
-                f"{seconds / s:.1f}x faster",
-            ]
-            for name, (m, s) in rows.items()
-        ),
-    )
+    monai = saved_activations(MONAI, size, device), training_step(MONAI, size, device)
+
+    def cells(network: str, **switches: Any) -> Iterator[str]:
+        nbytes = saved_activations(network, size, device, **switches)
+        yield f"{nbytes / MIB:.0f} MiB"
+        yield f"{1 - nbytes / monai[0]:.1%}"
+        yield f"{monai[1] / training_step(network, size, device, **switches):.1f}x faster"
+
+    header = ["saved activations", "less than MONAI", "training step"]
+    print(f"{described(device, choose_precision(device).name)}.")
+    print(f"Training step on {size}³, batch 1, channels (32, 64, 64):\n")
+    print_table(["network", "total", *header], ([name, total(name), *cells(name)] for name in [MONAI, *FACTORS]))
     print(f"\nThe same with the switches of the config, {SWITCHED}, against MONAI without any:\n")
-    switched = {
-        name: (saved_activations(SWITCHED, size, device, **switch), training_step(SWITCHED, size, device, **switch))
-        for name, switch in SWITCHES.items()
-    }
-    print_table(
-        ["switches", "saved activations", "less than MONAI", "training step"],
-        (
-            [name, f"{m / MIB:.0f} MiB", f"{1 - m / memory:.1%}", f"{seconds / s:.1f}x faster"]
-            for name, (m, s) in switched.items()
-        ),
-    )
+    print_table(["switches", *header], ([name, *cells(SWITCHED, **switches)] for name, switches in SWITCHES.items()))
     print(f"\nReconstruction of {inference_size}³ without gradients, float32, process peak above idle:\n")
     peaks = {name: inference_peak(name, inference_size, device) for name in [MONAI, *RECONSTRUCTED]}
-    print_table(
-        ["network", "total", "peak", "of MONAI's"],
-        (
-            [name, f"{total_factors(build(name))[0]}x", f"{p / MIB:.0f} MiB", f"1/{peaks[MONAI] / p:.1f}"]
-            for name, p in peaks.items()
-        ),
-    )
+    rows = ([name, total(name), f"{p / MIB:.0f} MiB", f"1/{peaks[MONAI] / p:.1f}"] for name, p in peaks.items())
+    print_table(["network", "total", "peak", "of MONAI's"], rows)
+
+
+def total(name: str) -> str:
+    """The total factor of a network of the tables."""
+    return f"{total_factors(build(name))[0]}x"
 
 
 def switched_network(
     name: str, device: str, compiled: bool = False, channels_last: bool = False, **arguments: Any
 ) -> torch.nn.Module:
     """A network of the tables with switches of the config."""
-    network = build_with(name, **arguments).to(device)
+    network = build(name, **arguments).to(device)
     if channels_last:
         network = network.to(memory_format=torch.channels_last_3d)
     if compiled:
@@ -100,18 +85,13 @@ def switched_network(
     return network
 
 
-def mixed_precision(device: str) -> torch.autocast:
-    """The autocast of a device's default precision, which may be none."""
-    precision = choose_precision(device)
-    return torch.autocast(device, autocast_dtype(precision.amp_dtype), enabled=precision.amp)
-
-
 def saved_activations(name: str, size: int, device: str, **switches: Any) -> int:
-    """Bytes that one step keeps for the backward pass, without parameters."""
+    """Bytes that one step keeps for the backward pass, without parameters, in the device's default precision."""
     network = switched_network(name, device, **switches)
     image = torch.rand(1, 1, size, size, size, device=device)
+    precision = choose_precision(device)
     saved = SavedTensors(list(network.parameters()))
-    with saved, mixed_precision(device):
+    with saved, torch.autocast(device, autocast_dtype(precision.amp_dtype), enabled=precision.amp):
         kept = network(image)  # noqa: F841  a storage that is freed could be counted twice
     return saved.nbytes
 

@@ -2,25 +2,23 @@
 
     python -m benchmarks.gpu [--output_dir eval/gpu] [--parts "[tests,cost]"] [--minutes 10] [--device cpu]
 
-A part is a few commands: the tests that need CUDA, the benchmarks on the GPU, and the commands of the README with two
-batches. Each is a process of its own with a time limit, so that one which fails or hangs ends no other. The folder then
-holds ``gpu.json``, a log for each command with what it printed, and ``gpu.zip`` with all of these, to attach to a bug
-report. With ``--device cpu`` the same runs small. No network is needed.
+A part is a few commands: what PyTorch knows of the machine, the tests that need CUDA, the benchmarks on the GPU, and the
+commands of the README with two batches. Each is a process of its own with a time limit: one that hangs ends no other.
+The folder then holds ``gpu.json``, a log for each command with what it printed, and ``gpu.zip`` with all of these, to attach
+to a bug report. With ``--device cpu`` the same runs small. No network is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -29,15 +27,15 @@ from typing import Any
 import fire
 import torch
 
-from benchmarks.loop import ROOT, save_volumes
-from benchmarks.machine import processor
+from benchmarks.loop import save_volumes
 from benchmarks.tables import print_table
-from scripts.bundle.machine import GIB, total_memory
+from scripts.bundle.config import ROOT
 from scripts.bundle.precision import choose_precision
 
-PARTS = ("tests", "cost", "planning", "loop", "runs", "generator", "compiled", "whole_volume", "distributed")
+PARTS = ("machine", "tests", "cost", "planning", "loop", "runs", "generator", "compiled", "whole_volume", "distributed")
 META = ("--meta_file", "configs/metadata.json", "--logging_file", "configs/logging.conf")
 SMALL = {"channels": "[4,8,8]", "latent_channels": 8, "num_workers": 0}
+PATCH = {"patch_size": "[16,16,16]"}
 SMALL_GENERATOR = {"channels": "[8,16]", "norm_num_groups": 4, "num_head_channels": 8, "num_workers": 0}
 
 
@@ -62,8 +60,8 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         todo = {name: words for part in names for name, words in commands(part, device, Path(work))}
-        report = run_all(todo, folder, 60 * minutes, described(device))
-    if any(run["status"] != "passed" for run in report["runs"].values()):
+        runs = run_all(todo, folder, 60 * minutes)
+    if any(run["status"] != "passed" for run in runs.values()):
         raise SystemExit(1)
 
 
@@ -76,73 +74,79 @@ def commands(part: str, device: str, work: Path) -> Iterator[tuple[str, list[str
         device: ``cuda`` or ``cpu``.
         work: folder for volumes and results of the runs.
     """
-    small = device == "cpu"
-    volumes = work / "volumes"
-    if not volumes.exists():
-        save_volumes(volumes, 3 + 2 * torch.cuda.device_count(), 16 if small else 128)
-    network, generator = (SMALL, SMALL_GENERATOR) if small else ({}, {})
-    training = {**network, "patch_size": "[16,16,16]"} if small else {}
-
-    def python(*words: str) -> list[str]:
-        return [sys.executable, *words]
-
-    def bundle(run_id: str, config: str, **keys: Any) -> list[str]:
-        options = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-        return python("-m", "monai.bundle", "run", run_id, "--config_file", config, *META, *options)
-
-    if part == "tests":
-        yield part, python("-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "tests")
+    small, volumes = device == "cpu", work / "volumes"
+    if part == "machine":
+        yield part, python("torch.utils.collect_env")
+    elif part == "tests":
+        yield part, python("pytest", "-m", "cuda", "-p", "no:cacheprovider", "tests")
     elif part == "cost":
-        sizes = ("--size", "16", "--inference_size", "32") if small else ()
-        yield part, python("-m", "benchmarks.cost", "--device", device, *sizes)
+        yield part, python("benchmarks.cost", "--device", device, *["--size", "16", "--inference_size", "32"] * small)
     elif part == "planning":
-        yield part, python("-m", "benchmarks.planning", "--device", device)
+        yield part, python("benchmarks.planning", "--device", device)
     elif part == "loop":
-        sizes = ("--patch_size", "16", "--epochs", "2") if small else ()
-        yield part, python("-m", "benchmarks.loop", "--device", device, *sizes)
-    elif part == "whole_volume":
-        sizes = {"patch_size": "[16,16,16]"} if small else {"patch_size": "[512,512,512]"}
-        keys = {
-            **network,
-            **sizes,
-            "dataset_dir": volumes,
-            "output_dir": work / part,
-            "fast_dev_run": True,
-            "device": device,
-        }
-        yield part, bundle("training", "['configs/train.json','configs/presets/16x_lean.json']", **keys)
-    elif part == "distributed":  # a process for each GPU with nccl, one with gloo without
-        processes = max(1, torch.cuda.device_count())
-        files = "['configs/train.json','configs/multi_gpu_train.json']"
-        keys = {**training, "fast_dev_run_batches": 2 * processes, "dataset_dir": volumes, "output_dir": work / part}
-        torchrun = python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-        yield part, [*torchrun, *bundle("training", files, fast_dev_run=True, **keys)[1:]]
+        yield part, python("benchmarks.loop", "--device", device, *["--patch_size", "16", "--epochs", "2"] * small)
     else:
-        for precision, channels_last in product(precisions(device), (False,) if small else (False, True)):
-            name = f"{part}_{precision}" + "_channels_last" * channels_last
-            home = work / name
-            common = {"device": device, "channels_last": channels_last, "amp": precision != "float32"}
-            common |= {"amp_dtype": precision} if common["amp"] else {}
-            weights = home / "eval/fast_dev_run/checkpoints"
-            keys = {**training, **common, "dataset_dir": volumes, "output_dir": home / "eval", "fast_dev_run": True}
-            yield f"{name}_train", bundle("training", "configs/train.json", **keys, compile=part == "compiled")
-            if part == "compiled":
-                continue
-            keys = {**network, **common, "ckpt_dir": weights}
-            encoding = {"dataset_dir": volumes, "output_dir": home / "latents"}
-            yield f"{name}_encode", bundle("encoding", "configs/inference.json", **encoding, **keys)
-            if part == "runs":
-                decoding = {"dataset_dir": home / "latents", "output_dir": home / "decoded"}
-                yield f"{name}_decode", bundle("decoding", "configs/inference.json", **decoding, **keys)
-                files = "['configs/train.json','configs/evaluate.json']"
-                evaluating = {"dataset_dir": volumes, "output_dir": home / "eval"}
-                yield f"{name}_evaluate", bundle("evaluating", files, **evaluating, **keys)
-                continue
-            keys = {**generator, **common, "dataset_dir": home / "latents", "output_dir": home, "fast_dev_run": True}
-            yield f"{name}_train_diffusion", bundle("training", "configs/train_diffusion.json", **keys)
-            keys = {"ckpt_dir": home / "fast_dev_run/checkpoints", "autoencoder": weights / "model.pt", **common}
-            keys |= {"output_dir": home / "samples", "num_samples": 1, "num_inference_steps": 2}
-            yield f"{name}_generate", bundle("generating", "configs/generate.json", **keys)
+        if not volumes.exists():
+            save_volumes(volumes, 3 + 2 * torch.cuda.device_count(), 16 if small else 128)
+        keys = {"dataset_dir": volumes, "output_dir": work / part, "fast_dev_run": True, **(SMALL | PATCH if small else {})}
+        if part == "whole_volume":
+            keys = {"patch_size": "[512,512,512]", **keys, "device": device}
+            yield part, bundle("training", "['configs/train.json','configs/presets/16x_lean.json']", **keys)
+        elif part == "distributed":  # a process for each GPU with nccl, one with gloo without
+            processes = max(1, torch.cuda.device_count())
+            files = "['configs/train.json','configs/multi_gpu_train.json']"
+            run = bundle("training", files, **keys, fast_dev_run_batches=2 * processes)
+            yield part, [*python("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"), *run[1:]]
+        else:
+            for precision, channels_last in product(precisions(device), (False,) if small else (False, True)):
+                name = f"{part}_{precision}" + "_channels_last" * channels_last
+                common = {"device": device, "channels_last": channels_last, "amp": precision != "float32"}
+                common |= {"amp_dtype": precision} if common["amp"] else {}
+                for step, words in chain(part, work / name, volumes, common, small):
+                    yield f"{name}_{step}", words
+
+
+def chain(part: str, home: Path, volumes: Path, common: dict[str, Any], small: bool) -> Iterator[tuple[str, list[str]]]:
+    """
+    The commands of a part that use each other's results.
+
+    Args:
+        part: ``runs``, ``generator`` or ``compiled``.
+        home: folder of the results.
+        volumes: folder of the volumes.
+        common: keys of all commands.
+        small: whether networks and patches are small.
+    """
+    network, patch, generator = (SMALL, PATCH, SMALL_GENERATOR) if small else ({}, {}, {})
+    weights, latents = home / "eval/fast_dev_run/checkpoints", home / "latents"
+    training = {**common, **network, **patch, "output_dir": home / "eval", "fast_dev_run": True}
+    yield "train", bundle("training", "configs/train.json", **training, dataset_dir=volumes, compile=part == "compiled")
+    if part == "compiled":
+        return
+    coding = {**common, **network, "ckpt_dir": weights}
+    yield "encode", bundle("encoding", "configs/inference.json", **coding, dataset_dir=volumes, output_dir=latents)
+    if part == "runs":
+        decoding = {**coding, "dataset_dir": latents, "output_dir": home / "decoded"}
+        yield "decode", bundle("decoding", "configs/inference.json", **decoding)
+        files = "['configs/train.json','configs/evaluate.json']"
+        yield "evaluate", bundle("evaluating", files, **coding, dataset_dir=volumes, output_dir=home / "eval")
+        return
+    training = {**common, **generator, "dataset_dir": latents, "output_dir": home, "fast_dev_run": True}
+    yield "train_diffusion", bundle("training", "configs/train_diffusion.json", **training)
+    sampling = {**common, "ckpt_dir": home / "fast_dev_run/checkpoints", "autoencoder": weights / "model.pt"}
+    sampling |= {"output_dir": home / "samples", "num_samples": 1, "num_inference_steps": 2}
+    yield "generate", bundle("generating", "configs/generate.json", **sampling)
+
+
+def python(module: str, *words: str) -> list[str]:
+    """The command that runs a module."""
+    return [sys.executable, "-m", module, *words]
+
+
+def bundle(run_id: str, config: str, **keys: Any) -> list[str]:
+    """The command that runs a config."""
+    options = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    return python("monai.bundle", "run", run_id, "--config_file", config, *META, *options)
 
 
 def precisions(device: str) -> tuple[str, ...]:
@@ -151,54 +155,31 @@ def precisions(device: str) -> tuple[str, ...]:
     return ("bfloat16", "float16") if best == "bfloat16" and device == "cuda" else (best,)
 
 
-def described(device: str) -> dict[str, Any]:
-    """Machine, card, driver, versions, and settings that change results."""
-    packages = ("torch", "monai", "pytorch-ignite", "numpy", "nibabel")
-    found: dict[str, Any] = {
-        "device": device,
-        "machine": {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
-        "memory_gb": round((total_memory("cpu") or 0) / GIB, 1),
-        "card": None,
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
-        "settings": {key: value for key, value in os.environ.items() if key.startswith(("PYTORCH_", "CUDNN_", "CUBLAS_"))},
-    }
-    if device == "cuda":
-        card = torch.cuda.get_device_properties(0)
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found["driver"] = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
-        found["card"] = {"name": card.name, "capability": f"{card.major}.{card.minor}", "memory": card.total_memory / GIB}
-        found["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return found
-
-
-def run_all(
-    commands: Mapping[str, Sequence[str]], folder: Path, seconds: float, described: Mapping[str, Any]
-) -> dict[str, Any]:
+def run_all(commands: Mapping[str, Sequence[str]], folder: Path, seconds: float) -> dict[str, Any]:
     """
-    Run commands one after the other, and write the report after each.
+    Run the commands one after the other, print a table, and write the report.
 
     Args:
         commands: words of each command, by its name.
         folder: folder of report and logs.
         seconds: time limit of a command.
-        described: what the report says first.
 
     Returns:
-        the content of ``gpu.json``.
+        the content of ``gpu.json``: status, seconds, words and last line of each command.
     """
-    report: dict[str, Any] = {**described, "runs": {}}
+    runs: dict[str, Any] = {}
     for number, (name, words) in enumerate(commands.items(), start=1):
         print(f"{name} ({number} of {len(commands)})", flush=True)
-        run = report["runs"][name] = run_command(words, folder / f"{name}.log", seconds)
-        (folder / "gpu.json").write_text(json.dumps(report, indent=1))
+        run = runs[name] = run_command(words, folder / f"{name}.log", seconds)
+        (folder / "gpu.json").write_text(json.dumps(runs, indent=1))
         print(f"  {run['status']} after {run['seconds']:.0f} s: {run['last_line']}", flush=True)
     print()
-    print_table(
-        ["command", "outcome", "seconds"], ([n, r["status"], f"{r['seconds']:.0f}"] for n, r in report["runs"].items())
-    )
-    print(f"\nwhat each printed: {folder}\nfor a bug report: {packed(folder, list(commands))}")
-    return report
+    print_table(["command", "outcome", "seconds"], ([n, r["status"], f"{r['seconds']:.0f}"] for n, r in runs.items()))
+    with zipfile.ZipFile(folder / "gpu.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("gpu.json", *(f"{name}.log" for name in commands)):
+            file.write(folder / name, name)
+    print(f"\nwhat each printed: {folder}\nfor a bug report: {folder / 'gpu.zip'}")
+    return runs
 
 
 def run_command(words: Sequence[str], log: Path, seconds: float) -> dict[str, Any]:
@@ -208,26 +189,18 @@ def run_command(words: Sequence[str], log: Path, seconds: float) -> dict[str, An
         process = subprocess.Popen(
             words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+        code: int | None = None
         try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(seconds)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what it has started
             process.wait()
     status = "timed out" if code is None else "passed" if code == 0 else f"failed ({code})"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last_line = lines[-1][:500] if lines else ""
+    lines = log.read_text(errors="replace").split("\n")
+    last_line = next((line.strip()[:500] for line in reversed(lines) if line.strip()), "")
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "command": list(words), "last_line": last_line}
-
-
-def packed(folder: Path, names: Sequence[str]) -> Path:
-    """The report and the logs in one file."""
-    with tempfile.TemporaryDirectory() as temporary:
-        for file in ("gpu.json", *(f"{name}.log" for name in names)):
-            shutil.copy(folder / file, temporary)
-        return Path(shutil.make_archive(str(folder / "gpu"), "zip", temporary))
 
 
 if __name__ == "__main__":

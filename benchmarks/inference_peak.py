@@ -1,4 +1,4 @@
-"""The bytes by which the reconstruction of one volume raises the peak memory of this process, or of the GPU.
+"""The bytes by which the reconstruction of one volume raises the memory of this process, or of the GPU, at its peak.
 
 python -m benchmarks.inference_peak "'initial 2, [2,2]'" 256 [--device cpu] [--memory_gb 0.5]
 """
@@ -26,14 +26,14 @@ def inference_peak(name: str, size: int, device: str = "cpu", memory_gb: float |
         memory_gb: budget in GiB, within which the network runs in slabs; None for one pass.
 
     Returns:
-        bytes above the peak of a process that has reconstructed a tiny volume.
+        bytes above what a process holds that has reconstructed a tiny volume.
     """
     network = build(name).eval().to(device)
     tiny = torch.rand(1, 1, *[4 * factor for factor in total_factors(network)], device=device)
     image = torch.rand(1, 1, size, size, size, device="cpu" if memory_gb else device)
     with torch.no_grad():
         network.reconstruct(tiny)  # loads the libraries
-        before = peak_bytes(device)
+        before = restart_peak(device)
         if memory_gb is None:
             network.reconstruct(image)
         else:
@@ -41,24 +41,21 @@ def inference_peak(name: str, size: int, device: str = "cpu", memory_gb: float |
     return peak_bytes(device) - before
 
 
-def peak_bytes(device: str) -> int:
+def restart_peak(device: str = "cpu") -> int:
+    """Reset the peak of the process (Linux), or of the GPU, and return the bytes that it holds now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes(device: str = "cpu") -> int:
     """Peak memory of the process (Linux; ``getrusage`` would include the parent's peak), or of the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
-
-
-def restart_peak() -> int:
-    """Reset the process's peak (Linux) and return the bytes that it holds now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident()
-
-
-def resident() -> int:
-    """Bytes that this process holds now (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
+from scripts.bundle.config import ROOT
 from scripts.training.losses import kl_divergence
 from scripts.training.muon import Muon
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_VOLUMES = 6  # one of them for validation
 WARM_UP = 3
 
@@ -42,7 +42,22 @@ def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu", **overr
         overrides: further keys of ``configs/train.json``, such as ``amp``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        flow = training(Path(folder), epochs, patch_size, device, **overrides)
+        save_volumes(Path(folder, "volumes"), NUM_VOLUMES, patch_size)
+        flow = ConfigWorkflow(
+            config_file=str(ROOT / "configs/train.json"),
+            logging_file=str(ROOT / "configs/logging.conf"),
+            workflow_type="train",
+            run_id="training",
+            bundle_root=str(ROOT),
+            dataset_dir=f"{folder}/volumes",
+            output_dir=f"{folder}/eval",
+            epochs=epochs,
+            val_interval=epochs,
+            patch_size=[patch_size] * 3,
+            device=device,
+            **{"num_workers": 0, **overrides},
+        )
+        flow.initialize()
         bare, whole = PlainLoop(flow, patch_size), Stopwatch(device)
         trainer = flow.trainer
         trainer.add_event_handler(Events.GET_BATCH_STARTED, bare.step)
@@ -66,28 +81,6 @@ def save_volumes(folder: Path, number: int, size: int) -> None:
         nib.save(nib.Nifti1Image(values, np.eye(4)), folder / f"sub-{i}.nii")
 
 
-def training(folder: Path, epochs: int, patch_size: int, device: str, **keys: Any) -> ConfigWorkflow:
-    """The training workflow of the bundle on random volumes of the patch's size."""
-    save_volumes(folder / "volumes", NUM_VOLUMES, patch_size)
-    flow = ConfigWorkflow(
-        config_file=str(ROOT / "configs/train.json"),
-        meta_file=str(ROOT / "configs/metadata.json"),
-        logging_file=str(ROOT / "configs/logging.conf"),
-        workflow_type="train",
-        run_id="training",
-        bundle_root=str(ROOT),
-        dataset_dir=str(folder / "volumes"),
-        output_dir=str(folder / "eval"),
-        epochs=epochs,
-        val_interval=epochs,
-        patch_size=[patch_size] * 3,
-        device=device,
-        **{"num_workers": 0, **keys},
-    )
-    flow.initialize()
-    return flow
-
-
 class Stopwatch:
     """Collects the durations between pairs of ``start`` and ``stop``, seconds."""
 
@@ -96,16 +89,15 @@ class Stopwatch:
         self.seconds: list[float] = []
 
     def start(self) -> None:
-        self._synchronise()
-        self.started = time.perf_counter()
+        self.started = self.now()
 
     def stop(self) -> None:
-        self._synchronise()
-        self.seconds.append(time.perf_counter() - self.started)
+        self.seconds.append(self.now() - self.started)
 
-    def _synchronise(self) -> None:
+    def now(self) -> float:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 class PlainLoop:

@@ -20,6 +20,7 @@ WIDTH: dict[str, Any] = {
     "with_encoder_nonlocal_attn": False,
     "with_decoder_nonlocal_attn": False,
 }
+SUBPIXEL = {"initial_mode": "pixelshuffle"}
 FACTORS: dict[str, dict[str, Any]] = {
     "[2,2]": {},
     "[4,2]": {"downsample_factors": [4, 2]},
@@ -28,20 +29,15 @@ FACTORS: dict[str, dict[str, Any]] = {
     "initial 2 (conv), [4,2]": {"initial_downsample_factor": 2, "downsample_factors": [4, 2]},
     "initial 2 (conv), [8,2]": {"initial_downsample_factor": 2, "downsample_factors": [8, 2]},
     "initial 4 (conv), [4,2]": {"initial_downsample_factor": 4, "downsample_factors": [4, 2]},
-    "initial 2, [2,2]": {"initial_downsample_factor": 2, "initial_mode": "pixelshuffle"},
-    "initial 2, [4,2]": {"initial_downsample_factor": 2, "downsample_factors": [4, 2], "initial_mode": "pixelshuffle"},
-    "initial 4, [2,2]": {"initial_downsample_factor": 4, "initial_mode": "pixelshuffle"},
-    "initial 4, [4,2]": {"initial_downsample_factor": 4, "downsample_factors": [4, 2], "initial_mode": "pixelshuffle"},
+    "initial 2, [2,2]": {"initial_downsample_factor": 2, **SUBPIXEL},
+    "initial 2, [4,2]": {"initial_downsample_factor": 2, "downsample_factors": [4, 2], **SUBPIXEL},
+    "initial 4, [2,2]": {"initial_downsample_factor": 4, **SUBPIXEL},
+    "initial 4, [4,2]": {"initial_downsample_factor": 4, "downsample_factors": [4, 2], **SUBPIXEL},
 }
 
 
-def build(name: str) -> torch.nn.Module:
-    """Build a network by its name in the tables."""
-    return build_with(name)
-
-
-def build_with(name: str, **arguments: Any) -> torch.nn.Module:
-    """Build a network by its name in the tables, with ``arguments`` that replace those of the table."""
+def build(name: str, **arguments: Any) -> torch.nn.Module:
+    """A network by its name in the tables, with ``arguments`` in place of those of the table."""
     torch.manual_seed(0)
     return MonaiAutoencoderKL(**WIDTH | arguments) if name == MONAI else AutoencoderKL(**WIDTH | FACTORS[name] | arguments)
 

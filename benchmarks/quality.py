@@ -35,13 +35,11 @@ from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.metrics import MAEMetric, PSNRMetric, SSIMMetric
-from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 from monai.utils import set_determinism
 
-from benchmarks.machine import described
 from benchmarks.networks import total_factors
-from benchmarks.tables import print_table
-from scripts.bundle.config import check_parser
+from benchmarks.tables import described, print_table
+from scripts.bundle.config import ROOT, check_parser
 from scripts.bundle.machine import GIB
 from scripts.bundle.precision import autocast_dtype, computing_dtype
 from scripts.evaluation.block_dct import block_dct_reconstruction
@@ -54,7 +52,6 @@ from scripts.evaluation.metrics import (
 )
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
-from scripts.planning.plans import read_plan
 from scripts.planning.training_costs import training_cost
 from scripts.training import InitialWeights, RepeatableOrder, RunState
 from scripts.training.handlers import CODE_PATCHES, NEIGHBOUR_PATCHES
@@ -63,17 +60,34 @@ from scripts.training.repeatable_batches import training_patches
 RESULTS = Path("eval/quality")
 ROWS = Path(__file__).with_name("quality_rows.json")
 MINUTES = 12.0  # of training, for a row that sets no other time
-MONAI = "MONAI"
-LEVELS = {"channels": [32, 64, 128], "num_res_blocks": 1, "norm_num_groups": 1, "attention_levels": [False] * 3}
-MONAI_NETWORK = {
-    "_target_": "monai.networks.nets.AutoencoderKL",
-    "spatial_dims": 3,
-    "latent_channels": 3,
-    "with_encoder_nonlocal_attn": False,
-    "with_decoder_nonlocal_attn": False,
-    **LEVELS,
-}
+NETWORKS = {path.stem: str(path) for path in Path(ROOT, "configs/presets").glob("*.json")}
+NETWORKS["MONAI"] = str(ROWS.with_name("monai.json"))
 PATCHES = {"sample": [64, 64, 64], "clinical": [96, 96, 32]}  # about as many voxels; the clinical volumes have few slices
+METRICS = {
+    "psnr": PSNRMetric(max_val=1.0),
+    "foreground_psnr": ForegroundPSNRMetric(max_val=1.0),
+    "edge_psnr": EdgePSNRMetric(max_val=1.0),
+    "ssim": SSIMMetric(spatial_dims=3),
+    "sharpness": SharpnessMetric(),
+    "mae": MAEMetric(),
+}
+COLUMNS = {
+    "network": "{network}",
+    "minutes": "{minutes:g}",
+    "steps": "{steps}",
+    "voxels per number": "{share:.0f}",
+    "PSNR": "**{psnr:.2f} dB**",
+    "foreground": "{foreground_psnr:.2f} dB",
+    "SSIM": "{ssim:.3f}",
+    "block DCT": "{dct_psnr:.2f} dB",
+    "trilinear": "{trilinear_psnr:.2f} dB",
+    "grid: image, ours, DCT": "{image_grid:.3f}, {grid:.3f}, {dct_grid:.3f}",
+}
+MARKERS = {  # of the plot, with what it shows
+    "psnr": ("o", "network"),
+    "dct_psnr": ("_", "block DCT of equal size"),
+    "trilinear_psnr": ("x", "trilinear shrinking"),
+}
 
 
 def train(
@@ -95,55 +109,51 @@ def train(
         name: of the row; None is the network's.
         overrides: keys of ``configs/train.json``, for another recipe.
     """
-    name = str(name or network)
     parser = read_recipe(network, data, device, **overrides)
-    parser["train#handlers"] = []
-    parser["validate#handlers"] = []
-    parser.parse()
-    set_determinism(seed=parser.get_parsed_content("seed"))
-    machine = described(device, computing_dtype(parser.get_parsed_content("amp"), parser.get_parsed_content("amp_dtype")))
+    parser.update({"train#handlers": [], "validate#handlers": []})
+    get = parser.get_parsed_content
+    set_determinism(seed=get("seed"))
+    machine = described(device, computing_dtype(get("amp"), get("amp_dtype")))
     print(machine, flush=True)
-    trainer = parser.get_parsed_content("train#trainer")
-    state = RunState(parser.get_parsed_content("network_def"), {}, evaluator=None)
-    InitialWeights(state, "", average=parser.get_parsed_content("average"), fit_shortcut=True).attach(trainer)
+    trainer = get("train#trainer")
+    state = RunState(get("network_def"), {}, evaluator=None)
+    InitialWeights(state, "", average=get("average"), fit_shortcut=True).attach(trainer)
     RepeatableOrder().attach(trainer)
     Budget(60 * minutes, device).attach(trainer)
     trainer.run()
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    trained = parser.get_parsed_content("average").module.eval()
-    torch.save(trained.state_dict(), RESULTS / f"{data}-{name}.pt")
+    path = result_path({"network": network, "data": data, "name": name})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trained = get("average").module.eval()
+    torch.save(trained.state_dict(), path.with_suffix(".pt"))
     row = {
-        "network": name,
+        "network": str(name or network),
         "data": data,
         "machine": machine,
         "minutes": minutes,
         "steps": trainer.state.iteration,
         "factors": list(total_factors(trained)),
-        "latent_channels": parser.get_parsed_content("network_def#latent_channels"),
-        "volumes": dict(measure_volumes(parser, trained, f"{RESULTS}/{data}-{name}-")),
+        "latent_channels": get("network_def#latent_channels"),
+        "volumes": dict(measure_volumes(parser, trained, f"{path.with_suffix('')}-")),
     }
-    result_path({"data": data, "name": name}).write_text(json.dumps(row, indent=2))
+    path.write_text(json.dumps(row, indent=2))
     print(json.dumps(row), flush=True)
 
 
 def train_rows(jobs: int = 1) -> None:
     """
-    Train every row of ``quality_rows.json`` that has no result yet.
+    Train every row of ``quality_rows.json`` that has no result yet, each by one thread in a separate process.
 
     Args:
         jobs: rows that are trained at the same time.
     """
-    missing = [row for row in json.loads(ROWS.read_text()) if not result_path(row).exists()]
+
+    def train_apart(row: dict[str, Any]) -> None:
+        command = [sys.executable, "-m", __spec__.name, "train", *(f"--{key}={value!r}" for key, value in row.items())]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(train_apart, missing))
-
-
-def train_apart(row: dict[str, Any]) -> None:
-    """Train a row by one thread in a separate process."""
-    arguments = [f"--{key}={value!r}" for key, value in row.items()]
-    command = [sys.executable, "-m", "benchmarks.quality", "train", *arguments]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        list(pool.map(train_apart, [row for row in json.loads(ROWS.read_text()) if not result_path(row).exists()]))
 
 
 def result_path(row: dict[str, Any]) -> Path:
@@ -162,11 +172,7 @@ def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) 
         overrides: other keys.
     """
     parser = ConfigParser()
-    parser.read_config("configs/train.json")
-    if network == MONAI:
-        parser["network_def"] = MONAI_NETWORK
-    else:
-        parser.update(ConfigParser.load_config_file(f"configs/presets/{network}.json"))
+    parser.read_config([str(ROOT / "configs/train.json"), NETWORKS[network]])
     settings = {
         "dataset_dir": f"data/{data}",
         "patch_size": PATCHES[data],
@@ -174,7 +180,6 @@ def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) 
         "channels_last": device == "cpu",
         "epochs": 10**6,
         "num_workers": 0,
-        "fit_shortcut": network != MONAI,
     }
     parser.update({**settings, **overrides})
     parser.parse()
@@ -183,10 +188,7 @@ def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) 
 
 
 class Budget:
-    """
-    Ends a training after a number of seconds. The learning rate warms up from the first step on, and falls to zero along a
-    cosine.
-    """
+    """Ends a training after a number of seconds; the rate warms up from the first step on and falls to 0 along a cosine."""
 
     WARM_UP = 0.02  # of the time
 
@@ -228,7 +230,7 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
         pictures: start of the paths of the pictures; None for no pictures.
 
     Returns:
-        the name of each file, and all numbers of its volume.
+        the name of each file, and all numbers of its volume; those of the block cosine transform start with ``dct_``.
     """
     factors, device = list(total_factors(network)), parser["device"]
     get = parser.get_parsed_content
@@ -239,7 +241,13 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
         if pictures is not None:
             figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], tuple(float(s) for s in item.pixdim))
             figure.savefig(f"{pictures}{name}.png", dpi=100)
-        yield name, measure(reconstruction, image, factors, get("network_def#latent_channels"))
+        found = {"trilinear_psnr": float(METRICS["psnr"](trilinear_reconstruction(image, factors), image))}
+        found["image_grid"] = grid_energy(image, factors)
+        dct = block_dct_reconstruction(image, factors, get("network_def#latent_channels"))
+        for start, result in (("", reconstruction), ("dct_", dct)):
+            found |= {f"{start}{key}": float(metric(result, image)) for key, metric in METRICS.items()}
+            found[f"{start}grid"] = grid_energy(result, factors)
+        yield name, found
 
 
 def validation_volumes(parser: ConfigParser) -> Iterator[tuple[str, MetaTensor]]:
@@ -252,31 +260,6 @@ def at_any_size(code: Callable[[torch.Tensor], torch.Tensor], image: torch.Tenso
     """The reconstruction of a volume of any size by a code that needs multiples of its factors, as MONAI's network does."""
     shape = image.shape[2:]
     return code(pad_to_multiple(image, factors))[..., : shape[0], : shape[1], : shape[2]]
-
-
-def measure(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int], latent_channels: int) -> dict[str, float]:
-    """All numbers of one volume, both tensors ``1x1xHxWxD`` in [0, 1]; those of the cosine transform start with ``dct_``."""
-    dct = block_dct_reconstruction(image, factors, latent_channels)
-    return {
-        **numbers_of(reconstruction, image, factors),
-        **{f"dct_{name}": value for name, value in numbers_of(dct, image, factors).items()},
-        "trilinear_psnr": float(PSNRMetric(max_val=1.0)(trilinear_reconstruction(image, factors), image)),
-        "image_grid": grid_energy(image, factors),
-    }
-
-
-def numbers_of(reconstruction: torch.Tensor, image: torch.Tensor, factors: list[int]) -> dict[str, float]:
-    """The numbers of one reconstruction."""
-    metrics = {
-        "psnr": PSNRMetric(max_val=1.0),
-        "foreground_psnr": ForegroundPSNRMetric(max_val=1.0),
-        "edge_psnr": EdgePSNRMetric(max_val=1.0),
-        "ssim": SSIMMetric(spatial_dims=3),
-        "sharpness": SharpnessMetric(),
-        "mae": MAEMetric(),
-    }
-    found = {name: float(metric(reconstruction, image)) for name, metric in metrics.items()}
-    return {**found, "grid": grid_energy(reconstruction, factors)}
 
 
 def linear(network: str = "8x", data: str = "sample", **overrides: Any) -> None:
@@ -297,16 +280,15 @@ def linear(network: str = "8x", data: str = "sample", **overrides: Any) -> None:
 @torch.no_grad()
 def measure_linear(parser: ConfigParser) -> dict[str, dict[str, float]]:
     """PSNR by the name of the linear code, then by that of the validation volume; fitted as training does."""
-    set_determinism(seed=parser.get_parsed_content("seed"))
-    network: Any = parser.get_parsed_content("network_def")
+    get: Any = parser.get_parsed_content
+    set_determinism(seed=get("seed"))
+    network = get("network_def")
     shortcut, factors = network.shortcut, network.total_downsample_factor
     images = {name: item.as_tensor()[None] for name, item in validation_volumes(parser)}
-    loader = parser.get_parsed_content("train#dataloader")
-    patches = training_patches(loader.dataset, parser.get_parsed_content("train#sampler"))
+    patches = training_patches(get("train#dataloader").dataset, get("train#sampler"))
 
     def psnr(code: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        metric: Any = PSNRMetric(max_val=1.0)
-        return {name: metric(code(image).clamp(0, 1), image).item() for name, image in images.items()}
+        return {name: float(METRICS["psnr"](code(image).clamp(0, 1), image)) for name, image in images.items()}
 
     def code(image: torch.Tensor) -> torch.Tensor:
         return at_any_size(shortcut, image, factors)
@@ -325,11 +307,12 @@ def tables() -> None:
     rows = read_rows()
     volumes = sorted({(row["data"], name) for row in rows for name in row["volumes"]}, reverse=True)
     for data, name in volumes:
-        machines = sorted({row.get("machine", "a machine that was not recorded") for row in rows if row["data"] == data})
-        print(f"\n`{name}`, trained on `data/{data}`, {' and '.join(machines)}:\n")
-        header = ["network", "minutes", "steps", "voxels per number", "PSNR", "foreground", "SSIM", "block DCT", "trilinear"]
-        cells = [table_row(row, row["volumes"][name]) for row in rows if name in row["volumes"] and row["data"] == data]
-        print_table([*header, "grid: image, ours, DCT"], cells)
+        chosen = [row for row in rows if name in row["volumes"] and row["data"] == data]
+        print(f"\n`{name}`, trained on `data/{data}`, {' and '.join(sorted({row['machine'] for row in chosen}))}:\n")
+        numbers = (
+            {**row, **row["volumes"][name], "share": math.prod(row["factors"]) / row["latent_channels"]} for row in chosen
+        )
+        print_table(COLUMNS, ([form.format(**each) for form in COLUMNS.values()] for each in numbers))
 
 
 def plot(path: str = "docs/quality.png") -> None:
@@ -341,26 +324,23 @@ def plot(path: str = "docs/quality.png") -> None:
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    markers = {"psnr": "o", "dct_psnr": "_", "trilinear_psnr": "x"}
-    names = {"psnr": "network", "dct_psnr": "block DCT of equal size", "trilinear_psnr": "trilinear shrinking"}
-    presets = {path.stem: str(path) for path in Path("configs/presets").glob("*.json")}
-    rows = [row for row in read_rows() if row["network"] in (MONAI, *presets)]  # those of another recipe are left out
+    rows = [row for row in read_rows() if row["network"] in NETWORKS]  # those of another recipe are left out
     volumes = sorted({name for row in rows for name in row["volumes"]})
-    highest: dict[str, tuple[float, float]] = {}  # dB and GiB, where a network's name is written
+    highest: dict[str, tuple[float, float]] = {}  # GiB and dB, where a network's name is written
     for row in rows:
-        files = ["configs/train.json", presets.get(row["network"], "")]
-        network = MonaiAutoencoderKL(**monai_arguments()) if row["network"] == MONAI else read_plan(files).network
+        network = read_recipe(row["network"], row["data"]).get_parsed_content("network_def")
         memory = training_cost(network, (256, 256, 256)).peak / GIB
         for name, volume in row["volumes"].items():
-            for key, marker in markers.items():
+            for key, (marker, _) in MARKERS.items():
                 axes.scatter(memory, volume[key], marker=marker, color=f"C{volumes.index(name)}", s=60)
-            highest[row["network"]] = max(highest.get(row["network"], (0.0, 0.0)), (volume["psnr"], memory))
-    for name, (psnr, memory) in highest.items():
-        axes.annotate(name, (memory, psnr), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        best = max(volume["psnr"] for volume in row["volumes"].values())
+        highest[row["network"]] = (memory, max(best, highest.get(row["network"], (memory, best))[1]))
+    for name, position in highest.items():
+        axes.annotate(name, position, xytext=(6, 4), textcoords="offset points", fontsize=8)
     for index, name in enumerate(volumes):
         axes.scatter([], [], marker="s", color=f"C{index}", label=name)
-    for key, marker in markers.items():
-        axes.scatter([], [], marker=marker, color="gray", label=names[key])
+    for marker, label in MARKERS.values():
+        axes.scatter([], [], marker=marker, color="gray", label=label)
     axes.set_xscale("log")
     axes.set_xticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
     axes.minorticks_off()
@@ -371,30 +351,9 @@ def plot(path: str = "docs/quality.png") -> None:
     figure.savefig(path, dpi=100)
 
 
-def monai_arguments() -> dict[str, Any]:
-    """Arguments of MONAI's network."""
-    return {key: value for key, value in MONAI_NETWORK.items() if key != "_target_"}
-
-
 def read_rows() -> list[dict[str, Any]]:
     """The rows that `train` has written."""
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-
-
-def table_row(row: dict[str, Any], volume: dict[str, float]) -> list[str]:
-    """The cells of one network and volume."""
-    return [
-        row["network"],
-        f"{row['minutes']:g}",
-        str(row["steps"]),
-        f"{math.prod(row['factors']) / row['latent_channels']:.0f}",
-        f"**{volume['psnr']:.2f} dB**",
-        f"{volume['foreground_psnr']:.2f} dB",
-        f"{volume['ssim']:.3f}",
-        f"{volume['dct_psnr']:.2f} dB",
-        f"{volume['trilinear_psnr']:.2f} dB",
-        f"{volume['image_grid']:.3f}, {volume['grid']:.3f}, {volume['dct_grid']:.3f}",
-    ]
 
 
 if __name__ == "__main__":

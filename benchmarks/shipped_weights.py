@@ -18,6 +18,17 @@ from scripts.bundle.weights import load_weights
 
 RECIPE = ["configs/synthetic_patches.json", "configs/shipped_weights.json"]
 SETS = {"models": [], "models/16x": ["configs/presets/16x.json"]}  # folder of the weights, and the preset of their network
+COLUMNS = {
+    "volume": "`{volume}`",
+    "PSNR": "**{psnr:.2f}** ({dct_psnr:.2f}) dB",
+    "foreground": "{foreground_psnr:.2f} ({dct_foreground_psnr:.2f}) dB",
+    "edges": "{edge_psnr:.2f} ({dct_edge_psnr:.2f}) dB",
+    "SSIM": "{ssim:.3f} ({dct_ssim:.3f})",
+    "sharpness": "{sharpness:.2f} ({dct_sharpness:.2f})",
+    "MAE": "{mae:.4f} ({dct_mae:.4f})",
+    "trilinear": "{trilinear_psnr:.2f} dB",
+    "grid: image, network, DCT": "{image_grid:.3f}, {grid:.3f}, {dct_grid:.3f}",
+}
 
 
 def evaluate(pictures: str | None = None, dataset_dir: str | None = None, device: str = "cpu") -> None:
@@ -40,35 +51,8 @@ def evaluate(pictures: str | None = None, dataset_dir: str | None = None, device
         load_weights(network, f"{folder}/model.pt")
         start = f"{pictures}/reconstruction_" if pictures and folder == "models" else None
         print(f"\n`{folder}`, in parentheses the block cosine transform of equal size:\n", flush=True)
-        header = [
-            "volume",
-            "PSNR",
-            "foreground",
-            "edges",
-            "SSIM",
-            "sharpness",
-            "MAE",
-            "trilinear",
-            "grid: image, network, DCT",
-        ]
-        print_table(header, (_row(name, found) for name, found in measure_volumes(parser, network, start)))
-
-
-def _row(name: str, found: dict[str, float]) -> list[str]:
-    def both(key: str, form: str) -> str:
-        return f"{found[key]:{form}} ({found[f'dct_{key}']:{form}})"
-
-    return [
-        f"`{name}`",
-        f"**{found['psnr']:.2f}** ({found['dct_psnr']:.2f}) dB",
-        f"{both('foreground_psnr', '.2f')} dB",
-        f"{both('edge_psnr', '.2f')} dB",
-        both("ssim", ".3f"),
-        both("sharpness", ".2f"),
-        both("mae", ".4f"),
-        f"{found['trilinear_psnr']:.2f} dB",
-        f"{found['image_grid']:.3f}, {found['grid']:.3f}, {found['dct_grid']:.3f}",
-    ]
+        rows = measure_volumes(parser, network, start)
+        print_table(COLUMNS, ([form.format(volume=name, **found) for form in COLUMNS.values()] for name, found in rows))
 
 
 if __name__ == "__main__":

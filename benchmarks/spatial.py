@@ -15,6 +15,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import fire
@@ -52,16 +53,16 @@ def slices(
         decoded_dir: folder of the volumes, encoded and decoded.
     """
     scores: Scores = defaultdict(list)
-    for truth, (_,), estimates in _cases(samples_dir, dataset_dir, [thick_key], decoded_dir):
+    for truth, _, estimates in _cases(samples_dir, dataset_dir, [thick_key], decoded_dir):
+        score = partial(_nearness, truth=truth)
         thick = average_slices(truth, factor, axis)
         cubic = interpolate_slices(thick, factor, axis, truth.shape[axis])
-        scores["cubic interpolation"].append(_nearness(cubic, truth))
-        scores["cubic interpolation, agreeing"].append(_nearness(agree_with_slices(cubic, thick, factor, axis), truth))
+        scores["cubic interpolation"].append(score(cubic))
+        scores["cubic interpolation, agreeing"].append(score(agree_with_slices(cubic, thick, factor, axis)))
         for name, samples in estimates.items():
             matched = [in_units_of(thick, sample, average_slices(sample, factor, axis)) for sample in samples]
-            agreeing = [agree_with_slices(sample, thick, factor, axis) for sample in matched]
-            for state, each in (("", matched), (", agreeing", agreeing)):
-                _add(scores, name, state, each, lambda sample, truth=truth: _nearness(sample, truth))
+            _add(scores, name, "", matched, score)
+            _add(scores, name, ", agreeing", [agree_with_slices(each, thick, factor, axis) for each in matched], score)
     _print(scores, {"psnr": "{:.2f} dB", "ssim": "{:.4f}"})
 
 
@@ -77,11 +78,8 @@ def holes(samples_dir: str, dataset_dir: str, decoded_dir: str | None = None) ->
     scores: Scores = defaultdict(list)
     for truth, (masked, hole), estimates in _cases(samples_dir, dataset_dir, ["masked", "hole"], decoded_dir):
         inside = hole != 0
+        score = partial(_inside, truth=truth, inside=inside)
         given = np.where(inside, masked, truth)  # in the window of the truth
-
-        def score(filled: np.ndarray, truth: np.ndarray = truth, inside: np.ndarray = inside) -> Numbers:
-            return _inside(filled, truth, inside)
-
         biharmonic = given.copy()
         biharmonic[inside] = cg(*hole_equations(given, inside, order=2))[0]
         scores["biharmonic filling"].append(score(biharmonic))
@@ -126,11 +124,11 @@ def _add(scores: Scores, name: str, state: str, volumes: list[np.ndarray], score
 
 
 def _nearness(volume: np.ndarray, truth: np.ndarray) -> Numbers:
-    return fidelity(_tensor(volume.clip(0, 1)), _tensor(truth))
+    return fidelity(*_tensors(volume.clip(0, 1), truth))
 
 
 def _inside(filled: np.ndarray, truth: np.ndarray, inside: np.ndarray) -> Numbers:
-    volume, real, hole = map(_tensor, (filled.clip(0, 1), truth, inside))
+    volume, real, hole = _tensors(filled.clip(0, 1), truth, inside)
     return {
         "mean error": inside_mae(volume, real, hole),
         "PSNR inside": float(-10 * (volume - real)[hole].square().mean().log10()),
@@ -138,8 +136,8 @@ def _inside(filled: np.ndarray, truth: np.ndarray, inside: np.ndarray) -> Number
     }
 
 
-def _tensor(volume: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(volume)[None]
+def _tensors(*volumes: np.ndarray) -> list[torch.Tensor]:
+    return [torch.from_numpy(volume)[None] for volume in volumes]
 
 
 def _print(scores: Scores, forms: dict[str, str]) -> None:

@@ -23,8 +23,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from benchmarks.machine import described
-from benchmarks.tables import print_table
+from benchmarks.tables import described, print_table
 from scripts.evaluation.samples.segmentation import Pair, train_segmenter
 
 __all__ = ["usefulness"]
@@ -55,48 +54,36 @@ def usefulness(
         seeds: networks in each row.
         output: folder of the results.
     """
-    dataset = read_dataset(real)
-    pairs, held_out = (load_pairs(real, dataset[part]) for part in ("training", "validation"))
+    dataset, (pairs, held_out) = load_pairs(real, "training", "validation")
     pools = {f"{few} real": [pairs[:few]], f"{len(pairs)} real": [pairs]}
     if generated is not None:
-        made = load_pairs(generated, read_dataset(generated)["training"])
+        _, (made,) = load_pairs(generated, "training")
         pools[f"{len(made)} generated"] = [made]
     if generated_by_few is not None:
-        made = load_pairs(generated_by_few, read_dataset(generated_by_few)["training"])
+        _, (made,) = load_pairs(generated_by_few, "training")
         pools[f"{few} real and {len(made)} generated"] = [pairs[:few], made]
 
     names = {int(label): name for label, name in dataset["labels"].items() if int(label)}
-    results = Path(output)
-    results.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, Any]]] = {row: [] for row in pools}
+    Path(output).mkdir(parents=True, exist_ok=True)
     print(f"{described('cpu', 'float32')}; {len(held_out)} held-out volumes, {steps} steps:\n", flush=True)
     for seed, (row, of_row) in itertools.product(range(seeds), pools.items()):
-        path = result_path(results, row, steps, seed)
+        path = Path(output, f"{row.replace(' ', '-')}_{steps}-steps_seed-{seed}.json")
         if not path.exists():
             path.write_text(json.dumps(measure(of_row, held_out, list(names), steps, seed)))
-    print_table(
-        ["trained on", "mean Dice", "of each seed", "range", *names.values(), "processor time"],
-        (
-            cells(row, [json.loads(result_path(results, row, steps, seed).read_text()) for seed in range(seeds)])
-            for row in pools
-        ),
-    )
+        results[row].append(json.loads(path.read_text()))
+    header = ["trained on", "mean Dice", "of each seed", "range", *names.values(), "processor time"]
+    print_table(header, (cells(row, found) for row, found in results.items()))
 
 
-def read_dataset(folder: str) -> dict[str, Any]:
-    """The content of a folder's ``dataset.json``."""
-    content: dict[str, Any] = json.loads((Path(folder) / "dataset.json").read_text())
-    return content
+def load_pairs(folder: str, *parts: str) -> tuple[dict[str, Any], list[list[Pair]]]:
+    """The ``dataset.json`` of a folder, and the images of each of its lists with their labels, ``1xHxWxD``, as stored."""
+    content = json.loads(Path(folder, "dataset.json").read_text())
 
+    def voxels(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(nib.load(Path(folder, name)).dataobj))[None]
 
-def load_pairs(folder: str, items: Sequence[dict[str, str]]) -> list[Pair]:
-    """The images of a list with their labels, ``1xHxWxD``, as they are stored."""
-    volumes = ([nib.load(Path(folder) / item[key]) for key in ("image", "label")] for item in items)
-    return [tuple(torch.from_numpy(np.asarray(volume.dataobj))[None] for volume in pair) for pair in volumes]
-
-
-def result_path(folder: Path, row: str, steps: int, seed: int) -> Path:
-    """The file of one network's numbers."""
-    return folder / f"{row.replace(' ', '-')}_{steps}-steps_seed-{seed}.json"
+    return content, [[(voxels(item["image"]), voxels(item["label"])) for item in content[part]] for part in parts]
 
 
 def measure(pools: Sequence[Sequence[Pair]], held_out: Sequence[Pair], classes: Sequence[int], steps: int, seed: int) -> Any:

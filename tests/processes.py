@@ -38,6 +38,11 @@ def bundle_run(run_id: str, *config_files: str, cwd: Path = ROOT, check: bool = 
     command = ["run", run_id, "--config_file", str(files)]
     command += ["--meta_file", str(root / "configs/metadata.json"), "--logging_file", str(root / "configs/logging.conf")]
     command += [word for key, value in overrides.items() for word in (f"--{key}", value)]
+    return bundle_command(command, cwd, check)
+
+
+def bundle_command(command: list[str], cwd: Path = ROOT, check: bool = True) -> SimpleNamespace:
+    """The same for the words that follow ``python -m monai.bundle``."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         process = SERVER.Process(target=_run_bundle, args=(command, cwd, log))

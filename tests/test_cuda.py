@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.data import DataLoader
 
-from benchmarks.networks import build_with
+from benchmarks.networks import build
 from scripts.bundle.machine import GIB
 from scripts.bundle.precision import choose_precision
 from scripts.inference.streaming import StreamingInferer
@@ -92,7 +92,7 @@ def test_in_place_activations_leave_the_input_alone():
 @pytest.mark.parametrize("dtype", [None, *LOWER], ids=str)
 def test_network_has_the_gradients_of_the_cpu(dtype):
     name, arguments = DEFAULT
-    network, image = build_with(name, **arguments), torch.rand(1, 1, 32, 32, 32)
+    network, image = build(name, **arguments), torch.rand(1, 1, 32, 32, 32)
     exact = gradients_of(network.double(), image.double(), None)
     network = network.float().to(DEVICE)
     # the samples of the latent differ from those of the CPU, but the gradients of a mean over many hardly do
@@ -104,7 +104,7 @@ def test_channels_last_has_the_gradients_of_contiguous_maps(dtype):
     name, arguments = DEFAULT
     image = torch.rand(1, 1, 32, 32, 32, device=DEVICE)
     found = [
-        gradients_of(build_with(name, **arguments).to(DEVICE, memory_format=memory_format), image, dtype)
+        gradients_of(build(name, **arguments).to(DEVICE, memory_format=memory_format), image, dtype)
         for memory_format in FORMATS
     ]
     assert similarity(*found) > 0.99
@@ -114,7 +114,7 @@ def test_channels_last_has_the_gradients_of_contiguous_maps(dtype):
 def test_compiled_network_has_the_gradients_of_the_plain_one(dtype):
     name, arguments = DEFAULT
     image = torch.rand(1, 1, 32, 32, 32, device=DEVICE)
-    network = build_with(name, **arguments).to(DEVICE)
+    network = build(name, **arguments).to(DEVICE)
     network.deterministic = True
     plain = gradients_of(network, image, dtype)
     network.compile()
@@ -125,7 +125,7 @@ def test_compiled_network_has_the_gradients_of_the_plain_one(dtype):
 
 def test_float16_trains_with_a_gradient_scaler_and_leaves_overflows_out():
     name, arguments = DEFAULT
-    network = build_with(name, **arguments).to(DEVICE)
+    network = build(name, **arguments).to(DEVICE)
     images = [torch.rand(1, 1, 32, 32, 32, device=DEVICE)] * 30
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     losses = []
@@ -156,7 +156,7 @@ def test_streaming_from_the_host_equals_one_pass(arguments, amp, monkeypatch):
 
 def test_streaming_keeps_its_budget():
     name, arguments = DEFAULT
-    network = build_with(name, **arguments).eval().to(DEVICE)
+    network = build(name, **arguments).eval().to(DEVICE)
     image = torch.rand(1, 1, 256, 256, 256)
     StreamingInferer(True, choose_precision(DEVICE).amp_dtype, 0.5)(image[..., :64, :64, :64], network)
     torch.cuda.reset_peak_memory_stats()
@@ -180,7 +180,7 @@ def test_pinned_batches_arrive_whole():
 )
 def test_planner_foretells_what_a_step_saves_and_allocates(name, arguments):
     dtype = getattr(torch, choose_precision(DEVICE).amp_dtype)
-    network, size = build_with(name, **arguments), (96, 96, 96)
+    network, size = build(name, **arguments), (96, 96, 96)
     expected = training_cost(network, size, amp_dtype=dtype)
     network = network.to(DEVICE)
     images = [torch.rand(1, 1, *size, device=DEVICE)] * 2

@@ -10,7 +10,7 @@ from monai.networks.nets import PatchDiscriminator
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.networks import MONAI, build_with
+from benchmarks.networks import MONAI, build
 from scripts.bundle.machine import GIB
 from scripts.inference.streaming import StreamingInferer
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock, _NormSiluConv
@@ -54,11 +54,11 @@ def kept(function, *arguments) -> tuple[list, list]:
 def test_planner_casts_as_the_dispatcher_does_for_cuda(name: str, arguments: dict, dtype: torch.dtype):
     """Without flash attention, whose kernel the card decides, and without maps that the CPU keeps out of bfloat16."""
     with fake_card():
-        network, image = build_with(name, **arguments), torch.rand(1, 1, 48, 48, 48)
+        network, image = build(name, **arguments), torch.rand(1, 1, 48, 48, 48)
         with autocast_of_cuda(dtype):
             on_card = kept(network, image)
     with fake_tensors():
-        network, image = build_with(name, **arguments), torch.rand(1, 1, 48, 48, 48)
+        network, image = build(name, **arguments), torch.rand(1, 1, 48, 48, 48)
         with casting_rules("cuda"), autocast(dtype):
             planned = kept(network, image)
     assert planned == on_card
@@ -106,7 +106,7 @@ def test_no_map_of_the_network_is_in_float32_on_cuda(name: str, arguments: dict,
         maps.append(result.dtype)
 
     with fake_card():
-        network = build_with(name, **arguments)
+        network = build(name, **arguments)
         for part in (network.encoder, network.decoder):
             for block in part.blocks:
                 block.register_forward_hook(look)

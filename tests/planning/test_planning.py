@@ -13,7 +13,7 @@ import torch
 from monai.networks.nets import PatchDiscriminator
 
 from benchmarks.inference_peak import peak_bytes, restart_peak
-from benchmarks.networks import MONAI, build_with
+from benchmarks.networks import MONAI, build
 from scripts.__main__ import main
 from scripts.bundle.machine import GIB
 from scripts.planning.estimates import estimate_memory
@@ -35,7 +35,7 @@ TINY = {"channels": [4, 8, 8], "latent_channels": 8}
 
 def on_meta(name: str, **arguments) -> torch.nn.Module:
     with torch.device("meta"):
-        return build_with(name, **arguments)
+        return build(name, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def on_meta(name: str, **arguments) -> torch.nn.Module:
     ],
 )
 def test_saved_activations_are_those_of_a_real_step(name, batch_size, amp, arguments):
-    network = build_with(name, **arguments)
+    network = build(name, **arguments)
     amp_dtype = torch.bfloat16 if amp else None
     estimate = training_cost(network, (32,) * 3, batch_size=batch_size, amp_dtype=amp_dtype, device="cpu")
     assert estimate.saved_activations == pytest.approx(saved_in_a_step(network, (32,) * 3, batch_size, amp_dtype), rel=0.02)
@@ -121,7 +121,7 @@ def test_adversarial_training_costs_a_discriminator():
 
 
 def test_saved_activations_of_adversary_and_further_losses_are_those_of_a_real_step():
-    network = build_with("initial 4, [2,2]")
+    network = build("initial 4, [2,2]")
     discriminator = PatchDiscriminator(spatial_dims=3, channels=8, in_channels=1, num_layers_d=2)
     terms = {"spectral_loss": LossTerm(0.1, SpectralLoss(spatial_dims=3))}
     shared = {"amp_dtype": None, "device": "cpu"}
@@ -322,7 +322,7 @@ def test_broken_preset_fails_the_check(tmp_path, monkeypatch, capsys):
 
 
 def log_of_a_training_start(caplog) -> str:
-    network = build_with("initial 4, [2,2]")
+    network = build("initial 4, [2,2]")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     with caplog.at_level(logging.INFO):
         trainer = AutoencoderTrainer.of_images([torch.zeros(1, 1, 32, 32, 32)], network, optimizer, amp_dtype=torch.bfloat16)
@@ -334,7 +334,7 @@ def test_start_of_training_logs_one_line_and_leaves_the_random_state(caplog):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     torch.set_rng_state(before)
-    build_with("initial 4, [2,2]")
+    build("initial 4, [2,2]")
     after_building = torch.get_rng_state()
     torch.set_rng_state(before)
     assert "estimate for one training step" in log_of_a_training_start(caplog)
