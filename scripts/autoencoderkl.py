@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts.layers.factors import per_axis, per_transition
 from scripts.layers.float32_convolutions import keep_in_float32
-from scripts.layers.lean_blocks import check_norm, use_lean_blocks
+from scripts.layers.lean_blocks import use_lean_blocks
 from scripts.layers.linear_shortcut import LinearShortcut, start_as_correction
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample, check_upsample_mode
 
@@ -30,19 +30,9 @@ __all__ = ["AutoencoderKL", "Decoder", "Downsample", "Encoder", "Reconstructor",
 INITIAL_MODES = ("conv", "pixelshuffle")
 
 
-def _check_factors(
-    direction: str,
-    factors: Sequence[int | Sequence[int]] | None,
-    initial: int | Sequence[int],
-    initial_mode: str,
-    channels: Sequence[int],
-    spatial_dims: int,
-) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-    """The factors between levels and at the image, per axis; errors name the arguments of the ``direction``."""
+def _check_initial_mode(initial_mode: str) -> None:
     if initial_mode not in INITIAL_MODES:
         raise ValueError(f"`initial_mode` is {initial_mode!r}; it must be one of {', '.join(INITIAL_MODES)}.")
-    between_levels = per_transition(f"{direction}_factors", factors, channels, spatial_dims)
-    return between_levels, per_axis(f"initial_{direction}_factor", initial, spatial_dims)
 
 
 def _arguments_of(part: type, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -66,28 +56,7 @@ def _cast_once(image: torch.Tensor) -> torch.Tensor:
     return image.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else image
 
 
-class _NamedEnds(nn.Module):
-    """Names for the layers at the two ends of ``blocks``, as MONAI's encoder and decoder have them."""
-
-    __jit_unused_properties__ = ["first_conv", "last_norm", "last_conv"]  # noqa: RUF012  TorchScript wants a list
-
-    @property
-    def first_conv(self) -> nn.Module:
-        """The layer that reads the image (of the encoder) or the latent (of the decoder)."""
-        return self.blocks[0]  # type: ignore[index,return-value]
-
-    @property
-    def last_norm(self) -> nn.Module:
-        """The norm in front of :py:attr:`last_conv`."""
-        return self.blocks[-2]  # type: ignore[index,return-value]
-
-    @property
-    def last_conv(self) -> nn.Module:
-        """The layer that makes the features (of the encoder) or the image (of the decoder)."""
-        return self.blocks[-1]  # type: ignore[index,return-value]
-
-
-class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
+class Encoder(monai_autoencoderkl.Encoder):
     """
     MONAI's AutoencoderKL ``Encoder`` with a factor for each transition and for the first convolution.
 
@@ -119,10 +88,9 @@ class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
         norm: str = "group",
         **kwargs: Any,
     ) -> None:
-        check_norm(norm)
-        factors, initial = _check_factors(
-            "downsample", downsample_factors, initial_downsample_factor, initial_mode, channels, spatial_dims
-        )
+        _check_initial_mode(initial_mode)
+        factors = per_transition("downsample_factors", downsample_factors, channels, spatial_dims)
+        initial = per_axis("initial_downsample_factor", initial_downsample_factor, spatial_dims)
         super().__init__(spatial_dims, in_channels, channels, *args, **kwargs)
         self.downsample_factors, self.initial_downsample_factor = tuple(factors), initial
         use_lean_blocks(self.blocks, norm)
@@ -158,7 +126,7 @@ class Encoder(_NamedEnds, monai_autoencoderkl.Encoder):
         return x
 
 
-class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
+class Decoder(monai_autoencoderkl.Decoder):
     """
     MONAI's AutoencoderKL ``Decoder`` with a factor for each transition and for the last convolution.
 
@@ -198,10 +166,9 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         norm: str = "group",
         **kwargs: Any,
     ) -> None:
-        check_norm(norm)
-        factors, initial = _check_factors(
-            "upsample", upsample_factors, initial_upsample_factor, initial_mode, channels, spatial_dims
-        )
+        _check_initial_mode(initial_mode)
+        factors = per_transition("upsample_factors", upsample_factors, channels, spatial_dims)
+        initial = per_axis("initial_upsample_factor", initial_upsample_factor, spatial_dims)
         super().__init__(spatial_dims, channels, in_channels, out_channels, *args, **kwargs)
         check_upsample_mode(upsample_mode, any(hasattr(block, "deconv") for block in self.blocks))
         use_lean_blocks(self.blocks, norm)
@@ -241,29 +208,25 @@ class Decoder(_NamedEnds, monai_autoencoderkl.Decoder):
         Returns:
             image of ``out_channels`` channels.
         """
-        if torch.jit.is_scripting():
-            for i, block in enumerate(self.blocks):
-                if i == self.last_level and image is not None and self.refine is not None:
-                    x = x.add_(self.refine(image))
-                x = block(x)
-            return x
-        return self._by_levels(x, image)
+        return self._from(0, x, image) if torch.jit.is_scripting() else self._by_levels(x, image)
 
     @torch.jit.unused
     def _by_levels(self, x: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
         *flags, last_flag = reversed(self.checkpoint_levels)
-        for start, end, recompute in zip(self.level_starts, self.level_starts[1:], flags):
+        *starts, last_start = self.level_starts
+        for start, end, recompute in zip(starts, self.level_starts[1:], flags):
             x = _run(self.blocks[start:end], recompute, x)
         if last_flag and torch.is_grad_enabled():
-            return checkpoint(self._finest_level, x, image, use_reentrant=False)
-        return self._finest_level(x, image)
+            return checkpoint(self._from, last_start, x, image, use_reentrant=False)
+        return self._from(last_start, x, image)
 
-    def _finest_level(self, x: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
-        # one loop, so that no caller holds a map of this level while later blocks run
-        for i in range(self.level_starts[-1], len(self.blocks)):
-            if i == self.last_level and image is not None and self.refine is not None:
-                x = x.add_(self.refine(image))
-            x = self.blocks[i](x)
+    def _from(self, first: int, x: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+        """Run the blocks from ``first`` on, in one loop, so that no caller holds a map while later blocks run."""
+        for i, block in enumerate(self.blocks):
+            if i >= first:
+                if i == self.last_level and image is not None and self.refine is not None:
+                    x = x.add_(self.refine(image))
+                x = block(x)
         return x
 
 
@@ -342,22 +305,30 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         nn.Module.__init__(self)  # MONAI's constructor would build its own encoder and decoder first
         if spatial_dims not in (1, 2, 3):
             raise ValueError(f"`spatial_dims` is {spatial_dims!r}; it must be 1, 2 or 3.")
-        if isinstance(num_res_blocks, int):
-            num_res_blocks = (num_res_blocks,) * len(channels)
-        if isinstance(use_checkpoint, bool):
-            use_checkpoint = (use_checkpoint,) * len(channels)
-        self._check_levels(
-            channels,
-            norm_num_groups,
-            attention_levels=attention_levels,
-            num_res_blocks=num_res_blocks,
-            use_checkpoint=use_checkpoint,
-        )
+        levels = len(channels)
+        num_res_blocks = [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        use_checkpoint = [use_checkpoint] * levels if isinstance(use_checkpoint, bool) else list(use_checkpoint)
+        if levels == 0:
+            raise ValueError("`channels` is empty; it needs at least one level.")
+        if any(width % norm_num_groups != 0 for width in channels):
+            raise ValueError(
+                f"`channels` is {list(channels)!r}; `norm_num_groups`, {norm_num_groups}, must divide all of them."
+            )
+        per_level = {
+            "attention_levels": attention_levels,
+            "num_res_blocks": num_res_blocks,
+            "use_checkpoint": use_checkpoint,
+        }
+        for name, values in per_level.items():
+            if len(values) != levels:
+                raise ValueError(
+                    f"`{name}` is {list(values)!r}; it needs one value per level of `channels` {list(channels)!r}."
+                )
         if linear_shortcut and in_channels != out_channels:
             raise ValueError(
                 f"`linear_shortcut` needs as many `out_channels` as `in_channels`, not {out_channels} and {in_channels}."
             )
-        arguments["num_res_blocks"] = list(num_res_blocks)
+        arguments["num_res_blocks"] = num_res_blocks
         arguments["channels"] = list(channels)
         arguments["attention_levels"] = [bool(level) for level in attention_levels]
 
@@ -395,7 +366,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         self.arguments = arguments
         self.latent_channels = latent_channels
         self.use_checkpoint = any(use_checkpoint)
-        self.encoder.checkpoint_levels = self.decoder.checkpoint_levels = list(use_checkpoint)
+        self.encoder.checkpoint_levels = self.decoder.checkpoint_levels = use_checkpoint
         self.quant_conv_mu = self._latent_conv(spatial_dims, latent_channels)
         self.quant_conv_log_sigma = self._latent_conv(spatial_dims, latent_channels)
         self.post_quant_conv = self._latent_conv(spatial_dims, latent_channels)
@@ -404,21 +375,6 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             self.shortcut = LinearShortcut(in_channels, latent_channels, self.total_downsample_factor)
             start_as_correction(self)
         keep_in_float32(self)  # some of its convolutions, under the CPU's autocast
-
-    @staticmethod
-    def _check_levels(channels: Sequence[int], norm_num_groups: int, **per_level: Sequence[Any]) -> None:
-        if len(channels) == 0:
-            raise ValueError("`channels` is empty; it needs at least one level.")
-        if any(width % norm_num_groups != 0 for width in channels):
-            raise ValueError(
-                f"`channels` is {list(channels)!r}; all must be divisible by `norm_num_groups`, which is {norm_num_groups}."
-            )
-        for name, values in per_level.items():
-            if len(values) != len(channels):
-                raise ValueError(
-                    f"`{name}` has {len(values)} values ({list(values)!r}); "
-                    f"it needs one per level of `channels` {list(channels)!r}."
-                )
 
     @staticmethod
     def _latent_conv(spatial_dims: int, latent_channels: int) -> Convolution:
@@ -448,11 +404,10 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
             )
         for axis, (size, factor) in enumerate(zip(spatial_shape, factors)):
             if size % factor != 0 or size == 0:
-                below = size // factor * factor
-                nearest = f"{below} and {below + factor}" if below else f"{factor} and {2 * factor}"
+                below = max(1, size // factor) * factor
                 raise ValueError(
                     f"the size of spatial axis {axis} is {size}, which the total downsample factor {factor} does not "
-                    f"divide; the nearest sizes that work are {nearest}. Whole volumes of any size can be reconstructed."
+                    f"divide; {below} and {below + factor} work. Whole volumes of any size can be reconstructed."
                 )
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -490,7 +445,8 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         if self.shortcut is None:
             return self.decoder(self.post_quant_conv(z))
         linear = self.shortcut.decode(z)
-        return linear + self.decoder(self.post_quant_conv(z), linear)
+        image = self.decoder(self.post_quant_conv(z), linear)
+        return image + linear if torch.is_grad_enabled() else image.add_(linear)
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -528,10 +484,7 @@ class AutoencoderKL(monai_autoencoderkl.AutoencoderKL):
         z_mu = self.quant_conv_mu(self.encoder(x))
         if self.shortcut is not None:
             z_mu = self.shortcut.encode(x, z_mu)
-            linear = self.shortcut.decode(z_mu)
-            image = self.decoder(self.post_quant_conv(z_mu), linear)
-            return image + linear if torch.is_grad_enabled() else image.add_(linear)
-        return self.decoder(self.post_quant_conv(z_mu))
+        return self.decode(z_mu)
 
 
 class Reconstructor(AutoencoderKL):

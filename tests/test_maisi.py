@@ -12,7 +12,7 @@ from scripts.bundle.weights import load_weights
 from scripts.planning.allocations import AllocationTracker
 from scripts.planning.fake_tensors import fake_tensors
 from scripts.planning.plans import read_plan
-from scripts.slabs.slab_run import stream
+from scripts.slabs import stream
 from scripts.training.pretrained import load_pretrained
 from tests.conftest import ROOT, save_volume
 from tests.fake_cuda import autocast_of_cuda
@@ -93,7 +93,7 @@ def test_torchscript_and_export_enlarge_trilinearly():
 
 
 def test_slabs_on_a_gpu_keep_within_the_budget(monkeypatch):
-    monkeypatch.setattr("scripts.slabs.slab_run.free_memory", lambda: 2**40)
+    monkeypatch.setattr("scripts.slabs.free_memory", lambda: 2**40)
     tracker, budget = AllocationTracker("cuda", only="cuda"), 2**-5  # GiB
     with fake_tensors(), torch.no_grad():
         with torch.device("cuda"):

@@ -12,7 +12,7 @@ from scripts.inference.inferers import ReconstructionInferer
 from scripts.layers.factors import padded_size
 from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.inference_costs import inference_cost
-from scripts.slabs.slab_run import stream
+from scripts.slabs import stream
 
 __all__ = ["StreamingInferer", "available_memory_gb"]
 
@@ -45,7 +45,7 @@ def available_memory_gb(device: str | torch.device) -> float:
 class StreamingInferer(ReconstructionInferer):
     """
     Encode, decode or reconstruct volumes of any size: in one pass when that fits into ``memory_gb``, otherwise in slabs,
-    with the same result up to rounding. See :py:func:`scripts.slabs.slab_run.stream`.
+    with the same result up to rounding. See :py:func:`scripts.slabs.stream`.
 
     Args:
         amp: whether to use mixed precision.

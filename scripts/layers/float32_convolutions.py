@@ -52,7 +52,8 @@ def run_in_float32(convolution: Callable[..., torch.Tensor], x: torch.Tensor, *a
 
 def keep_in_float32(module: nn.Module) -> None:
     """
-    Let all convolutions in ``module`` stay in float32 where bfloat16 fails. They keep their parameters and names.
+    Let all convolutions in ``module`` stay in float32 where bfloat16 fails. They keep their parameters and names. Transposed
+    ones have no groups and no dilation.
 
     Args:
         module: changed in place.
@@ -96,51 +97,19 @@ class Conv3d(_InFloat32WhereNeeded, nn.Conv3d):
 
 class ConvTranspose1d(_InFloat32WhereNeeded, nn.ConvTranspose1d):  # type: ignore[misc]
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv_transpose1d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            self.output_padding,
-            self.groups,
-            self.dilation,
-        )
+        return F.conv_transpose1d(x, self.weight, self.bias, self.stride, self.padding, self.output_padding)  # type: ignore
 
 
 class ConvTranspose2d(_InFloat32WhereNeeded, nn.ConvTranspose2d):  # type: ignore[misc]
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv_transpose2d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            self.output_padding,
-            self.groups,
-            self.dilation,
-        )
+        return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding, self.output_padding)  # type: ignore
 
 
 class ConvTranspose3d(_InFloat32WhereNeeded, nn.ConvTranspose3d):  # type: ignore[misc]
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv_transpose3d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            self.output_padding,
-            self.groups,
-            self.dilation,
-        )
+        return F.conv_transpose3d(x, self.weight, self.bias, self.stride, self.padding, self.output_padding)  # type: ignore
 
 
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: Conv1d,
-    nn.Conv2d: Conv2d,
-    nn.Conv3d: Conv3d,
-    nn.ConvTranspose1d: ConvTranspose1d,
-    nn.ConvTranspose2d: ConvTranspose2d,
-    nn.ConvTranspose3d: ConvTranspose3d,
+    layer.__bases__[1]: layer for layer in (Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
 }

@@ -19,21 +19,10 @@ __all__ = [
     "RMSNorm",
     "ResidualBlock",
     "SpatialAttention",
-    "check_norm",
     "group_norm",
-    "norm_silu_conv",
     "rms_norm",
     "use_lean_blocks",
 ]
-
-
-def check_norm(norm: str) -> None:
-    """
-    Raises:
-        ValueError: for a norm that there is not.
-    """
-    if norm not in NORMS:
-        raise ValueError(f"`norm` is {norm!r}; it must be one of {', '.join(NORMS)}.")
 
 
 def use_lean_blocks(blocks: nn.ModuleList, norm: str = "group") -> None:
@@ -43,7 +32,12 @@ def use_lean_blocks(blocks: nn.ModuleList, norm: str = "group") -> None:
     Args:
         blocks: of MONAI's ``Encoder`` or ``Decoder``, changed in place.
         norm: ``"group"``, as MONAI has it, or ``"rms"``.
+
+    Raises:
+        ValueError: for another ``norm``.
     """
+    if norm not in NORMS:
+        raise ValueError(f"`norm` is {norm!r}; it must be one of {', '.join(NORMS)}.")
     make_norm = NORMS[norm]
     for i, block in enumerate(blocks):
         if isinstance(block, AEKLResBlock):
@@ -54,7 +48,9 @@ def use_lean_blocks(blocks: nn.ModuleList, norm: str = "group") -> None:
             blocks[i] = make_norm(block)
 
 
-def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+def group_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     ``torch.nn.functional.group_norm`` in the data type of ``x`` on every device.
 
@@ -69,14 +65,8 @@ def group_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups
         eps: added to the variance.
 
     Returns:
-        the same shape and data type as ``x``.
+        the same shape and data type as ``x``, and the mean and the inverse deviation of each group.
     """
-    return _group_norm_with_statistics(x, weight, bias, groups, eps)[0]
-
-
-def _group_norm_with_statistics(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if x.device.type != "cpu":  # what torch's own group_norm does; the CPU's kernel takes mixed types and memory formats
         x, weight, bias = x.contiguous(), weight.to(x.dtype), bias.to(x.dtype)
     size, channels = x.shape[0], x.shape[1]
@@ -148,24 +138,6 @@ class _NormSiluConv(torch.autograd.Function):
         return *grads, grad_weight, grad_bias, None
 
 
-def norm_silu_conv(x: torch.Tensor, norm: Any, conv: Any) -> torch.Tensor:
-    """
-    Norm, SiLU and a convolution of kernel 3, for training: of the feature maps only ``x`` is kept for the backward pass.
-
-    Args:
-        x: ``BxCxHxWxD`` (or 1D, 2D), cast to the autocast type when autocast is on.
-        norm: a :py:class:`GroupNorm` or :py:class:`RMSNorm`.
-        conv: a convolution of kernel 3, stride 1 and padding 1 with a bias.
-
-    Returns:
-        ``conv(silu(norm(x)))``.
-    """
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
-    return _NormSiluConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, norm)  # type: ignore
-
-
 class GroupNorm(nn.GroupNorm):
     """
     ``torch.nn.GroupNorm`` in the data type of its input on every device, see :py:func:`group_norm`.
@@ -180,12 +152,12 @@ class GroupNorm(nn.GroupNorm):
         self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return group_norm(input, self.weight, self.bias, self.num_groups, self.eps)
+        return group_norm(input, self.weight, self.bias, self.num_groups, self.eps)[0]
 
     @torch.jit.unused
     def with_statistics(self, x, weight, bias):  # type: ignore[no-untyped-def]
         """The norm with these parameters, and what :py:meth:`gradients` needs of it."""
-        return _group_norm_with_statistics(x, weight, bias, self.num_groups, self.eps)
+        return group_norm(x, weight, bias, self.num_groups, self.eps)
 
     @torch.jit.unused
     def gradients(self, grad, x, weight, statistics, needs_x: bool, needs_norm: bool):  # type: ignore[no-untyped-def]
@@ -306,6 +278,14 @@ class ResidualBlock(AEKLResBlock):
         if bfloat16_fails(x, conv.kernel_size, padding=conv.padding):
             # the convolutions of `_plain` then run in float32; a map that small needs no saving
             return self._plain(x)
-        h = norm_silu_conv(x, self.norm1, self.conv1.conv)
-        h = norm_silu_conv(h, self.norm2, self.conv2.conv)
+        h = self._norm_silu_conv(x, self.norm1, conv)
+        h = self._norm_silu_conv(h, self.norm2, self.conv2.conv)
         return self.nin_shortcut(x) + h
+
+    @torch.jit.unused
+    def _norm_silu_conv(self, x: torch.Tensor, norm: Any, conv: Any) -> torch.Tensor:
+        """A convolution of kernel 3, stride 1 and padding 1 after norm and SiLU, in the autocast type if there is one."""
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        return _NormSiluConv.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, norm)  # type: ignore

@@ -1,6 +1,4 @@
-"""The linear shortcut, a linear code beside the network: initialised as a cosine transform, or fitted to the data. Also the
-initialisation of the network beside it.
-"""
+"""The linear shortcut, a linear code beside the network, and the initialisation of the network beside it."""
 
 from __future__ import annotations
 
@@ -12,15 +10,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from scripts.layers.block_statistics import alignments, principal_components, ridge_regression
-from scripts.layers.cosine_waves import expected_deviation, lowest_frequencies, waves_per_channel
 from scripts.layers.float32_convolutions import bfloat16_fails, run_in_float32
+from scripts.layers.linear_codes import (
+    alignments,
+    expected_deviation,
+    lowest_frequencies,
+    lowest_waves,
+    principal_components,
+    ridge_regression,
+)
 from scripts.layers.resampling import depth_to_space, space_to_depth
 
 __all__ = ["LinearShortcut", "start_as_correction"]
 
 MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
-INNER_SIZE, INNER_COUNT = 8, 32  # of the first of two steps: blocks of up to 8 voxels an edge, with 32 coefficients
+INNER_SIZE = 8  # voxels along an edge, at most, of the blocks of the first of two steps
 CORRECTION_AMPLITUDE = 0.05  # in units of the image, of a network's correction of 1
 LEAST_SCALE = 1e-3  # deviations below it are noise of no interest in volumes in [0, 1]
 BLOCKS_PER_PATCH = 512
@@ -36,18 +40,25 @@ class BlockTransform(nn.Module):
     A convolution with kernel = stride = ``factors`` and a transposed convolution of the same shape, written as matrix
     products: the kernels are as large as blocks, and convolution libraries are not made for such kernels.
 
+    With ``overlapped``, the decoder also uses the coefficients of the blocks that share a face with a block. Edges of blocks
+    are then less visible, as in lapped transforms (Malvar and Staelin, The LOT, IEEE Trans. ASSP 37, 1989). It adds a linear
+    function of the differences between the neighbours' coefficients and the block's own, which starts as zero. At the border
+    of a volume the last block is repeated.
+
     Args:
         in_channels: number of input channels.
         count: number of coefficients of a block.
         factors: size of a block along each axis.
+        overlapped: whether the decoder uses the neighbours.
     """
 
-    def __init__(self, in_channels: int, count: int, factors: Sequence[int]) -> None:
+    def __init__(self, in_channels: int, count: int, factors: Sequence[int], overlapped: bool = False) -> None:
         super().__init__()
         self.factors = list(factors)
         self.voxels = math.prod(factors)
         self.analysis = nn.Parameter(torch.zeros(count, in_channels, *factors))
         self.synthesis = nn.Parameter(torch.zeros(count, in_channels, *factors))
+        self.neighbours = nn.Parameter(torch.zeros(2 * len(factors) * count, in_channels, *factors)) if overlapped else None
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """``BxCxHxWxD`` to coefficients on the grid of blocks."""
@@ -55,47 +66,24 @@ class BlockTransform(nn.Module):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Coefficients to ``BxCxHxWxD``."""
-        return depth_to_space(_per_voxel(z, self.synthesis.flatten(1).t()), self.factors)
+        functions = self.synthesis
+        if self.neighbours is not None:
+            z = beside_neighbours(z)
+            functions = torch.cat([functions, self.neighbours])
+        return depth_to_space(_per_voxel(z, functions.flatten(1).t()), self.factors)
 
     @torch.no_grad()
     def start_as(self, functions: torch.Tensor) -> None:
         """
-        Set analysis and synthesis to orthogonal functions; further coefficients are zero.
+        Set analysis and synthesis to orthogonal functions; further coefficients and the weights of neighbours are zero.
 
         Args:
             functions: at most ``count`` x ``in_channels`` x ``factors``.
         """
-        for weight in (self.analysis, self.synthesis):
+        for weight in self.parameters():
             weight.zero_()
+        for weight in (self.analysis, self.synthesis):
             weight[: len(functions)] = functions
-
-
-class OverlappedTransform(BlockTransform):
-    """
-    A block transform whose decoder also uses the coefficients of the blocks that share a face with a block. Edges of blocks
-    are then less visible, as in lapped transforms (Malvar and Staelin, The LOT, IEEE Trans. ASSP 37, 1989). It adds a linear
-    function of the differences between the neighbours' coefficients and the block's own; that function starts as zero. At
-    the border of a volume the last block is repeated.
-
-    Args:
-        in_channels: number of input channels.
-        count: number of coefficients of a block.
-        factors: size of a block along each axis.
-    """
-
-    def __init__(self, in_channels: int, count: int, factors: Sequence[int]) -> None:
-        super().__init__(in_channels, count, factors)
-        self.neighbours = nn.Parameter(torch.zeros(2 * len(factors) * count, in_channels, *factors))
-
-    def start_as(self, functions: torch.Tensor) -> None:
-        """As :py:meth:`BlockTransform.start_as`; the weights of the neighbours are zero."""
-        super().start_as(functions)
-        nn.init.zeros_(self.neighbours)
-
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Coefficients to ``BxCxHxWxD``."""
-        functions = torch.cat([self.synthesis, self.neighbours]).flatten(1)
-        return depth_to_space(_per_voxel(beside_neighbours(z), functions.t()), self.factors)
 
 
 def beside_neighbours(z: torch.Tensor) -> torch.Tensor:
@@ -132,12 +120,6 @@ def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return F.conv2d(x, weight) if x.dim() == 4 else F.conv3d(x, weight)
 
 
-def _transform(in_channels: int, count: int, factors: Sequence[int]) -> BlockTransform:
-    """A transform with neighbours, unless that is too large."""
-    weights = count * in_channels * math.prod(factors) * (2 + 2 * len(factors))
-    return (OverlappedTransform if weights <= MAX_PARAMETERS else BlockTransform)(in_channels, count, factors)
-
-
 class LinearShortcut(nn.Module):
     """
     A linear code beside the network: residual autoencoding (Deep Compression Autoencoder,
@@ -149,9 +131,8 @@ class LinearShortcut(nn.Module):
     weight by the same step, as Adam does, would distort the channel with the largest amplitude (a block's mean) most. With
     several image channels, the latent channels are assigned to them in turn.
 
-    Once fitted, it decodes a block from its neighbours as well, see :py:class:`OverlappedTransform`. A code of more than
-    10 million weights is factorised: a transform of small blocks, then one of their coefficients. If the second is too large
-    with neighbours, it has none.
+    Once fitted, it decodes a block from its neighbours as well. A code of more than 10 million weights is factorised: a
+    transform of small blocks, then one of their coefficients. If the second is too large with neighbours, it has none.
 
     Args:
         in_channels: number of image channels.
@@ -162,22 +143,24 @@ class LinearShortcut(nn.Module):
     def __init__(self, in_channels: int, latent_channels: int, factors: Sequence[int]) -> None:
         super().__init__()
         self.in_channels = in_channels
-        inner = tuple(1 for _ in factors)
+        ones = [1] * len(factors)
+        inner = ones
         if 2 * in_channels * latent_channels * math.prod(factors) > MAX_PARAMETERS:
-            inner = tuple(math.gcd(f, INNER_SIZE) for f in factors)
-        outer = tuple(f // i for f, i in zip(factors, inner))
-        inner_indices = lowest_frequencies(inner, INNER_COUNT)
+            inner = [math.gcd(f, INNER_SIZE) for f in factors]
+        outer = [f // i for f, i in zip(factors, inner)]
+        functions = lowest_waves(latent_channels, outer, inner, in_channels)
+        coefficients = functions.shape[1]
         self.inner: BlockTransform | None = None
-        if math.prod(inner) > 1:
-            self.inner = BlockTransform(in_channels, in_channels * len(inner_indices), inner)
-            self.inner.start_as(waves_per_channel(inner_indices, [(0,) * len(inner)], inner, (1,) * len(inner), in_channels))
-        self.outer = _transform(in_channels * len(inner_indices), latent_channels, outer)
-        indices = lowest_frequencies(factors, -(-latent_channels // in_channels))
-        functions = self._lowest_waves(latent_channels)
+        if inner != ones:
+            self.inner = BlockTransform(in_channels, coefficients, inner)
+            self.inner.start_as(lowest_waves(coefficients, inner, ones, in_channels))
+        overlapped = coefficients * latent_channels * math.prod(outer) * (2 + 2 * len(factors)) <= MAX_PARAMETERS
+        self.outer = BlockTransform(coefficients, latent_channels, outer, overlapped)
         self.outer.start_as(functions)
         self.correction_amplitude = CORRECTION_AMPLITUDE  # TorchScript reads no globals
-        self.register_buffer("scale", torch.ones(1, latent_channels, *[1] * len(factors)))
+        self.register_buffer("scale", torch.ones(1, latent_channels, *ones))
         self.scale: torch.Tensor
+        indices = lowest_frequencies(factors, latent_channels)
         for z in range(len(functions)):
             self.scale[0, z] = max(LEAST_SCALE, expected_deviation(indices[z // in_channels]))
 
@@ -252,7 +235,7 @@ class LinearShortcut(nn.Module):
             number of blocks, including those shifted by half a block.
         """
         outer = self.outer
-        if not isinstance(outer, OverlappedTransform):
+        if outer.neighbours is None:
             return 0
         scale = self.scale.flatten()
         scale = scale.repeat(1 + len(outer.neighbours) // len(scale))[:, None]
@@ -273,8 +256,7 @@ class LinearShortcut(nn.Module):
         """The ``count`` lowest frequencies of the block's DCT, or as many as there are, as functions of ``outer``."""
         outer = self.outer.factors
         inner = [1] * len(outer) if self.inner is None else self.inner.factors
-        indices = lowest_frequencies([f * i for f, i in zip(outer, inner)], -(-count // self.in_channels))
-        return waves_per_channel(indices, lowest_frequencies(inner, INNER_COUNT), outer, inner, self.in_channels)[:count]
+        return lowest_waves(count, outer, inner, self.in_channels)
 
     def _outer_input(self, image: torch.Tensor) -> torch.Tensor:
         """The input of ``outer``: the image, or its coefficients in ``inner``."""
@@ -284,7 +266,7 @@ class LinearShortcut(nn.Module):
     @property
     def halo(self) -> int:
         """How many neighbouring voxels of the latent :py:meth:`decode` reads on each side."""
-        return int(isinstance(self.outer, OverlappedTransform))
+        return int(self.outer.neighbours is not None)
 
 
 @torch.no_grad()
@@ -303,13 +285,13 @@ def start_as_correction(network: Any) -> None:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL` with a linear shortcut, changed in place.
     """
     encoder, decoder, log_sigma = network.encoder, network.decoder, network.quant_conv_log_sigma
-    for norm in (encoder.last_norm, decoder.last_norm):
+    for norm in (encoder.blocks[-2], decoder.blocks[-2]):
         norm.weight.mul_(CORRECTION_SCALE)
-    for layer in (decoder.last_conv, network.quant_conv_mu, log_sigma):
+    for layer in (decoder.blocks[-1], network.quant_conv_mu, log_sigma):
         for parameter in layer.parameters():
             parameter.mul_(CORRECTION_SCALE)
     log_sigma.conv.bias.fill_(LOG_VARIANCE_START)
-    for layer in (encoder.first_conv, decoder.refine):
+    for layer in (encoder.blocks[0], decoder.refine):
         for name, parameter in layer.named_parameters():
             if name.endswith("weight"):  # output channels x image channels and voxels x kernel
                 parameter.sub_(parameter.flatten(1).mean(1).view(-1, *[1] * (parameter.dim() - 1)))

@@ -1,6 +1,6 @@
 """The GPU's memory that a run in slabs needs, and the smallest budget that works, found by running it on fake tensors.
 
-The run is that of :py:mod:`scripts.slabs.slab_run`, with its network on a fake GPU: what lies in the host's memory is not
+The run is that of :py:mod:`scripts.slabs`, with its network on a fake GPU: what lies in the host's memory is not
 counted. Of the slabs of a layer, those in the middle are alike, so one of them is run.
 """
 
@@ -19,8 +19,7 @@ from scripts.bundle.machine import GIB
 from scripts.layers.factors import padded_size
 from scripts.planning.allocations import AllocationTracker
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
-from scripts.slabs.feature_maps import FeatureMap, PaddedImage
-from scripts.slabs.slab_run import SlabRun
+from scripts.slabs import FeatureMap, PaddedImage, SlabRun
 
 __all__ = ["OPERATIONS", "SlabCost", "least_slab_cost", "slab_cost"]
 
@@ -55,7 +54,7 @@ def slab_cost(
     amp_dtype: torch.dtype | None = torch.bfloat16,
 ) -> SlabCost:
     """
-    Cost of a run in slabs on a GPU, as :py:func:`scripts.slabs.slab_run.stream` makes it. No GPU is needed.
+    Cost of a run in slabs on a GPU, as :py:func:`scripts.slabs.stream` makes it. No GPU is needed.
 
     Args:
         network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`. It is not changed, and may be on the ``meta`` device.

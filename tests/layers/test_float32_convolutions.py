@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.layers import LinearShortcut
 from scripts.layers.float32_convolutions import keep_in_float32
-from scripts.slabs.slab_run import stream
+from scripts.slabs import stream
 from tests.conftest import ROOT
 from tests.test_autoencoderkl import build
 

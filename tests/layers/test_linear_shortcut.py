@@ -10,8 +10,8 @@ import torch
 from scipy.fft import dctn, idctn
 
 from scripts.evaluation.metrics import grid_energy
-from scripts.layers.block_statistics import RIDGES
-from scripts.layers.linear_shortcut import LinearShortcut, OverlappedTransform, beside_neighbours
+from scripts.layers.linear_codes import RIDGES
+from scripts.layers.linear_shortcut import LinearShortcut, beside_neighbours
 from scripts.training.handlers import InitialWeights, fit_shortcut
 from scripts.training.repeatable_batches import RepeatableBatchSampler
 from tests.conftest import head_like
@@ -141,7 +141,7 @@ def test_a_code_too_large_for_neighbours_has_none():
     assert large.halo == 0 and large.fit_neighbours([torch.rand(1, 1, 64, 64, 64)]) == 0
     for latent_channels, size in ((24, 8), (64, 16), (256, 32)):
         code = LinearShortcut(1, latent_channels, (size,) * 3)
-        assert isinstance(code.outer, OverlappedTransform) and code.halo == 1
+        assert code.outer.neighbours is not None and code.halo == 1
         assert sum(p.numel() for p in code.parameters()) <= 10_000_000
 
 

@@ -1,4 +1,4 @@
-"""Runs a network layer by layer, and each layer in slabs, with the result of one pass.
+"""The network in slabs: each layer over the whole volume before the next, with the result of one pass.
 
 Feature maps are kept in the host's memory, or in files where that is too small, and go through the device in slabs along one
 axis. A slab includes the neighbouring rows that a convolution reads, and their results are cut off; group norms take their
@@ -26,11 +26,13 @@ from monai.networks.nets.autoencoderkl import AEKLDownsample
 
 from scripts.bundle.machine import GIB, MIB, free_memory
 from scripts.bundle.progress import ProgressBar
+from scripts.layers.factors import padded_size
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock, RMSNorm, SpatialAttention
-from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
-from scripts.slabs.feature_maps import FeatureMap, PaddedImage
+from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample, pad_at_end
 
-__all__ = ["SlabRun", "stream"]
+__all__ = ["FeatureMap", "PaddedImage", "SlabRun", "stream"]
+
+CHANNEL_BLOCK = 16  # libraries reorder maps in blocks of this many channels
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 SHARE_FOR_MAPS = 0.35  # of the budget on the CPU, or of the host's free memory; further maps go to files
@@ -41,6 +43,7 @@ INPUT_BYTES, RESULT_BYTES = 14, 10
 # algorithm, which is four times slower and needs more memory (between 1.3 and 1.6 million, PyTorch 2.14.1)
 LEAST_VALUES = 1_600_000
 LAYERS = "{l_bar}{bar}| layer {n:.1f}/{total} [{elapsed}]"  # without the time left, as layers differ too much
+NORMS = (GroupNorm, RMSNorm)
 Slabwise = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -61,12 +64,9 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, prog
         ``network.encode``. Sizes that the total factor does not divide are padded before encoding.
     """
     x = x.detach().as_subclass(torch.Tensor).cpu()
-    bar = None
-    if progress:
-        bar = ProgressBar(
-            total=_count_layers(network, operation), desc=f"{operation} in slabs", leave=False, bar_format=LAYERS
-        )
-    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="feature-maps-") as folder, bar or contextlib.nullcontext():
+    layers = _count_layers(network, operation)
+    bar = ProgressBar(total=layers, desc=f"{operation} in slabs", leave=False, bar_format=LAYERS, disable=not progress)
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="feature-maps-") as folder, bar:
         run = SlabRun(network, x, operation, int(memory_gb * GIB), Path(folder), bar)
         if operation == "decode":
             return run.decode(FeatureMap(x, run.dim)).tensor()
@@ -81,6 +81,67 @@ def stream(network: Any, x: torch.Tensor, operation: str, memory_gb: float, prog
     for dim in range(2, image.ndim):
         image = image.narrow(dim, 0, sizes[dim])
     return image
+
+
+class FeatureMap:
+    """
+    A map that is read and written in slabs.
+
+    Args:
+        tensor: the map, or the file that holds it.
+        dim: dimension along which slabs are cut.
+        shape: of a map in a file.
+        dtype: of a map in a file.
+    """
+
+    def __init__(
+        self, tensor: torch.Tensor | Path, dim: int, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._content, self.dim = tensor, dim
+        self.shape = torch.Size(shape) if isinstance(tensor, Path) else tensor.shape
+        self.dtype = dtype if isinstance(tensor, Path) else tensor.dtype
+        self.moments: torch.Tensor | None = None  # number, sum and sum of squares of each channel's values, 3xBxC
+
+    @property
+    def rows(self) -> int:
+        """Size along ``dim``."""
+        return self.shape[self.dim]
+
+    @property
+    def row_values(self) -> int:
+        """Values of one row, its channels rounded up to the blocks in which libraries reorder them."""
+        channels = self.shape[1] if self.shape[1] == 1 else -(-self.shape[1] // CHANNEL_BLOCK) * CHANNEL_BLOCK
+        return self.shape.numel() // self.rows // self.shape[1] * channels
+
+    def tensor(self) -> torch.Tensor:
+        """The whole map. Of one in a file, the parts in use count as memory of the process until the tensor is deleted."""
+        if isinstance(self._content, torch.Tensor):
+            return self._content
+        return torch.from_file(str(self._content), shared=True, size=self.shape.numel(), dtype=self.dtype).view(self.shape)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows from ``start`` up to ``stop``."""
+        return self.tensor().narrow(self.dim, start, stop - start)
+
+    def write(self, start: int, slab: torch.Tensor) -> None:
+        """Replace the rows from ``start`` on."""
+        self.read(start, start + slab.shape[self.dim]).copy_(slab)
+
+
+class PaddedImage(FeatureMap):
+    """An image that reads as if its edges were repeated until the factors divide it."""
+
+    def __init__(self, image: torch.Tensor, factors: Sequence[int], dim: int) -> None:
+        super().__init__(image, dim)
+        self._given = self.shape
+        self.shape = torch.Size([*image.shape[:2], *padded_size(image.shape[2:], factors)])
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        last = self._given[self.dim]
+        # at least one row, which is then repeated
+        slab = self.tensor().narrow(self.dim, min(start, last - 1), max(min(stop, last) - start, 1))
+        sizes = [stop - start if dim == self.dim else self.shape[dim] for dim in range(2, slab.ndim)]
+        return slab if sizes == list(slab.shape[2:]) else pad_at_end(slab, sizes)
 
 
 class SlabRun:
@@ -117,19 +178,17 @@ class SlabRun:
         norm: Slabwise = _identity
         for block in network.encoder.blocks:
             x, norm = self._block(block, x, norm)
-        if network.shortcut is None:
-            return self._stream(lambda h: network.quant_conv_mu(h).float(), [(x, 1)], halo=0)
-        return self._stream(
-            lambda h, x: network.shortcut.encode(x, network.quant_conv_mu(h)).float(),
-            [(x, 1), (image, self.total)],
-            halo=0,
-        )
+        mean, shortcut = network.quant_conv_mu, network.shortcut
+        if shortcut is None:
+            return self._stream(lambda h: mean(h).float(), [(x, 1)], halo=0)
+        sources = [(x, 1), (image, self.total)]
+        return self._stream(lambda h, image: shortcut.encode(image, mean(h)).float(), sources, halo=0)
 
     def decode(self, z: FeatureMap) -> FeatureMap:
         """The image of a latent, float32."""
         network, decoder = self.network, self.network.decoder
         image = FeatureMap(torch.empty(self.image_shape, dtype=torch.float32), self.dim)
-        linear = None
+        linear, refine = None, decoder.refine
         if network.shortcut is not None:
             linear = self._stream(network.shortcut.decode, [(z, 1)], self.total, halo=network.shortcut.halo)
         x = self._stream(network.post_quant_conv, [(z, 1)], halo=0)
@@ -137,22 +196,17 @@ class SlabRun:
         *blocks, last = decoder.blocks
         for i, block in enumerate(blocks):
             if i == decoder.last_level and linear is not None:
-                x = self._refine(decoder.refine, x, linear)
+                x = self._stream(lambda x, linear: x + refine(linear), [(x, 1), (linear, refine.factors[self.axis])], into=x)
             x, norm = self._block(block, x, norm)
         _, rows_out = _rates(last, self.axis)
-        if linear is None:
-            return self._stream(lambda x: last(norm(x)), [(x, 1)], rows_out, into=image, enlarged=_enlargement(last))
+        sources = [(x, 1)] if linear is None else [(x, 1), (linear, rows_out)]
         return self._stream(
-            lambda x, linear: last(norm(x)) + linear,
-            [(x, 1), (linear, rows_out)],
-            rows_out,
-            into=image,
-            enlarged=_enlargement(last),
+            lambda x, *linear: sum(linear, start=last(norm(x))), sources, rows_out, into=image, enlarged=_enlargement(last)
         )
 
     def _block(self, block: nn.Module, x: FeatureMap, norm: Slabwise) -> tuple[FeatureMap, Slabwise]:
         """A map after ``block``, and a norm that is not applied yet: whatever reads the map applies it."""
-        if isinstance(block, (GroupNorm, RMSNorm)):
+        if isinstance(block, NORMS):
             return x, _norm_of(block, x)
         if isinstance(block, ResidualBlock):
             return self._residual(block, x), _identity
@@ -171,10 +225,6 @@ class SlabRun:
             [(h, 1), (x, 1)],
             into=x if block.in_channels == block.out_channels else None,
         )
-
-    def _refine(self, refine: Any, x: FeatureMap, linear: FeatureMap) -> FeatureMap:
-        factor = refine.factors[self.axis]
-        return self._stream(lambda x, linear: x + refine(linear), [(x, 1), (linear, factor)], into=x)
 
     def _stream(
         self,
@@ -231,8 +281,19 @@ class SlabRun:
         return result
 
     def _moments(self, slab: torch.Tensor) -> torch.Tensor:
-        """See :py:func:`_moments`."""
-        return _moments(slab)
+        """
+        Number of voxels, sum and sum of squares for each channel, ``3xBxC`` in float64. The variance in the slab is computed
+        around the channel's mean: in float32, small deviations would be lost beside large squares.
+        """
+        found = []
+        for channel in slab.flatten(0, 1):
+            values = channel.float()
+            mean = values.mean()
+            variance = (values - mean).square_().mean()
+            found.append(torch.stack([mean, variance]))
+        mean, variance = torch.stack(found, dim=1).double().cpu().view(2, *slab.shape[:2])
+        count = slab[0, 0].numel()
+        return count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
 
     def _next_start(self, start: int, stop: int, thickness: int, units: int) -> int:
         """Where the slab after the one from ``start`` up to ``stop`` starts; the planner leaves out those that are alike."""
@@ -256,19 +317,16 @@ class SlabRun:
 
 def _count_layers(network: Any, operation: str) -> int:
     """The number of layers that an operation of a network streams."""
+    blocks: list[nn.Module] = []
     layers = 0
     if operation != "decode":
-        layers += sum(map(_layers_of, network.encoder.blocks)) + 1  # z_mu
+        blocks += network.encoder.blocks
+        layers += 1  # z_mu
     if operation != "encode":
-        layers += sum(map(_layers_of, network.decoder.blocks)) + 1  # post_quant_conv
-        layers += 2 * (network.shortcut is not None)  # its image, and the layer that reads it
-    return layers
-
-
-def _layers_of(block: nn.Module) -> int:
-    if isinstance(block, (GroupNorm, RMSNorm)):
-        return 0
-    return 2 if isinstance(block, ResidualBlock) else 1
+        blocks += network.decoder.blocks
+        layers += 1 + 2 * (network.shortcut is not None)  # post_quant_conv; the linear image, and the layer that reads it
+    convolutions = (2 if isinstance(block, ResidualBlock) else 1 for block in blocks if not isinstance(block, NORMS))
+    return layers + sum(convolutions)
 
 
 def _return_freed_memory() -> None:
@@ -279,22 +337,6 @@ def _return_freed_memory() -> None:
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
-
-
-def _moments(slab: torch.Tensor) -> torch.Tensor:
-    """
-    Number of voxels, sum and sum of squares for each channel, ``3xBxC`` in float64. The variance in the slab is computed
-    around the channel's mean: in float32, small deviations would be lost beside large squares.
-    """
-    found = []
-    for channel in slab.flatten(0, 1):
-        values = channel.float()
-        mean = values.mean()
-        variance = (values - mean).square_().mean()
-        found.append(torch.stack([mean, variance]))
-    mean, variance = torch.stack(found, dim=1).double().cpu().view(2, *slab.shape[:2])
-    count = slab[0, 0].numel()
-    return count * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
 
 
 def _norm_of(norm: GroupNorm | RMSNorm, x: FeatureMap) -> Slabwise:
