@@ -9,7 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
+from scripts.bundle.weights import load_weights
 from tests.conftest import ROOT, SMALL, save_volume
 from tests.processes import bundle_run
 
@@ -198,18 +200,9 @@ def test_misspelt_key_on_the_command_line_is_refused():
     assert "no config key 'ckpt_dirs'; the nearest one is 'ckpt_dir'" in process.stdout
 
 
-@pytest.mark.parametrize(
-    "configs, folder", [(("inference.json",), "models"), (("inference.json", "presets/16x.json"), "models/16x")]
-)
-def test_shipped_weights_fit_the_network_of_their_config(configs, folder, volumes, tmp_path):
-    process = bundle_run(
-        "evaluating",
-        *configs,
-        ckpt_dir=folder,
-        dataset_dir=str(volumes),
-        output_dir=str(tmp_path),
-        device="cpu",
-        num_workers="0",
-    )
-    assert "it cannot be checked whether" not in process.stdout
-    assert len(list(tmp_path.rglob("*_reconstruction.nii.gz"))) == 4
+@pytest.mark.parametrize("presets, folder", [([], "models"), (["presets/16x.json"], "models/16x")])
+def test_shipped_weights_fit_the_network_of_their_config(presets, folder, caplog):
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "configs" / name) for name in ("inference.json", *presets)])
+    load_weights(parser.get_parsed_content("network_def"), str(ROOT / folder / "model.pt"))
+    assert caplog.text == ""  # no warning either
