@@ -32,7 +32,7 @@ from benchmarks.tables import print_table
 from scripts.bundle.config import ROOT
 from scripts.bundle.precision import choose_precision
 
-PARTS = ("machine", "tests", "cost", "planning", "loop", "runs", "generator", "compiled", "whole_volume", "distributed")
+PARTS = ("machine", "tests", "cost", "planning", "loop", "runs", "compiled", "whole_volume", "distributed")
 META = ("--meta_file", "configs/metadata.json", "--logging_file", "configs/logging.conf")
 SMALL = {"channels": "[4,8,8]", "latent_channels": 8, "num_workers": 0}
 PATCH = {"patch_size": "[16,16,16]"}
@@ -102,40 +102,37 @@ def commands(part: str, device: str, work: Path) -> Iterator[tuple[str, list[str
                 name = f"{part}_{precision}" + "_channels_last" * channels_last
                 common = {"device": device, "channels_last": channels_last, "amp": precision != "float32"}
                 common |= {"amp_dtype": precision} if common["amp"] else {}
-                for step, words in chain(part, work / name, volumes, common, small):
-                    yield f"{name}_{step}", words
+                steps = chain(work / name, volumes, common, compiled=part == "compiled", small=small)
+                yield from ((f"{name}_{step}", words) for step, words in steps)
 
 
-def chain(part: str, home: Path, volumes: Path, common: dict[str, Any], small: bool) -> Iterator[tuple[str, list[str]]]:
+def chain(home: Path, volumes: Path, common: dict[str, Any], compiled: bool, small: bool) -> Iterator[tuple[str, list[str]]]:
     """
-    The commands of a part that use each other's results.
+    Commands that use each other's results.
 
     Args:
-        part: ``runs``, ``generator`` or ``compiled``.
         home: folder of the results.
         volumes: folder of the volumes.
         common: keys of all commands.
+        compiled: whether the network is compiled, which only a training is.
         small: whether networks and patches are small.
     """
     network, patch, generator = (SMALL, PATCH, SMALL_GENERATOR) if small else ({}, {}, {})
-    weights, latents = home / "eval/fast_dev_run/checkpoints", home / "latents"
-    training = {**common, **network, **patch, "output_dir": home / "eval", "fast_dev_run": True}
-    yield "train", bundle("training", "configs/train.json", **training, dataset_dir=volumes, compile=part == "compiled")
-    if part == "compiled":
+    weights, latents, trained = home / "eval/fast_dev_run/checkpoints", home / "latents", home / "fast_dev_run/checkpoints"
+    training = {**common, **network, **patch, "dataset_dir": volumes, "output_dir": home / "eval"}
+    yield "train", bundle("training", "configs/train.json", **training, fast_dev_run=True, compile=compiled)
+    if compiled:
         return
-    coding = {**common, **network, "ckpt_dir": weights}
-    yield "encode", bundle("encoding", "configs/inference.json", **coding, dataset_dir=volumes, output_dir=latents)
-    if part == "runs":
-        decoding = {**coding, "dataset_dir": latents, "output_dir": home / "decoded"}
-        yield "decode", bundle("decoding", "configs/inference.json", **decoding)
-        files = "['configs/train.json','configs/evaluate.json']"
-        yield "evaluate", bundle("evaluating", files, **coding, dataset_dir=volumes, output_dir=home / "eval")
-        return
-    training = {**common, **generator, "dataset_dir": latents, "output_dir": home, "fast_dev_run": True}
-    yield "train_diffusion", bundle("training", "configs/train_diffusion.json", **training)
-    sampling = {**common, "ckpt_dir": home / "fast_dev_run/checkpoints", "autoencoder": weights / "model.pt"}
-    sampling |= {"output_dir": home / "samples", "num_samples": 1, "num_inference_steps": 2}
-    yield "generate", bundle("generating", "configs/generate.json", **sampling)
+    of_volumes = {**common, **network, "ckpt_dir": weights, "dataset_dir": volumes}
+    yield "encode", bundle("encoding", "configs/inference.json", **of_volumes, output_dir=latents)
+    of_latents = {**of_volumes, "dataset_dir": latents}
+    yield "decode", bundle("decoding", "configs/inference.json", **of_latents, output_dir=home / "decoded")
+    files = "['configs/train.json','configs/evaluate.json']"
+    yield "evaluate", bundle("evaluating", files, **of_volumes, output_dir=home / "eval")
+    training = {**common, **generator, "dataset_dir": latents, "output_dir": home}
+    yield "train_diffusion", bundle("training", "configs/train_diffusion.json", **training, fast_dev_run=True)
+    sampling = {**common, "ckpt_dir": trained, "autoencoder": weights / "model.pt", "output_dir": home / "samples"}
+    yield "generate", bundle("generating", "configs/generate.json", **sampling, num_samples=1, num_inference_steps=2)
 
 
 def python(module: str, *words: str) -> list[str]:

@@ -36,10 +36,10 @@ def test_command_that_raises_hangs_or_dies_ends_no_other(tmp_path, capsys):
         assert set(file.namelist()) == {"gpu.json", *(f"{name}.log" for name in commands)}
 
 
-def test_generator_is_trained_and_sampled_small_on_the_cpu(tmp_path):
-    """The longest chain of commands: train, encode, train a generator on the latents, generate."""
-    commands = dict(gpu.commands("generator", "cpu", tmp_path / "work"))
-    assert [name.split("_", 2)[2] for name in commands] == ["train", "encode", "train_diffusion", "generate"]
+def test_commands_that_use_each_others_results_run_small_on_the_cpu(tmp_path):
+    commands = dict(gpu.commands("runs", "cpu", tmp_path / "work"))
+    steps = [name.split("_", 2)[2] for name in commands]
+    assert steps == ["train", "encode", "decode", "evaluate", "train_diffusion", "generate"]
     for words in commands.values():
         assert words[:3] == [sys.executable, "-m", "monai.bundle"]
         bundle_command(words[3:])
