@@ -141,7 +141,8 @@ def kept_bytes(network: torch.nn.Module, image: torch.Tensor) -> int:
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's, about its own parts
 def test_network_compiles_and_gives_the_same():
-    network = build(initial_downsample_factor=2, linear_shortcut=True).train()
+    levels = {"channels": (4, 8), "attention_levels": (False, False), "downsample_factors": [2]}
+    network = build(initial_downsample_factor=2, linear_shortcut=True, **levels).train()
     image = image_for(network, 2)
     results = []
     for compiled in (False, True):
