@@ -462,7 +462,8 @@ def save_latent_scale(output_dir: str, weights: str) -> float | None:
     mean_square = np.average([np.mean(each.channel_mean_square) for each in found], weights=counts)
     scale = 1 / math.sqrt(mean_square - mean**2)
     if idist.get_rank() == 0:
+        file = Path(output_dir) / "latent_scale.json"
         content = {"latent_scale": scale, "mean": mean, "volumes": len(found), "weights_sha256": file_hash(weights)}
-        write_atomically(json.dumps(content, indent=2).encode(), Path(output_dir) / "latent_scale.json")
-        logger.info(f"latent_scale {scale:.6g} over {len(found)} volumes")
+        write_atomically(json.dumps(content, indent=2).encode(), file)
+        logger.info(f"latent_scale {scale:.6g} over {len(found)} volumes, in {file}")
     return scale

@@ -130,7 +130,7 @@ def test_what_training_did_not_see_is_refused_by_name(generator, weights, masks,
     save_mask(folder / "c.nii.gz")
     with pytest.raises(SystemExit, match=r"could not be done \(2\)"):
         generate(generator, weights, tmp_path / "out", dataset_dir=folder, spatial_keys=["label"])
-    assert "a_unknown.nii.gz: has labels that are not among the classes: 7; known are 0, 1, 4" in caplog.text
+    assert "a_unknown.nii.gz: has labels that are not among the classes: [7]; known are [0, 1, 4]" in caplog.text
     assert "b_fine.nii.gz: has the spacing 0.3 x 1.5 x 2 mm; training saw 1 x 1.5 x 2" in caplog.text
     made = json.loads((tmp_path / "out" / "dataset.json").read_text())["training"]
     assert [Path(item["image"]).name for item in made] == ["c_sample_00_0000.nii.gz", "c_sample_01_0000.nii.gz"]
