@@ -43,7 +43,8 @@ from scripts.data.restored_volumes import (
     rows_of,
     with_record,
 )
-from scripts.data.spatial_conditions import SpatialDescription, SpatialKind
+from scripts.data.spatial_conditions import SpatialDescription
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.data.volume_lists import EVERY_NIFTI, visible_files
 from scripts.data.volume_reader import read_volume, state_of
 

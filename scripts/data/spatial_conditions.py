@@ -1,13 +1,13 @@
-"""Spatial conditions, which are images or label maps: what they are encoded as, and reading them on the grid of a volume."""
+"""Spatial conditions, which are images or label maps: reading them on the grid of a volume."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,109 +16,20 @@ from monai.transforms import Transform
 from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
 
-from scripts.bundle.json_files import Must, Sha256, Share, checked, shortened
+from scripts.bundle.json_files import Sha256, Share, checked, shortened
 from scripts.bundle.processes import merged
 from scripts.bundle.progress import ProgressBar
 from scripts.data.grids import Grid, on_grid, preprocessed_grid
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
 from scripts.data.restored_volumes import with_record
+from scripts.data.spatial_kinds import MOST_CLASSES, SpatialKind, labels_in
 from scripts.data.volume_checks import check_shape, explanation
 from scripts.data.volume_reader import read_volume, state_of
 
-__all__ = ["LoadSpatiald", "SpatialDescription", "SpatialKind", "labels_in", "learn_kinds"]
+__all__ = ["LoadSpatiald", "SpatialDescription", "learn_kinds"]
 
-MOST_CLASSES = 2**10
-PLANES_OF_CLASSES = 16  # up to so many classes have a plane each; more share planes, one for each bit of their numbers
-LARGEST_LABEL = 2**31 - 1
 THREADS = 4
-Classes = Annotated[
-    tuple[int, ...],
-    Must(
-        f"up to {MOST_CLASSES} different labels, ascending and without 0",
-        lambda found: len(found) <= MOST_CLASSES and list(found) == sorted({*found} - {0}),
-    ),
-]
-Range = Annotated[tuple[float, float], Must("two numbers with the lower one first", lambda pair: pair[0] < pair[1])]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SpatialKind:
-    """
-    A spatial condition, as all volumes of a data set have it.
-
-    Args:
-        classes: Labels of a label map without 0, which is the background; empty for an image.
-        intensity_percentiles: Percentiles of an image that become 0 and 1, see
-            :py:class:`scripts.data.intensity_window.ScaleIntensityWindowd`.
-        intensity_range: Intensities of an image that become 0 and 1, instead.
-    """
-
-    classes: Classes = ()
-    intensity_percentiles: Range = (0.0, 99.9)
-    intensity_range: Range | None = None
-
-    @property
-    def is_label_map(self) -> bool:
-        """Whether it is a label map."""
-        return bool(self.classes)
-
-    @property
-    def num_planes(self) -> int:
-        """Number of volumes that are encoded: 1 for an image, one for each class or, of more than 16, for each bit."""
-        count = len(self.classes)
-        return max(1, count if count <= PLANES_OF_CLASSES else count.bit_length())
-
-    @property
-    def names(self) -> list[str]:
-        """What each plane is."""
-        if self.num_planes == len(self.classes):
-            return [f"class {label}" for label in self.classes]
-        # the number of a class follows from all of them
-        return [f"bit {bit} of {self.classes}" for bit in range(self.num_planes)] if self.classes else ["image"]
-
-    def planes(self, volume: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
-        """
-        The volumes that are encoded.
-
-        Args:
-            volume: ``BxCxHxWxD``, an image in [0, 1] or labels.
-            name: Name of the volume, for errors.
-
-        Returns:
-            ``num_planes`` volumes of the shape of ``volume``, float32 in [0, 1].
-
-        Raises:
-            ValueError: for labels that are not among the classes.
-        """
-        if not self.is_label_map:
-            yield volume.float()
-            return
-        self.check(labels_in(volume.flatten(0, 2).cpu().numpy()), name)
-        if len(self.classes) <= PLANES_OF_CLASSES:
-            for label in self.classes:
-                yield (volume == label).float()
-            return
-        known, order = torch.tensor((0, *self.classes), dtype=volume.dtype, device=volume.device).sort()
-        numbers = order.to(torch.int16)[torch.searchsorted(known, volume.contiguous(), out_int32=True)]
-        for bit in range(self.num_planes):
-            yield (numbers >> bit & 1).float()
-
-    def check(self, labels: Sequence[int], name: str) -> None:
-        """
-        Check the labels of a label map.
-
-        Args:
-            labels: Labels, see :py:func:`labels_in`.
-            name: Name of the volume, for errors.
-
-        Raises:
-            ValueError: for labels that are not among the classes.
-        """
-        unknown = sorted({*labels} - {0, *self.classes})
-        if unknown:
-            known = shortened([0, *self.classes])
-            raise ValueError(f"{name} has labels that are not among the classes: {shortened(unknown)}; known are {known}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,25 +61,6 @@ class SpatialDescription:
     def origin(self) -> tuple[SpatialKind, str, str]:
         """What its latents depend on."""
         return self.kind, self.source, self.source_state
-
-
-def labels_in(values: np.ndarray) -> list[int]:
-    """
-    The labels of a label map, ascending.
-
-    Args:
-        values: Voxels of any type, ``HxWxD``.
-
-    Raises:
-        ValueError: for voxels that are no labels, with text that follows the name of the volume.
-    """
-    labels = np.unique(np.concatenate([np.unique(part) for part in values]))  # in parts, for memory
-    strange = labels[(labels != np.rint(labels)) | (labels < -LARGEST_LABEL) | (labels > LARGEST_LABEL)]
-    if len(strange):
-        raise ValueError(f"is no label map: it has voxels of {strange[0]:.10g}, and labels are integers.")
-    if len(labels) > MOST_CLASSES + 1:
-        raise ValueError(f"is no label map: it has more than {MOST_CLASSES} different values.")
-    return labels.astype(np.int64).tolist()
 
 
 def learn_kinds(

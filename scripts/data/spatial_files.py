@@ -16,7 +16,7 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.data.dataset_tables import dataset_lists
 from scripts.data.file_names import is_nifti, without_ending
-from scripts.data.volume_lists import visible_files
+from scripts.data.volume_lists import EVERY_NIFTI, visible_files
 from scripts.data.volume_reader import identity_of
 
 __all__ = ["find_spatial", "find_spatial_items"]
@@ -77,7 +77,7 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
     return left
 
 
-def find_spatial_items(dataset_dir: str, image_glob: str, spatial_keys: Sequence[str]) -> list[Item]:
+def find_spatial_items(dataset_dir: str, spatial_keys: Sequence[str]) -> list[Item]:
     """
     Find spatial conditions, with volumes or without: those of the items of ``dataset.json``; or else the files that are
     called as :py:func:`find_spatial` says, those of one case together. Of a single key these are, if no file is called so,
@@ -85,7 +85,6 @@ def find_spatial_items(dataset_dir: str, image_glob: str, spatial_keys: Sequence
 
     Args:
         dataset_dir: Folder to search.
-        image_glob: Pattern that files must match, relative to it, see :py:func:`scripts.data.volume_lists.find_images`.
         spatial_keys: Names of the conditions.
 
     Returns:
@@ -95,7 +94,7 @@ def find_spatial_items(dataset_dir: str, image_glob: str, spatial_keys: Sequence
         ValueError: for a key that no case has, and for two files that fit.
     """
     listed = {Path(image): of_item for image, of_item in _listed(dataset_dir, spatial_keys).items()}
-    cases = listed or _cases_of_files(dataset_dir, image_glob, spatial_keys)
+    cases = listed or _cases_of_files(dataset_dir, spatial_keys)
     for key in spatial_keys:
         if not any(key in of_case for of_case in cases.values()):
             raise ValueError(f"there is no spatial condition {key!r} below `dataset_dir` {dataset_dir!r}.")
@@ -105,7 +104,11 @@ def find_spatial_items(dataset_dir: str, image_glob: str, spatial_keys: Sequence
     if len({*names.values()}) < len(cases):
         raise ValueError(f"{dataset_dir} has several cases of one name, their folders included; rename them.")
     return [
-        {"name": names[case], "image": str(case) if listed and case.is_file() else None, "spatial": cases[case]}
+        {
+            "name": names[case],
+            "image": str(case) if listed and case.is_file() else None,
+            "spatial": {key: cases[case][key] for key in spatial_keys if key in cases[case]},
+        }
         for case in sorted(cases, key=lambda case: names[case])
     ]
 
@@ -128,9 +131,9 @@ def _listed(dataset_dir: str, spatial_keys: Sequence[str]) -> dict[str, dict[str
     return dict(found)
 
 
-def _cases_of_files(dataset_dir: str, image_glob: str, spatial_keys: Sequence[str]) -> dict[Path, dict[str, str]]:
+def _cases_of_files(dataset_dir: str, spatial_keys: Sequence[str]) -> dict[Path, dict[str, str]]:
     """The files of each case by key; the case is called as its volume would be, in its folder."""
-    files = [path for path in visible_files(dataset_dir, image_glob) if is_nifti(path.name)]
+    files = [path for path in visible_files(dataset_dir, EVERY_NIFTI) if is_nifti(path.name)]
     found: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for path in files:
         for key in spatial_keys:

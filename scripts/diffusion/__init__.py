@@ -2,21 +2,17 @@
 
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.generator import Generator, describe
-from scripts.diffusion.guidance import load_guide
-from scripts.diffusion.loading import load_autoencoder, load_generator, load_pretrained_generator
+from scripts.diffusion.generator import describe, load_autoencoder, load_generator, load_guide, load_pretrained_generator
+from scripts.diffusion.objective import FlowEvaluator, FlowPrepareBatch
 from scripts.diffusion.preconditioning import Denoiser
-from scripts.diffusion.prepare_batch import FlowPrepareBatch
-from scripts.diffusion.sampler import Sampler
+from scripts.diffusion.sampler import Generator, Sampler
 from scripts.diffusion.statistics import LatentStatistics
 from scripts.diffusion.training_data import LatentCollate, ReadLatentd, latent_lists, learn_statistics
-from scripts.diffusion.validation import FlowEvaluator, FlowInferer, averages
 
 __all__ = [
     "Conditions",
     "Denoiser",
     "FlowEvaluator",
-    "FlowInferer",
     "FlowPrepareBatch",
     "Generator",
     "LatentCollate",
@@ -25,7 +21,6 @@ __all__ = [
     "RectifiedFlow",
     "Sampler",
     "Volume",
-    "averages",
     "describe",
     "latent_lists",
     "learn_statistics",

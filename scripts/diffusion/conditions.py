@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scripts.bundle.json_files import Must, PositiveInt
 
 __all__ = ["ClassCondition", "Conditions", "NumberCondition", "Volume"]
 
-SUMMARY_WIDTH = 80  # characters for the classes of a condition
 LEAST_DEVIATION = 1e-6  # of a number; below it the number is the same in all volumes and says nothing
 logger = logging.getLogger(__name__)
 
@@ -77,8 +76,7 @@ class NumberCondition:
         outside = max(self.lowest - value, value - self.highest)
         words = f"`conditions` asks for {key} {value:g}; training saw {self}"
         if outside > self.deviation:
-            low, high = self.lowest - self.deviation, self.highest + self.deviation
-            raise ValueError(f"{words}; it must be from {low:.4g} to {high:.4g}, beyond which a generator knows nothing.")
+            raise ValueError(f"{words}, and at most {self.deviation:.3g} more or less can be asked for.")
         if outside > 0:
             logger.warning(f"{words}: expect less of what lies outside")
         return float(value)
@@ -87,9 +85,8 @@ class NumberCondition:
         """With mean and deviation of ``before`` where they say anything of these numbers."""
         if not isinstance(before, NumberCondition) or before.deviation <= LEAST_DEVIATION:
             return self
-        if max(before.lowest - self.mean, self.mean - before.highest) > before.deviation:
-            return self
-        return replace(self, mean=before.mean, deviation=before.deviation)
+        far = max(before.lowest - self.mean, self.mean - before.highest) > before.deviation
+        return self if far else replace(self, mean=before.mean, deviation=before.deviation)
 
 
 @dataclass(frozen=True)
@@ -98,20 +95,8 @@ class ClassCondition:
 
     classes: Annotated[dict[str, PositiveInt], Must("the number of volumes of each class", len)]
 
-    @classmethod
-    def of(cls, key: str, values: Sequence[Any]) -> ClassCondition:
-        """That of the values of the training volumes."""
-        counts = Counter(str(value) for value in values)
-        if len(values) > 2 and len(counts) == len(values):
-            raise ValueError(
-                f"`condition_keys` names {key!r}, which has another value for each of the {len(values)} volumes that have "
-                "one: that names volumes instead of describing them. Leave it out."
-            )
-        return cls({name: counts[name] for name in sorted(counts)})
-
     def __str__(self) -> str:
-        counts = ", ".join(f"{name} in {count}" for name, count in self.classes.items())
-        return textwrap.shorten(counts, SUMMARY_WIDTH, placeholder=" ...")
+        return ", ".join(f"{name} in {count}" for name, count in self.classes.items())
 
     def entries(self, key: str) -> list[tuple[Any, ...]]:
         """See :py:attr:`Conditions.entries`."""
@@ -125,14 +110,8 @@ class ClassCondition:
         """See :py:meth:`Conditions.checked`."""
         name = str(value).lower() if isinstance(value, bool) else str(value)
         if name not in self.classes:
-            raise ValueError(
-                f"`conditions` asks for {key} {value!r}; it must be one that training saw: {', '.join(self.classes)}."
-            )
+            raise ValueError(f"`conditions` asks for {key} {value!r}; training saw {', '.join(self.classes)}.")
         return name
-
-    def standardised_as(self, before: Any) -> ClassCondition:
-        """Itself: there is nothing to standardise."""
-        return self
 
 
 @dataclass(frozen=True)
@@ -165,26 +144,9 @@ class Conditions:
             ValueError: for a key that no volume has, that is a number in some volumes and a word in others, or that has
                 another word for every volume, as a name has.
         """
-        known = sorted({key for volume in volumes for key in volume.conditions})
-        keys: dict[str, NumberCondition | ClassCondition] = {}
-        for key in condition_keys:
-            present = [volume.conditions[key] for volume in volumes if key in volume.conditions]
-            if not present:
-                raise ValueError(
-                    f"`condition_keys` names {key!r}, which no training volume has; they have {', '.join(known) or 'none'}. "
-                    "After a change of participants.tsv or dataset.json, run `encoding` again."
-                )
-            numbers = [value for value in present if _is_number(value)]
-            words = [value for value in present if not _is_number(value)]
-            if numbers and words:
-                raise ValueError(
-                    f"`condition_keys` names {key!r}, which is a number in {len(numbers)} volumes and a word in "
-                    f"{len(words)} ({words[0]!r}). Make it one or the other in participants.tsv or dataset.json, and run "
-                    "`encoding` again."
-                )
-            keys[key] = NumberCondition.of(numbers) if numbers else ClassCondition.of(key, words)
         along_axes = [axis for name in ("size", "spacing") for axis in zip(*(getattr(each, name) for each in volumes))]
-        return cls([NumberCondition.of([math.log(value) for value in along]) for along in along_axes], keys)
+        geometry = [NumberCondition.of([math.log(value) for value in along]) for along in along_axes]
+        return cls(geometry, {key: _learned(key, volumes) for key in condition_keys})
 
     def __len__(self) -> int:
         """Length of the vector."""
@@ -209,9 +171,11 @@ class Conditions:
         where they varied, and the mean is at most a standard deviation outside of what they were.
         """
         geometry = [now.standardised_as(then) for now, then in zip(self.geometry, before.geometry)]
-        return Conditions(geometry, {key: now.standardised_as(before.keys.get(key)) for key, now in self.keys.items()})
+        numbers = {key: now for key, now in self.keys.items() if isinstance(now, NumberCondition)}
+        standardised = {key: now.standardised_as(before.keys.get(key)) for key, now in numbers.items()}
+        return Conditions(geometry, {**self.keys, **standardised})
 
-    def vector(self, volume: Volume) -> torch.Tensor:
+    def vector(self, volume: Volume) -> Tensor:
         """
         The vector of a volume. A condition that is missing, or a class that training did not see, counts as unknown; instead
         of a size or spacing beyond what training saw, the nearest that it saw is given.
@@ -223,11 +187,11 @@ class Conditions:
             found += condition.vector(volume.conditions.get(key))
         return torch.tensor(found)
 
-    def null_vector(self) -> torch.Tensor:
+    def null_vector(self) -> Tensor:
         """The vector without conditions, for the unconditional estimate of classifier-free guidance."""
         return torch.zeros(len(self))
 
-    def with_dropout(self, volume: Volume, dropout: float, random: np.random.Generator) -> torch.Tensor:
+    def with_dropout(self, volume: Volume, dropout: float, random: np.random.Generator) -> Tensor:
         """
         The vector of a training volume: with the probability ``dropout`` it is the null vector, and otherwise each condition
         is left out by itself with that probability.
@@ -246,11 +210,26 @@ class Conditions:
             ValueError: for a condition or a class that training did not see, a word for a number, and a number that is
                 further outside than a standard deviation. One that is less far outside is warned of.
         """
-        for key in requested:
-            if key not in self.keys:
-                names = ", ".join(self.keys) or "none (`condition_keys` was empty)"
-                raise ValueError(f"`conditions` names {key!r}; this generator was trained with the conditions {names}.")
+        for key in requested.keys() - self.keys.keys():
+            names = ", ".join(self.keys) or "none"
+            raise ValueError(f"`conditions` names {key!r}; this generator was trained with the conditions {names}.")
         return {key: self.keys[key].checked(key, value) for key, value in requested.items() if value is not None}
+
+
+def _learned(key: str, volumes: Sequence[Volume]) -> NumberCondition | ClassCondition:
+    """What the training volumes have of a key."""
+    values = [volume.conditions[key] for volume in volumes if key in volume.conditions]
+    numbers = [value for value in values if _is_number(value)]
+    words = [str(value) for value in values if not _is_number(value)]
+    if not values:
+        known = ", ".join(sorted({name for volume in volumes for name in volume.conditions})) or "none"
+        raise ValueError(f"`condition_keys` names {key!r}, which no training latent has; they have {known}.")
+    if numbers and words:
+        raise ValueError(f"{key!r} is a number in {len(numbers)} volumes and a word in {len(words)} ({words[0]!r}).")
+    counts = Counter(words)
+    if len(counts) == len(values) > 2:
+        raise ValueError(f"`condition_keys` names {key!r}, which names volumes: it has another value for each.")
+    return NumberCondition.of(numbers) if numbers else ClassCondition({name: counts[name] for name in sorted(counts)})
 
 
 def _is_number(value: Any) -> bool:

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from scripts.bundle.json_files import PositiveFloat, checked
+from torch import Tensor
 
 __all__ = ["FlowTarget", "RectifiedFlow", "channel_means", "draw_noise", "per_item"]
 
@@ -30,9 +29,9 @@ class FlowTarget:
         mask: 1 in the volume, 0 in the padding, ``Bx1xHxWxD``.
     """
 
-    clean: torch.Tensor
-    times: torch.Tensor
-    mask: torch.Tensor
+    clean: Tensor
+    times: Tensor
+    mask: Tensor
 
 
 class RectifiedFlow:
@@ -52,13 +51,10 @@ class RectifiedFlow:
     Args:
         timestep_shift: the factor by which the odds t / (1 - t) grow; None for the square root of the number of values of a
             latent divided by 4096, as in RAE (https://arxiv.org/abs/2510.11690), at least 1.
-
-    Raises:
-        ValueError: for a shift that is not positive.
     """
 
     def __init__(self, timestep_shift: float | None = None) -> None:
-        self.timestep_shift: float | None = checked(timestep_shift, PositiveFloat | None, "timestep_shift")
+        self.timestep_shift = timestep_shift
 
     def state_dict(self) -> dict[str, Any]:
         """The arguments, for checkpoints."""
@@ -86,27 +82,27 @@ class RectifiedFlow:
         even = [1 - step / num_steps for step in range(num_steps + 1)]
         return [time / (time + (1 - time) / shift) for time in even]
 
-    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """The noisy latents, ``BxCxHxWxD``, at times ``B``."""
         t = per_item(times, clean)
         return (1 - t) * clean + t * noise
 
-    def loss(self, estimate: torch.Tensor, target: FlowTarget) -> torch.Tensor:
+    def loss(self, estimate: Tensor, target: FlowTarget) -> Tensor:
         """Mean square error of the velocity, of each latent without its padding, averaged over the batch."""
         error = (estimate.float() - target.clean) / per_item(target.times, target.clean).clamp(min=LEAST_TIME)
         return channel_means(error.square(), target.mask).mean()
 
 
-def draw_noise(shape: Sequence[int], seed: int) -> torch.Tensor:
+def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
     """Noise that depends on nothing but its shape and the seed, the same on every machine: it is drawn on the CPU."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def channel_means(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def channel_means(values: Tensor, mask: Tensor) -> Tensor:
     """Means over the voxels in the mask, ``BxC``, of ``BxCxHxWxD``."""
     return (values * mask).flatten(2).sum(2) / mask.flatten(2).sum(2)
 
 
-def per_item(times: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def per_item(times: Tensor, like: Tensor) -> Tensor:
     """Times ``B`` in the form ``Bx1x1x1x1``, of as many dimensions as ``like``."""
     return times.reshape(-1, *[1] * (like.dim() - 1))

@@ -1,36 +1,40 @@
-"""A trained generator, and the JSON file beside its weights."""
+"""Trained generators and the JSON file beside their weights: read to sample from, to guide, and to train further."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any
 
-from scripts.bundle.json_files import Count, Must, PositiveFloat, PositiveInt, Sha256, Share
+import torch
+from torch import Tensor
+
+from scripts.autoencoderkl import Reconstructor
+from scripts.bundle.files import file_hash
+from scripts.bundle.json_files import PositiveFloat, PositiveInt, Sha256, Share, read_dataclass
+from scripts.bundle.weights import check_arguments, load_weights, read_weights, what_differs
 from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.preconditioning import Denoiser
-from scripts.diffusion.statistics import LatentStatistics
+from scripts.diffusion.sampler import Generator
+from scripts.diffusion.statistics import NORMALISATION, LatentStatistics
 
-__all__ = ["Generator", "GeneratorDescription", "describe"]
+__all__ = [
+    "GeneratorDescription",
+    "Trained",
+    "describe",
+    "load_autoencoder",
+    "load_generator",
+    "load_guide",
+    "load_pretrained_generator",
+]
 
-MAX_CHANNELS, MAX_LEVELS = 2**16, 16
-Width = Annotated[int, Must(f"an integer from 1 to {MAX_CHANNELS}", lambda n: 0 < n <= MAX_CHANNELS)]
-Widths = Annotated[list[Width], Must("a list of integers", lambda widths: 0 < len(widths) <= MAX_LEVELS)]
-
-
-@dataclass(frozen=True)
-class DenoiserArguments:
-    """Arguments of a :py:class:`scripts.diffusion.Denoiser`."""
-
-    spatial_dims: Literal[2, 3]
-    latent_channels: Width
-    condition_size: Width
-    channels: Widths
-    attention_levels: list[bool]
-    num_res_blocks: Widths
-    norm_num_groups: Width
-    num_head_channels: Width
-    prediction: str
-    spatial_channels: Count = 0
+FOLDER = "models/generator"  # of the generator that the bundle carries
+READS_CONDITIONS = "unet.class_embedding.0.weight"  # of the layer that sees the vector of conditions
+READS_LATENTS = "unet.conv_in.conv.weight"  # of the layer that sees the noisy latent, and then the spatial conditions
+READS_SPATIAL = "from_spatial.conv.weight"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Trained:
 class GeneratorDescription:
     """The JSON file beside a generator's weights."""
 
-    network: DenoiserArguments
+    network: dict[str, Any]
     latents: LatentStatistics
     timestep_shift: PositiveFloat | None
     condition_dropout: Share
@@ -54,41 +58,140 @@ class GeneratorDescription:
     sha256_before: Sha256 | None = None
     trained: Trained | None = None
 
-    def __post_init__(self) -> None:
-        network, latents = self.network, self.latents
-        per_channel = (latents.channel_mean, latents.channel_deviation, latents.channel_amplitude, latents.own_mean)
-        agree = (
-            all(len(values) == network.latent_channels for values in per_channel)
-            and len(latents.conditions) == network.condition_size
-            and all(len(each.size) == len(each.spacing) == network.spatial_dims for each in latents.geometries)
-            and len(latents.conditions.geometry) == 2 * network.spatial_dims
-            and len(latents.factors) == network.spatial_dims
-            and latents.spatial_channels == network.spatial_channels
-        )
-        if not agree:
-            raise ValueError("`network` and `latents` contradict each other in channels, conditions or axes.")
-
-
-@dataclass(frozen=True)
-class Generator:
-    """
-    Args:
-        network: denoiser with its weights.
-        statistics: statistics of its training latents.
-        flow: flow that it has learned.
-        condition_dropout: share of the steps without conditions.
-        sha256: hash of its weights.
-        trained: how long it was trained, if that is known.
-    """
-
-    network: Denoiser
-    statistics: LatentStatistics
-    flow: RectifiedFlow
-    condition_dropout: float
-    sha256: str
-    trained: Trained | None = None
-
 
 def describe(statistics: LatentStatistics, flow: RectifiedFlow, condition_dropout: float) -> dict[str, Any]:
     """What the JSON file beside a generator's weights says besides the arguments of its network."""
     return {"latents": asdict(statistics), **flow.state_dict(), "condition_dropout": condition_dropout}
+
+
+def load_generator(path: str, wanted: str = "") -> Generator:
+    """
+    Read a generator.
+
+    Args:
+        path: path of its weights; the rest is in the JSON file beside them.
+        wanted: see :py:func:`scripts.bundle.weights.read_weights`.
+
+    Raises:
+        FileNotFoundError: when there are no weights, or nothing beside them.
+        ValueError: when a file is damaged, or the two do not belong together.
+    """
+    content, _ = read_weights(path, GeneratorDescription, wanted)
+    description = read_dataclass(Path(path).with_suffix(".json"), GeneratorDescription)
+    arguments, statistics = description.network, description.latents
+    check_arguments(arguments, {**arguments, **statistics.network_arguments}, path)
+    try:
+        with torch.device("meta"):  # sizes in an untrusted file take no memory
+            network = Denoiser(**arguments)
+        network.load_state_dict({name: value.float() for name, value in content.items()}, assign=True)
+    except Exception as error:  # whatever is in the files
+        raise ValueError(f"{path} cannot be loaded into the network that its JSON file describes: {error}") from error
+    logger.info(f"loaded the generator {path}: {statistics.summary()}")
+    flow, dropout = RectifiedFlow(description.timestep_shift), description.condition_dropout
+    return Generator(network.eval(), statistics, flow, dropout, file_hash(path))
+
+
+def load_autoencoder(path: str, statistics: LatentStatistics) -> Reconstructor:
+    """
+    Load the autoencoder that made a generator's training latents.
+
+    Args:
+        path: path of its weights.
+        statistics: statistics of the latents.
+
+    Raises:
+        ValueError: for other weights.
+    """
+    expected = statistics.autoencoder
+    if Path(path).is_file():
+        _refuse_another(f"`autoencoder` {path}", file_hash(path), expected.sha256)
+    autoencoder = Reconstructor(**expected.network)
+    load_weights(autoencoder, path)
+    return autoencoder.eval()
+
+
+def load_guide(path: str | None, generator: Generator, device: Any, memory_format: torch.memory_format) -> Generator | None:
+    """
+    Read a generator of the same latents for autoguidance.
+
+    Args:
+        path: path of its weights, with the JSON file beside them; None for no guide.
+        generator: generator that it is to guide.
+        device: device of its network.
+        memory_format: memory format of its network's weights.
+
+    Raises:
+        FileNotFoundError: when there are no weights, or nothing beside them.
+        ValueError: when a file is damaged, the guide is the generator itself, or it sees latents or conditions in another
+            way.
+    """
+    if path is None:
+        return None
+    guide = load_generator(
+        path, f"`guide` is {path}; it must be a file of weights, such as eval/guide/checkpoints/model.pt."
+    )
+    if guide.sha256 == generator.sha256:
+        raise ValueError(f"`guide` is {path}, which has the weights that it is to guide. It must be a lesser generator.")
+    if details := what_differs(_seen(guide.statistics, generator.statistics), _seen(generator.statistics, guide.statistics)):
+        raise ValueError(f"{path} cannot guide this generator: {details}. Train a guide on the same latents.")
+    guide.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    return guide
+
+
+def load_pretrained_generator(network: Denoiser, path: str, statistics: LatentStatistics) -> None:
+    """
+    Take over the weights of a generator and what they were trained with: how latents are normalised, and how numbers among
+    the conditions are standardised. Conditions, spatial ones too, may differ: the weights of those that both have are taken
+    over, and a condition that is new has no influence before the first step.
+
+    Args:
+        network: network, changed in place.
+        path: path of the weights of a run, with the JSON file beside them.
+        statistics: statistics of the training latents, changed in place.
+
+    Raises:
+        FileNotFoundError: when there is no such file, or no JSON file beside it.
+        ValueError: when it is damaged, of another network or prediction, or of the latents of another autoencoder.
+    """
+    generator = load_generator(path)
+    before = generator.statistics
+    check_arguments({**generator.network.arguments, **statistics.network_arguments}, network.arguments, path)
+    _refuse_another(f"the autoencoder of {path}", before.autoencoder.sha256, statistics.autoencoder.sha256)
+    if statistics.latent_gamma != before.latent_gamma:
+        logger.warning(f"`latent_gamma` is {statistics.latent_gamma:g}; {path} keeps its {before.latent_gamma:g}")
+    statistics.inherit_normalisation(before)
+    state = generator.network.state_dict()
+    vectors = before.conditions.entries, statistics.conditions.entries
+    spatial = before.spatial_entries, statistics.spatial_entries
+    state[READS_CONDITIONS] = _for_entries(state[READS_CONDITIONS], *vectors)
+    others, reads = state[READS_LATENTS].tensor_split([state[READS_LATENTS].shape[1] - len(spatial[0])], 1)
+    state[READS_LATENTS] = torch.cat([others, _for_entries(reads, *spatial)], 1)
+    if READS_SPATIAL in state:
+        state[READS_SPATIAL] = _for_entries(state[READS_SPATIAL], *spatial)
+    expected = network.state_dict()  # with layers that only one of the two has
+    network.load_state_dict({**expected, **{name: state[name] for name in expected if name in state}})
+    logger.info(f"training starts from {path}: {before.summary()}; here: {statistics.summary()}")
+    lost = {*before.conditions.keys, *before.spatial} - {*statistics.conditions.keys, *statistics.spatial}
+    if lost:
+        logger.warning(f"conditions of {path} that are lost: {', '.join(sorted(lost))}")
+
+
+def _refuse_another(what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{what} is not that of the latents: its SHA-256 begins with {found[:12]} instead of {expected[:12]}."
+        )
+
+
+def _seen(statistics: LatentStatistics, other: LatentStatistics) -> dict[str, Any]:
+    """What must be the same for one noisy latent and its conditions to say the same to both; one may lack spatial ones."""
+    normalisation = {name: getattr(statistics, name) for name in NORMALISATION}
+    conditions = {"conditions": statistics.conditions.entries, "spatial_keys": statistics.spatial or other.spatial}
+    return {"SHA-256 of the autoencoder's weights": statistics.autoencoder.sha256[:12], **normalisation, **conditions}
+
+
+def _for_entries(weight: Tensor, then: Sequence[Any], here: Sequence[Any]) -> Tensor:
+    """The weight of a layer, an input of which is one of ``then``, for the inputs ``here``: zeros for those that are new."""
+    columns = dict(zip(then, weight.unbind(1)))
+    new = weight.new_zeros(weight.shape[0], *weight.shape[2:])
+    return torch.stack([columns.get(entry, new) for entry in here], 1) if here else weight[:, :0]

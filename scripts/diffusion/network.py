@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, WrappedUpsample, get_timestep_embedding
-from torch import nn
+from torch import Tensor, nn
 
 from scripts.layers.float32_convolutions import keep_in_float32
 from scripts.layers.lean_blocks import SpatialAttention
@@ -58,13 +58,8 @@ class LatentUNet(DiffusionModelUNet):
         keep_in_float32(self)  # some of its convolutions, under the CPU's autocast
 
     def forward(  # type: ignore[override]
-        self,
-        x: torch.Tensor,
-        time: torch.Tensor,
-        context: torch.Tensor,
-        extent: torch.Tensor | None = None,
-        spatial: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, time: Tensor, context: Tensor, extent: Tensor | None = None, spatial: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             x: latents, ``BxCxHxWxD``.
@@ -80,7 +75,7 @@ class LatentUNet(DiffusionModelUNet):
         sinusoids = get_timestep_embedding(self.num_timesteps * time, self.block_out_channels[0])
         embedding = self.time_embed(sinusoids.to(x.dtype))
         embedding = embedding + self.class_embedding(context).to(x.dtype)
-        skips: list[torch.Tensor] = [h]
+        skips: list[Tensor] = [h]
         for down in self.down_blocks:
             h, maps = down(h, embedding)
             skips += maps
@@ -100,13 +95,13 @@ class _Upsample(nn.Sequential):
         for name, child in block.named_children():
             self.add_module(name, child)
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x)
         return x
 
 
-def coordinates(x: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:
+def coordinates(x: Tensor, extent: Tensor | None) -> Tensor:
     """
     The position of each voxel along each axis, its sine and its cosine (Liu et al., CoordConv,
     https://arxiv.org/abs/1807.03247). A convolution knows nothing of where it is, and heads have one nose.
@@ -120,7 +115,7 @@ def coordinates(x: torch.Tensor, extent: torch.Tensor | None) -> torch.Tensor:
     """
     axes = x.dim() - 2
     shape = [x.shape[0], 1] + list(x.shape[2:])
-    found: list[torch.Tensor] = []
+    found: list[Tensor] = []
     for axis in range(axes):
         size = x.shape[axis + 2]
         share = (torch.arange(size, device=x.device, dtype=torch.float32) + 0.5) / size

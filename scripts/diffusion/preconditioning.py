@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from monai.networks.blocks import Convolution
 from monai.networks.nets.diffusion_model_unet import zero_module
-from torch import nn
+from torch import Tensor, nn
 
 from scripts.diffusion.network import LatentUNet
 
@@ -30,15 +28,13 @@ class Denoiser(nn.Module):
         latent_channels: number of channels of the latent.
         condition_size: length of the vector of conditions.
         channels: number of channels of each level.
-        attention_levels: whether each level has attention. The middle block always has it.
         num_res_blocks: number of residual blocks of each level.
-        norm_num_groups: number of groups of the normalisation; must divide all ``channels``.
-        num_head_channels: number of channels of a head of attention; must divide the channels where there is attention.
         prediction: what the U-Net predicts: the clean latent (``"x"``), the velocity ``clean - noise`` (``"v"``), or mean,
             gain and residual of each clean value (``"gain"``, see :py:func:`posterior`).
         amplitude: deviation of each channel of the latents, for ``"gain"``; None where weights that are loaded have it.
         spatial_channels: number of channels of the spatial conditions. A linear function of each of their voxels is added to
             the U-Net's output: the latent of an image is nearly a weighted sum of those of its classes.
+        kwargs: further arguments of ``DiffusionModelUNet``, plain JSON, such as ``attention_levels``.
 
     Attributes:
         arguments: all of them, plain JSON.
@@ -56,43 +52,24 @@ class Denoiser(nn.Module):
         latent_channels: int,
         condition_size: int,
         channels: Sequence[int],
-        attention_levels: Sequence[bool],
         num_res_blocks: int | Sequence[int] = 1,
-        norm_num_groups: int = 16,
-        num_head_channels: int = 32,
         prediction: str = "gain",
-        amplitude: Sequence[float] | torch.Tensor | None = None,
+        amplitude: Sequence[float] | Tensor | None = None,
         spatial_channels: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"`prediction` is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}.")
-        if len(attention_levels) != len(channels):
-            raise ValueError(
-                f"`attention_levels` has {len(attention_levels)} entries for {len(channels)} levels (`channels`); it needs "
-                "one for each."
-            )
-        for width, attends in zip(channels, [*attention_levels[:-1], True]):
-            multiple = math.lcm(norm_num_groups, num_head_channels if attends else 1)
-            if width % multiple:
-                raise ValueError(
-                    f"`channels` has {width}; {'with' if attends else 'without'} attention it must be a multiple of "
-                    f"{multiple} (`norm_num_groups` {norm_num_groups}, `num_head_channels` {num_head_channels})."
-                )
-        of_unet: dict[str, Any] = {
-            "channels": list(channels),
-            "attention_levels": [bool(attends) for attends in attention_levels],
-            "num_res_blocks": [num_res_blocks] * len(channels) if isinstance(num_res_blocks, int) else list(num_res_blocks),
-            "norm_num_groups": norm_num_groups,
-            "num_head_channels": num_head_channels,
-        }
+        blocks = [num_res_blocks] * len(channels) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        of_unet = {"channels": list(channels), "num_res_blocks": blocks, **kwargs}
         self.arguments: dict[str, Any] = {
             "spatial_dims": spatial_dims,
             "latent_channels": latent_channels,
             "condition_size": condition_size,
-            **of_unet,
             "prediction": prediction,
             "spatial_channels": spatial_channels,
+            **of_unet,
         }
         self.multiple = 2 ** (len(channels) - 1)
         self.gain, self.velocity = prediction == "gain", prediction == "v"
@@ -103,17 +80,14 @@ class Denoiser(nn.Module):
         outputs = latent_channels * (3 if self.gain else 1)
         inputs = latent_channels, outputs, condition_size, spatial_channels
         self.unet = LatentUNet(spatial_dims, *inputs, use_flash_attention=True, **of_unet)
-        linear = partial(Convolution, spatial_dims, kernel_size=1, conv_only=True)
-        self.from_spatial = zero_module(linear(spatial_channels, outputs)) if spatial_channels else None
+        self.from_spatial = None
+        if spatial_channels:
+            linear = Convolution(spatial_dims, spatial_channels, outputs, kernel_size=1, conv_only=True)
+            self.from_spatial = zero_module(linear)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        time: torch.Tensor,
-        context: torch.Tensor,
-        extent: torch.Tensor | None = None,
-        spatial: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, time: Tensor, context: Tensor, extent: Tensor | None = None, spatial: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             x: noisy latents, ``BxCxHxWxD``, sizes that are multiples of ``multiple``.
@@ -126,33 +100,22 @@ class Denoiser(nn.Module):
             the clean latents, of the shape of ``x``.
         """
         t = time.float().reshape([-1] + [1] * (x.dim() - 1))
+        scaled = x
         if self.gain:
-            amplitude: torch.Tensor = self.amplitude  # type: ignore[assignment]
+            amplitude: Tensor = self.amplitude  # type: ignore[assignment]
             t = t.clamp(self.least_time, 1 - self.least_time)
-            strength = (((1 - t) * amplitude).square() + t.square()).sqrt()
-            prior_mean, logit, residual = self._output(x / strength, time, context, extent, spatial).float().chunk(3, 1)
-            mean, deviation = posterior(x, t, amplitude, amplitude * prior_mean, self.logit * logit)
-            return mean + deviation * residual
-        output = self._output(x, time, context, extent, spatial)
-        return x + t * output if self.velocity else output
-
-    def _output(
-        self,
-        x: torch.Tensor,
-        time: torch.Tensor,
-        context: torch.Tensor,
-        extent: torch.Tensor | None,
-        spatial: torch.Tensor | None,
-    ) -> torch.Tensor:
-        output = self.unet(x, time, context, extent, spatial)
+            scaled = x / (((1 - t) * amplitude).square() + t.square()).sqrt()
+        output = self.unet(scaled, time, context, extent, spatial)
         if self.from_spatial is not None and spatial is not None:
             output = output + self.from_spatial(spatial)
-        return output
+        if self.gain:
+            prior_mean, logit, residual = output.float().chunk(3, 1)
+            mean, deviation = posterior(x, t, amplitude, amplitude * prior_mean, self.logit * logit)
+            return mean + deviation * residual
+        return x + t * output if self.velocity else output
 
 
-def posterior(
-    noisy: torch.Tensor, time: torch.Tensor, amplitude: torch.Tensor, mean: torch.Tensor, log_ratio: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def posterior(noisy: Tensor, time: Tensor, amplitude: Tensor, mean: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     """
     What is known of each clean value by Bayes' rule. Before the noisy latent is seen, the value has a Gaussian distribution,
     of which ``mean`` and ``log_ratio`` are predicted; so it has afterwards. The noisy value counts by the gain (as in

@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scripts.bundle.json_files import Must, PositiveFloat, PositiveInt, Sha256, Share, checked
 from scripts.bundle.network_arguments import NetworkArguments, total_downsample_factor
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Conditions
+from scripts.diffusion.flow import per_item
 
 __all__ = ["Geometry", "LatentAutoencoder", "LatentStatistics", "ranges"]
 
@@ -68,7 +70,6 @@ class LatentStatistics:
         data_type: type of the volumes' voxels.
         scl_slope: their scale.
         scl_inter: their offset.
-        intensity_windows: ``lowest`` and ``highest`` end of the windows, of each image channel.
         training_mean: mean of each channel over the training latents, where ``channel_mean`` is that of the latents that the
             pretrained weights were trained on.
         spatial: spatial conditions by key.
@@ -87,7 +88,6 @@ class LatentStatistics:
     data_type: DataType
     scl_slope: float
     scl_inter: float
-    intensity_windows: dict[str, list[float]] = field(default_factory=dict)
     training_mean: list[float] | None = None
     spatial: dict[str, SpatialKind] = field(default_factory=dict)
 
@@ -111,24 +111,24 @@ class LatentStatistics:
         Raises:
             ValueError: for one that the generator does not have.
         """
-        for key in spatial_keys:
-            if key not in self.spatial:
-                known = ", ".join(self.spatial) or "none"
-                raise ValueError(f"`spatial_keys` names {key!r}; this generator has the spatial conditions {known}.")
+        for key in set(spatial_keys) - self.spatial.keys():
+            known = ", ".join(self.spatial) or "none"
+            raise ValueError(f"`spatial_keys` names {key!r}; this generator has the spatial conditions {known}.")
         return {key: self.spatial[key] for key in spatial_keys}
-
-    @property
-    def spatial_planes(self) -> list[int]:
-        """Number of latents of each spatial condition."""
-        return [kind.num_planes for kind in self.spatial.values()]
 
     @property
     def spatial_channels(self) -> int:
         """Number of channels that :py:meth:`spatial_input` has."""
-        return sum(self.spatial_planes) * self.latent_channels + len(self.spatial)
+        return len(self.spatial_entries)
 
     @property
-    def amplitude(self) -> torch.Tensor:
+    def network_arguments(self) -> dict[str, int]:
+        """Arguments of a :py:class:`scripts.diffusion.Denoiser` that follow from the latents."""
+        sizes = {"latent_channels": self.latent_channels, "spatial_channels": self.spatial_channels}
+        return {**sizes, "condition_size": len(self.conditions)}
+
+    @property
+    def amplitude(self) -> Tensor:
         """Amplitude of each channel."""
         return torch.tensor(self.channel_amplitude)
 
@@ -146,10 +146,7 @@ class LatentStatistics:
         here = self.volumes, self.own_mean
         vars(self).update(vars(checked(dict(state), LatentStatistics)))
         if here != (self.volumes, self.own_mean):
-            logger.warning(
-                f"the training latents are not those that the run began with ({here[0]} now, {self.volumes} then): "
-                "statistics of the channels, sizes and conditions stay those of then. A new run learns them from all."
-            )
+            logger.warning("the training latents are not those that the run began with; its statistics stay those of then")
 
     @staticmethod
     def must_match(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,17 +170,17 @@ class LatentStatistics:
         """Lowest and highest ``size`` (voxels) or ``spacing`` (mm) of the training volumes along each axis."""
         return [(min(along), max(along)) for along in zip(*(getattr(each, name) for each in self.geometries))]
 
-    def normalised(self, z: torch.Tensor) -> torch.Tensor:
+    def normalised(self, z: Tensor) -> Tensor:
         """Latents as the autoencoder makes them, ``BxCxHxWxD``, to what the generator works with."""
         mean, scale = self._mean_and_scale(z)
         return (z - mean) * scale
 
-    def denormalised(self, z: torch.Tensor) -> torch.Tensor:
+    def denormalised(self, z: Tensor) -> Tensor:
         """The reverse of :py:meth:`normalised`."""
         mean, scale = self._mean_and_scale(z)
         return z / scale + mean
 
-    def stacked(self, latents: Mapping[str, torch.Tensor], size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def stacked(self, latents: Mapping[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """
         The spatial conditions of one volume.
 
@@ -195,12 +192,11 @@ class LatentStatistics:
             the latents of all conditions, one after the other, zeros for those that it does not have,
             ``(planes * C)xHxWxD``; and for each condition 1 if it has it, and otherwise 0.
         """
-        counts = [planes * self.latent_channels for planes in self.spatial_planes]
-        found = [latents.get(key, torch.zeros(count, *size)) for key, count in zip(self.spatial, counts)]
-        stacked = torch.cat([torch.zeros(0, *size), *found])
+        missing = {key: torch.zeros(kind.num_planes * self.latent_channels, *size) for key, kind in self.spatial.items()}
+        stacked = torch.cat([torch.zeros(0, *size), *({**missing, **latents}[key] for key in self.spatial)])
         return stacked, torch.tensor([float(key in latents) for key in self.spatial])
 
-    def spatial_input(self, latents: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    def spatial_input(self, latents: Tensor, given: Tensor) -> Tensor:
         """
         What a network sees of spatial conditions: their latents, normalised as those of the images are, and for each
         condition one channel that is 1 where it is given. What is not given is zeros.
@@ -209,15 +205,10 @@ class LatentStatistics:
             latents: ``Bx(planes * C)xHxWxD``, see :py:meth:`stacked`.
             given: ``BxK``.
         """
-        size, planes = latents.shape[2:], sum(self.spatial_planes)
-        by_plane = latents.reshape(-1, self.latent_channels, *size)
-        by_plane = self.normalised(by_plane).reshape(len(latents), planes, self.latent_channels, *size)
-        counts = torch.tensor(self.spatial_planes, dtype=torch.long, device=given.device)
-        of_plane, of_key = (
-            each.reshape(*each.shape, *[1] * len(size))
-            for each in (given.repeat_interleave(counts, 1, output_size=planes), given)
-        )
-        return torch.cat([(by_plane * of_plane[:, :, None]).flatten(1, 2), of_key.expand(-1, -1, *size)], 1)
+        of_key = [per_item(known, latents) for known in given.unbind(1)]
+        of_plane = [known for known, kind in zip(of_key, self.spatial.values()) for _ in range(kind.num_planes)]
+        planes = [self.normalised(z) * known for z, known in zip(latents.split(self.latent_channels, 1), of_plane)]
+        return torch.cat([*planes, *(known.expand(-1, -1, *latents.shape[2:]) for known in of_key)], 1)
 
     @property
     def spatial_entries(self) -> list[tuple[Any, ...]]:
@@ -227,19 +218,17 @@ class LatentStatistics:
             found += [(key, plane, channel) for plane in kind.names for channel in range(self.latent_channels)]
         return found + [(key,) for key in self.spatial]
 
-    def _mean_and_scale(self, z: torch.Tensor) -> list[torch.Tensor]:
+    def _mean_and_scale(self, z: Tensor) -> list[Tensor]:
         scale = np.divide(self.channel_amplitude, self.channel_deviation).tolist()
         shape = (1, -1, *[1] * (z.dim() - 2))
         return [torch.tensor(values, device=z.device).reshape(shape) for values in (self.channel_mean, scale)]
 
     def summary(self) -> str:
         """In words, for the log."""
-        sizes = {tuple(each.size) for each in self.geometries}
+        conditions = ", ".join([*self.conditions.summary(), *self.spatial, "size", "spacing"])
         return (
-            f"{self.volumes} training latents of {self.latent_channels} channels, volumes of {len(sizes)} "
-            f"size{'s' * (len(sizes) != 1)}; channels from {min(self.channel_amplitude):.3g} to "
-            f"{max(self.channel_amplitude):.3g} times as strong as the noise (`latent_gamma` {self.latent_gamma:g}); "
-            f"conditions: {', '.join([*self.conditions.summary(), 'size', 'spacing'])}"
+            f"{self.volumes} training latents of {self.latent_channels} channels, `latent_gamma` {self.latent_gamma:g}; "
+            f"conditions: {conditions}"
         )
 
 

@@ -14,10 +14,9 @@ import torch
 from monai.transforms import Transform
 from monai.utils.enums import CommonKeys as Keys
 
-from scripts.bundle.json_files import Share, checked
 from scripts.bundle.weights import what_differs
 from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent, read_spatial
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.data.subjects import split_by_subject
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import draw_noise
@@ -25,7 +24,7 @@ from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStat
 from scripts.layers.factors import padded_size
 from scripts.layers.resampling import pad_at_end
 
-__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_statistics", "statistics_of"]
+__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_statistics"]
 
 LEAST_SHARE = 1e-6  # of the strongest channel's deviation; a weaker channel is as good as constant
 PLAIN = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}
@@ -57,74 +56,51 @@ def latent_lists(
     descriptions = {path: read_description(Path(path)) for path in all_latents(dataset_dir)}
     _refuse_mixture(descriptions)
     # the split looks at the paths of the volumes
-    items = [{"image": each.source, "latent": path} for path, each in descriptions.items()]
-    listed = {path: each.dataset_list for path, each in descriptions.items() if each.dataset_list}
-    if listed:
-        lists = {name: [item for item in items if listed.get(item["latent"]) == name] for name in ("training", "validation")}
-        left_out = len(items) - sum(map(len, lists.values()))
-        if left_out:
-            logger.info(f"{dataset_dir}: left out {left_out} latents of volumes that dataset.json does not list")
-        if not lists["training"]:
+    items: list[Any] = [
+        {"image": each.source, "latent": path, "list": each.dataset_list} for path, each in descriptions.items()
+    ]
+    lists = {name: [item for item in items if item["list"] == name] for name in ("training", "validation")}
+    if any(item["list"] for item in items):
+        items = lists["training"]
+        if not items:
             raise FileNotFoundError(f"{dataset_dir!r} has no latent of a volume that dataset.json lists for training.")
-    if not listed or not lists["validation"]:
-        lists = split_by_subject(lists["training"] if listed else items, ".", val_fraction, seed, subject_pattern)
-    return {name: [{"image": item["latent"]} for item in items][:max_volumes] for name, items in lists.items()}
+    if not lists["validation"]:
+        lists = split_by_subject(items, ".", val_fraction, seed, subject_pattern)
+    return {name: [{"image": item["latent"]} for item in found][:max_volumes] for name, found in lists.items()}
 
 
 def learn_statistics(
-    items: Sequence[Item], latent_gamma: float, condition_keys: Sequence[str], spatial_keys: Sequence[str] = ()
+    items: Sequence[Item], latent_gamma: float, condition_keys: Sequence[str] = (), spatial_keys: Sequence[str] = ()
 ) -> LatentStatistics:
     """
-    What the JSON files beside latents say, see :py:func:`statistics_of`.
+    Statistics of latents, by the JSON files beside them.
 
     Args:
-        items: training list.
-        latent_gamma: see :py:class:`LatentStatistics`.
-        condition_keys: names of the conditions to use.
-        spatial_keys: names of the spatial conditions to use.
-    """
-    descriptions = [read_description(Path(item["image"])) for item in items]
-    statistics = statistics_of(descriptions, latent_gamma, condition_keys, spatial_keys)
-    logger.info(statistics.summary())
-    for key in statistics.spatial:
-        count = sum(key in each.spatial for each in descriptions)
-        logger.info(f"{count} of {len(descriptions)} training latents have the spatial condition {key!r}")
-    return statistics
-
-
-def statistics_of(
-    descriptions: Sequence[LatentDescription],
-    latent_gamma: float,
-    condition_keys: Sequence[str] = (),
-    spatial_keys: Sequence[str] = (),
-) -> LatentStatistics:
-    """
-    Statistics of latents.
-
-    Args:
-        descriptions: what lies beside the latents, all of one autoencoder.
+        items: training list, latents of one autoencoder.
         latent_gamma: 0 to 1, see :py:class:`LatentStatistics`.
         condition_keys: names of the conditions to use.
         spatial_keys: names of the spatial conditions to use.
 
     Raises:
-        ValueError: for a ``latent_gamma`` outside, conditions that the volumes do not have, and a spatial condition that
-            was not encoded alike for all volumes.
+        ValueError: for conditions that the volumes do not have, and a spatial condition that was not encoded alike for all
+            volumes.
     """
-    gamma: float = checked(latent_gamma, Share, "latent_gamma")
+    descriptions = [read_description(Path(item["image"])) for item in items]
     volumes = [volume_of(each) for each in descriptions]
     counts = Counter((tuple(volume.size), tuple(volume.spacing)) for volume in volumes)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return LatentStatistics(
+    statistics = LatentStatistics(
         autoencoder=LatentAutoencoder(descriptions[0].network, descriptions[0].weights_sha256),
         volumes=len(descriptions),
-        latent_gamma=gamma,
-        **_channels(descriptions, gamma),
+        latent_gamma=latent_gamma,
+        **_channels(descriptions, latent_gamma),
         conditions=Conditions.learn(condition_keys, volumes),
         geometries=[Geometry(list(size), list(spacing), count) for (size, spacing), count in ordered],
         **_intensities(descriptions),
         spatial={key: _kind(key, descriptions) for key in spatial_keys},
     )
+    logger.info(statistics.summary())
+    return statistics
 
 
 def volume_of(description: LatentDescription) -> Volume:
@@ -136,18 +112,14 @@ def volume_of(description: LatentDescription) -> Volume:
 
 def _kind(key: str, descriptions: Sequence[LatentDescription]) -> SpatialKind:
     """What a spatial condition is, the same in all volumes that have it."""
-    kinds = {each.spatial[key].kind for each in descriptions if key in each.spatial}
+    kinds = [each.spatial[key].kind for each in descriptions if key in each.spatial]
     if not kinds:
-        known = sorted({name for each in descriptions for name in each.spatial})
-        raise ValueError(
-            f"`spatial_keys` names {key!r}, which no training latent has; they have {', '.join(known) or 'none'}. Run "
-            "`encoding` with the same `spatial_keys`."
-        )
-    if len(kinds) > 1:
-        raise ValueError(
-            f"the spatial condition {key!r} was encoded with different classes: run `encoding` again on all volumes."
-        )
-    return kinds.pop()
+        known = ", ".join(sorted({name for each in descriptions for name in each.spatial})) or "none"
+        raise ValueError(f"`spatial_keys` names {key!r}, which no training latent has; they have {known}.")
+    if len(set(kinds)) > 1:
+        raise ValueError(f"the spatial condition {key!r} was encoded with different classes; encode all volumes again.")
+    logger.info(f"{len(kinds)} of {len(descriptions)} training latents have the spatial condition {key!r}")
+    return kinds[0]
 
 
 def _channels(descriptions: Sequence[LatentDescription], latent_gamma: float) -> dict[str, Any]:
@@ -159,11 +131,8 @@ def _channels(descriptions: Sequence[LatentDescription], latent_gamma: float) ->
     deviation = np.maximum(deviation, LEAST_SHARE * deviation.max())
     amplitude = (deviation * np.array(descriptions[0].image_scale)) ** latent_gamma
     amplitude /= np.sqrt(np.mean(amplitude**2))
-    return {
-        "channel_mean": mean.tolist(),
-        "channel_deviation": deviation.tolist(),
-        "channel_amplitude": amplitude.tolist(),
-    }
+    found = {"channel_mean": mean, "channel_deviation": deviation, "channel_amplitude": amplitude}
+    return {name: values.tolist() for name, values in found.items()}
 
 
 def _intensities(descriptions: Sequence[LatentDescription]) -> dict[str, Any]:
@@ -173,23 +142,16 @@ def _intensities(descriptions: Sequence[LatentDescription]) -> dict[str, Any]:
     return {
         "intensity_low": np.median(low, axis=0).tolist(),
         "intensity_high": np.median(high, axis=0).tolist(),
-        "intensity_windows": {"lowest": low.min(0).tolist(), "highest": high.max(0).tolist()},
         **dict(zip(PLAIN, stored.pop() if len(stored) == 1 else PLAIN.values())),
     }
 
 
 def _refuse_mixture(descriptions: Mapping[str, LatentDescription]) -> None:
-    first, expected = next(iter(descriptions.items()))
-    for path, description in descriptions.items():
-        details = what_differs(description.network, expected.network)
-        if not details and description.weights_sha256 != expected.weights_sha256:
-            hashes = [each.weights_sha256[:12] for each in (description, expected)]
-            details = f"the SHA-256 of its weights begins with {hashes[0]} instead of {hashes[1]}"
-        if details:
-            raise ValueError(
-                f"{path} is of another autoencoder than {first}: {details}. A generator needs the latents of one: encode "
-                "all volumes with the same weights, into a folder of their own."
-            )
+    made_by = {path: {**each.network, "SHA-256": each.weights_sha256[:12]} for path, each in descriptions.items()}
+    first = next(iter(made_by))
+    for path, autoencoder in made_by.items():
+        if details := what_differs(autoencoder, made_by[first]):
+            raise ValueError(f"{path} is of another autoencoder than {first}: {details}. Encode all with the same weights.")
 
 
 class ReadLatentd(Transform):
@@ -200,25 +162,22 @@ class ReadLatentd(Transform):
 
     Args:
         statistics: statistics of the latents.
-        key: key of the path, which is replaced by the latent, ``CxHxWxD``.
 
     Raises:
         ValueError: when called, for a latent that is damaged.
     """
 
-    def __init__(self, statistics: LatentStatistics, key: str = Keys.IMAGE) -> None:
-        self.key = key
+    def __init__(self, statistics: LatentStatistics) -> None:
         self.statistics = statistics
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        path = Path(data[self.key])
+        path = Path(data[Keys.IMAGE])
         description = read_description(path)
-        latent = read_latent(path, description)
-        conditions = read_spatial(path, description, self.statistics.spatial)
+        latent, conditions = read_latent(path, description), read_spatial(path, description, self.statistics.spatial)
         spatial, given = self.statistics.stacked(conditions, latent.shape[1:])
         return {
             **data,
-            self.key: latent,
+            Keys.IMAGE: latent,
             "spatial": spatial,
             "given": given,
             "volume": volume_of(description),
@@ -250,23 +209,19 @@ class LatentCollate:
             each axis that is volume), ``spatial`` ``BxNxHxWxD``, ``given`` ``BxK``, and lists of the rest.
         """
         items = [item for sample in samples for item in (sample if isinstance(sample, list) else [sample])]
-        latents = [item[Keys.IMAGE] for item in items]
+        latents, channels = [item[Keys.IMAGE] for item in items], len(items[0][Keys.IMAGE])
         largest = [max(sizes) for sizes in zip(*(z.shape[1:] for z in latents))]
         size = padded_size(largest, [self.multiple] * len(largest))
         mask = torch.zeros(len(latents), 1, *size)
         for i, z in enumerate(latents):
             mask[i, 0][tuple(slice(n) for n in z.shape[1:])] = 1
+        padded = torch.cat([pad_at_end(torch.cat([item[Keys.IMAGE], item["spatial"]])[None], size) for item in items])
         return {
-            Keys.IMAGE: torch.cat([pad_at_end(z[None], size) for z in latents]),
-            "spatial": torch.cat([_padded(item["spatial"], size) for item in items]),
+            Keys.IMAGE: padded[:, :channels],
+            "spatial": padded[:, channels:],
             "given": torch.stack([item["given"] for item in items]),
             "noise": torch.stack([draw_noise((len(z), *size), item["seed"]) for z, item in zip(latents, items)]),
             "mask": mask,
-            "extent": torch.tensor([[n / padded for n, padded in zip(z.shape[1:], size)] for z in latents]),
+            "extent": torch.tensor([[n / whole for n, whole in zip(z.shape[1:], size)] for z in latents]),
             **{key: [item[key] for item in items] for key in ("volume", "seed", "file")},
         }
-
-
-def _padded(z: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """``1xNxHxWxD`` of a size; replication does not take N = 0."""
-    return pad_at_end(z[None], size) if len(z) else z.new_zeros(1, 0, *size)

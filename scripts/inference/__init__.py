@@ -4,25 +4,20 @@ exported networks; and samples of a generator.
 
 from scripts.inference.exported_networks import ExportedNetwork, refuse_latents
 from scripts.inference.inferers import ReconstructionInferer, SampleInferer, SpatialEncoder
-from scripts.inference.samples import DrawNoised, SamplePlan, SaveSampled
-from scripts.inference.spatial_samples import SpatialSamplePlan, sample_plan
+from scripts.inference.samples import Samples
 from scripts.inference.streaming import StreamingInferer
 from scripts.inference.volume_runs import VolumeDataset, VolumeEvaluator, find_share, join_processes
 
 __all__ = [
-    "DrawNoised",
     "ExportedNetwork",
     "ReconstructionInferer",
     "SampleInferer",
-    "SamplePlan",
-    "SaveSampled",
+    "Samples",
     "SpatialEncoder",
-    "SpatialSamplePlan",
     "StreamingInferer",
     "VolumeDataset",
     "VolumeEvaluator",
     "find_share",
     "join_processes",
     "refuse_latents",
-    "sample_plan",
 ]

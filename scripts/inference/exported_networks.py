@@ -5,16 +5,16 @@ An exported file is a program. Run those that you made yourself or whose maker y
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 __all__ = ["SUFFIXES", "ExportedNetwork", "refuse_latents"]
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+SUFFIXES = (".ts", ".pt2", ".onnx")
 
 
 class ExportedNetwork(nn.Module):
@@ -22,7 +22,7 @@ class ExportedNetwork(nn.Module):
     A :py:class:`scripts.autoencoderkl.Reconstructor` from the file that it was exported to.
 
     Args:
-        path: of the file; its suffix gives the format.
+        path: path of the file; its suffix gives the format.
         device: where to run it.
 
     Raises:
@@ -32,15 +32,20 @@ class ExportedNetwork(nn.Module):
 
     def __init__(self, path: str, device: str) -> None:
         super().__init__()
-        suffix = Path(path).suffix
-        if suffix not in LOADERS:
-            raise ValueError(f"{path} is no exported network; its name must end in {', '.join(LOADERS)}.")
+        self.device, suffix = torch.device(device), Path(path).suffix
+        if suffix not in SUFFIXES:
+            raise ValueError(f"{path} is no exported network; its name must end in {', '.join(SUFFIXES)}.")
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no exported network at {path}. Export one, or set `weights` to its path.")
-        self.device = torch.device(device)
-        self.run = LOADERS[suffix](path, self.device)
+        if suffix == ".ts":
+            self.run: Any = torch.jit.load(path, map_location=self.device)
+        elif suffix == ".pt2":
+            module = move_to_device_pass(torch.export.load(path), self.device).module()
+            self.run = lambda x: module(x)  # the module itself would be registered, and refuses `eval()`
+        else:
+            self.run = _onnx_session(path, self.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """
         Args:
             x: image of shape ``BxCxHxWxD``, with the batch size and the number of channels that were exported.
@@ -48,45 +53,21 @@ class ExportedNetwork(nn.Module):
         Returns:
             reconstruction of the same shape, on the device of ``x``.
         """
-        plain = x.as_subclass(torch.Tensor).to(self.device)
-        return self.run(plain).to(x.device)
+        return self.run(x.as_subclass(Tensor).to(self.device)).to(x.device)
 
 
 def refuse_latents() -> None:
     """
-    Raise an error in place of encoding and decoding, which an exported file cannot do.
-
     Raises:
-        ValueError: always.
+        ValueError: always, in place of encoding and decoding, which an exported file cannot do.
     """
-    raise ValueError(
-        "an exported file computes the whole reconstruction and no latents. Encode and decode with the weights: leave out "
-        "inference_exported.json."
-    )
+    raise ValueError("an exported file makes no latents: leave out inference_exported.json.")
 
 
-def _load_torchscript(path: str, device: torch.device) -> Run:
-    return torch.jit.load(path, map_location=device)
-
-
-def _load_program(path: str, device: torch.device) -> Run:
-    program = torch.export.load(path)
-    module = move_to_device_pass(program, device).module()
-    return lambda x: module(x)  # the module itself would be registered, and refuses `eval()`
-
-
-def _load_onnx(path: str, device: torch.device) -> Run:
+def _onnx_session(path: str, device: torch.device) -> Any:
     import onnxruntime  # an optional dependency
 
     providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.cpu().numpy()})[0])
-
-
-LOADERS: dict[str, Callable[[str, torch.device], Run]] = {
-    ".ts": _load_torchscript,
-    ".pt2": _load_program,
-    ".onnx": _load_onnx,
-}
-SUFFIXES = tuple(LOADERS)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
+from torch import Tensor
 
 from scripts.bundle.precision import autocast_dtype
-from scripts.bundle.progress import ProgressBar
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.sampler import Sampler
 from scripts.layers.resampling import pad_to_multiple
 
@@ -30,7 +30,7 @@ class ReconstructionInferer(Inferer):
         self.amp = amp
         self.dtype = autocast_dtype(amp_dtype)
 
-    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
         """
         Args:
             inputs: images, ``BxCxHxWxD``.
@@ -51,30 +51,23 @@ class SampleInferer(Inferer):
         sampler: sampler that makes the latents.
         autoencoder: :py:class:`scripts.autoencoderkl.AutoencoderKL` that decodes them, on its device.
         decoder: inferer that calls it, such as :py:class:`scripts.inference.StreamingInferer`.
-        progress: whether to show a bar of the steps of each sample.
         encoder: encoder of the spatial conditions; None where samples have none.
     """
 
     def __init__(
-        self,
-        sampler: Sampler,
-        autoencoder: torch.nn.Module,
-        decoder: Inferer,
-        progress: bool = False,
-        encoder: SpatialEncoder | None = None,
+        self, sampler: Sampler, autoencoder: torch.nn.Module, decoder: Inferer, encoder: SpatialEncoder | None = None
     ) -> None:
-        self.sampler, self.autoencoder, self.decoder, self.progress = sampler, autoencoder, decoder, progress
-        self.encoder = encoder
+        self.sampler, self.autoencoder, self.decoder, self.encoder = sampler, autoencoder, decoder, encoder
 
     def __call__(  # type: ignore[override]
         self,
-        inputs: torch.Tensor,
+        inputs: Tensor,
         network: Any,
-        context: torch.Tensor,
-        latent_size: torch.Tensor,
-        noise_seed: torch.Tensor,
-        spatial: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        context: Tensor,
+        latent_size: Tensor,
+        noise_seed: Tensor,
+        spatial: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """
         Args:
             inputs: noise, ``1xCxHxWxD``.
@@ -88,11 +81,10 @@ class SampleInferer(Inferer):
             the volume in the range of the autoencoder, ``1xCxHxWxD`` on the device of ``inputs``, in sizes that are
             multiples of the total factor.
         """
-        noise, steps = inputs.as_subclass(torch.Tensor), self.sampler.num_inference_steps
         latents = self.encoder.encode_planes(spatial, self.autoencoder) if spatial and self.encoder is not None else {}
-        with ProgressBar(total=steps, desc="sampling", unit="step", leave=False, disable=not self.progress) as bar:
-            latent = self.sampler(noise, context, latent_size[0].tolist(), int(noise_seed), bar.update, latents)
-        return self.decoder(latent.to(noise.device), self.autoencoder)
+        noise = inputs.as_subclass(Tensor)
+        latent = self.sampler(noise, context, latent_size[0].tolist(), int(noise_seed), latents)
+        return self.decoder(latent.to(inputs.device), self.autoencoder)
 
 
 class SpatialEncoder(Inferer):
@@ -108,8 +100,8 @@ class SpatialEncoder(Inferer):
         self.encoder, self.kinds = encoder, kinds
 
     def __call__(  # type: ignore[override]
-        self, inputs: torch.Tensor, network: Any, spatial: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
+        self, inputs: Tensor, network: Any, spatial: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """
         Args:
             inputs: images, ``BxCxHxWxD``.
@@ -121,7 +113,7 @@ class SpatialEncoder(Inferer):
         """
         return torch.cat([self.encoder(inputs, network), *self.encode_planes(spatial or {}, network).values()], 1)
 
-    def encode_planes(self, spatial: Mapping[str, torch.Tensor], network: Any) -> dict[str, torch.Tensor]:
+    def encode_planes(self, spatial: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
         """
         Encode spatial conditions, with or without a volume that they belong to.
 
@@ -140,11 +132,11 @@ class SpatialEncoder(Inferer):
         for key, volume in spatial.items():
             kind = self.kinds[key]
             encode = self._linear if kind.is_label_map and network.shortcut is not None else self.encoder
-            planes = kind.planes(volume.as_subclass(torch.Tensor), key)
+            planes = kind.planes(volume.as_subclass(Tensor), key)
             latents[key] = torch.cat([encode(plane.expand(-1, channels, -1, -1, -1), network) for plane in planes], 1)
         return latents
 
-    def _linear(self, plane: torch.Tensor, network: Any) -> torch.Tensor:
+    def _linear(self, plane: Tensor, network: Any) -> Tensor:
         """The linear code of a plane, which is quick: an image has nearly a weighted sum of the latents of its classes."""
         padded = pad_to_multiple(plane, network.total_downsample_factor)
         return network.shortcut.encode(padded.to(next(network.parameters()).device)).to(plane.device)

@@ -1,54 +1,105 @@
-"""Samples of a generator: which a run makes, how, and how they are written, as NIfTI with a JSON file beside each."""
+"""Samples of a generator: which a run makes, on which grids, and how they are written."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
+import nibabel as nib
 import numpy as np
 import torch
-from monai.transforms import Transform
+from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.processes import share_of
-from scripts.data.restored_volumes import NiftiHeader, Record, nifti_bytes, record_of, restore, rows_of, with_record
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.dataset_tables import conditions_of
+from scripts.data.restored_volumes import (
+    NiftiHeader,
+    Record,
+    nifti_bytes,
+    on_source_grid,
+    record_of,
+    restore,
+    rows_of,
+    with_record,
+)
+from scripts.data.spatial_files import find_spatial_items
+from scripts.data.volume_reader import is_read_by_nibabel, state_of
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
-from scripts.diffusion.statistics import LatentStatistics, ranges
+from scripts.diffusion.statistics import ranges
+from scripts.layers.factors import by
 from scripts.training.repeatable_batches import derive_seed
 
-__all__ = ["DrawNoised", "SamplePlan", "SaveSampled"]
+__all__ = ["Sample", "Samples"]
 
 HEADER = "synthetic volume of a generative model, no patient"  # up to 79 characters
-Item = Mapping[Any, Any]
+FARTHEST = 3  # times beyond the sizes and spacings of training
+LABEL = Keys.LABEL.value
+Placed = tuple[Volume, np.ndarray, NiftiHeader, tuple[int, ...]]  # affine of the volume, header and shape of its file
 logger = logging.getLogger(__name__)
 
 
-class SamplePlan:
+@dataclass(frozen=True)
+class Sample:
     """
-    Which samples a run makes. Size and spacing of a sample are drawn from those of the training volumes, together, unless
-    they are given.
+    A sample before it is made.
+
+    Args:
+        path: its file.
+        noise_seed: seed of its noise.
+        settings: what it depends on, for the JSON file beside it.
+        spatial: files of its spatial conditions, by key; it lies on the grid of the first.
+        labels: files of its label maps, by key.
+    """
+
+    path: Path
+    noise_seed: int
+    settings: dict[str, Any]
+    spatial: dict[str, str]
+    labels: dict[str, Path]
+
+    @property
+    def description_path(self) -> Path:
+        """The JSON file that says how it was made, which is written last."""
+        return self.path.with_name(self.path.name.removesuffix(".nii.gz") + ".json")
+
+    def is_whole(self) -> bool:
+        """Whether its files are there and were made in this way."""
+        try:
+            found = json.loads(self.description_path.read_text())
+            made_so = self.settings.items() <= found.items() and all(path.is_file() for path in self.labels.values())
+            return made_so and found.get("volume_sha256") == content_hash(self.path.read_bytes())
+        except (OSError, ValueError):
+            return False
+
+
+class Samples:
+    """
+    The samples of a run, ``sample_0000.nii.gz`` and so on, with size and spacing of a training volume each.
+
+    With spatial conditions: ``num_samples`` for each case, on the grid of its first condition, as nnU-Net and MONAI train on
+    them: ``imagesTr/CASE_sample_00_0000.nii.gz``, for label maps ``labelsTr/CASE_sample_00.nii.gz``, and ``dataset.json``.
 
     Args:
         sampler: sampler that makes the latents.
-        output_dir: folder of the samples, ``sample_0000.nii.gz`` and so on.
-        num_samples: number of samples that the folder is to hold.
-        seed: seed of the run; a sample depends on it and on its number.
-        conditions: values by name; what is missing is left to the generator.
+        output_dir: folder of the samples.
+        num_samples: number of samples, of each case if there are cases.
+        seed: seed of the run; a sample depends on it, on its number and on the name of its case.
+        conditions: values by name, which come before those that a case has in ``dataset.json`` or ``participants.tsv``.
         spatial_size: voxels along each axis, or one number for all, or None.
-        spacing: mm along each axis, or one number for all, or None.
-
-    Attributes:
-        kinds: spatial conditions of the samples, by key; none here.
+        spacing: mm along each axis (right, anterior, superior), or one number for all, or None.
+        spatial_keys: names of the spatial conditions.
+        dataset_dir: folder of the spatial conditions, see :py:func:`scripts.data.spatial_files.find_spatial_items`.
 
     Raises:
-        ValueError: for a setting that cannot be, a condition that training did not see, or volumes too small to make.
+        ValueError: for a setting that cannot be, or a condition that training did not see.
     """
 
     def __init__(
@@ -60,205 +111,193 @@ class SamplePlan:
         conditions: Mapping[str, Any] | None = None,
         spatial_size: int | Sequence[int] | None = None,
         spacing: float | Sequence[float] | None = None,
+        spatial_keys: Sequence[str] = (),
+        dataset_dir: str = "",
     ) -> None:
-        if type(num_samples) is not int or num_samples < 1:
-            raise ValueError(f"`num_samples` is {num_samples!r}; it must be a positive integer.")
-        self.sampler, self.output_dir, self.num_samples, self.seed = sampler, Path(output_dir), num_samples, seed
+        if spatial_keys and spatial_size is not None:
+            raise ValueError("`spatial_size` is set, but samples have the size of their spatial conditions; leave it out.")
+        self.sampler, self.output_dir, self.seed, self.dataset_dir = sampler, Path(output_dir), seed, dataset_dir
         self.statistics = sampler.generator.statistics
-        self.kinds: dict[str, SpatialKind] = {}
         self.conditions = self.statistics.conditions.checked(conditions or {})
-        self.size = _per_axis("spatial_size", spatial_size, self.statistics)
-        self.spacing = _per_axis("spacing", spacing, self.statistics)
-        self._refuse_small()
+        self.size, self.spacing = self._per_axis("spatial_size", spatial_size), self._per_axis("spacing", spacing)
+        self.kinds = self.statistics.spatial_kinds(spatial_keys)
+        label_maps = [key for key, kind in self.kinds.items() if kind.is_label_map]
+        first = LABEL if LABEL in label_maps else next(iter(label_maps), None)
+        self.label_names = {key: LABEL if key == first else key for key in label_maps}
+        cases = find_spatial_items(dataset_dir, spatial_keys) if spatial_keys else [None]
+        self.samples = [self._planned(case, index) for case in cases for index in range(num_samples)]
 
-    def path(self, item: Item) -> Path:
-        """File of a sample."""
-        return self.output_dir / f"sample_{item['index']:04d}.nii.gz"
-
-    def noise_seed(self, item: Item) -> int:
-        """Seed of the noise of a sample."""
-        return derive_seed(self.seed, item["index"])
-
-    def volume(self, item: Item) -> Volume:
-        """Size, spacing and conditions of a sample."""
-        geometries = self.statistics.geometries
-        counts = np.array([each.count for each in geometries], dtype=float)
-        random = np.random.default_rng((self.seed, item["index"]))
-        drawn = geometries[random.choice(len(geometries), p=counts / counts.sum())]
-        return Volume(self.size or drawn.size, list(map(float, self.spacing or drawn.spacing)), self.conditions)
-
-    def record(self, item: Item) -> Record:
-        """The record of a sample: axes to the right, anterior and superior, the origin in the volume's middle."""
-        volume = self.volume(item)
-        affine = np.diag([*volume.spacing, 1.0])
-        affine[: len(volume.size), -1] = [-(n - 1) / 2 * step for n, step in zip(volume.size, volume.spacing)]
-        header = NiftiHeader.of_affine(affine, qform_code=1, **self.stored)
-        return self._record(header, self.path(item).name, tuple(volume.size), tuple(volume.size), affine)
-
-    def settings(self, item: Item) -> dict[str, Any]:
-        """What a sample depends on."""
-        volume = self.volume(item)
-        return {
-            **self._settings(item),
-            "spatial_size": list(volume.size),
-            "spacing": list(volume.spacing),
-            "conditions": dict(volume.conditions),
-        }
-
-    def items(self) -> list[Item]:
+    def missing(self) -> list[dict[str, Any]]:
         """
         This process's share of the samples that an earlier run into the folder did not make to the end.
 
         Returns:
-            ``[{"image": path, "index": number}, ...]``
+            ``[{"number": number, "image": what it is named by, "spatial": {key: path}}, ...]``
         """
-        items = [{"index": index} for index in range(self.num_samples)]
-        missing = self._missing([{**item, Keys.IMAGE.value: str(self.path(item))} for item in items])
-        self._warn_of_others(missing)
-        return share_of(missing)
+        missing = {number: sample for number, sample in enumerate(self.samples) if not sample.is_whole()}
+        if len(missing) < len(self.samples):
+            logger.info(f"{len(self.samples) - len(missing)} of {len(self.samples)} samples are there already")
+        if any(sample.description_path.is_file() for sample in missing.values()):
+            logger.warning(
+                f"{self.output_dir} has samples of other settings, or damaged ones: those of the same numbers are replaced, "
+                "others stay."
+            )
+        names = {number: next(iter(sample.spatial.values()), str(sample.path)) for number, sample in missing.items()}
+        return share_of(
+            [{"number": number, "image": names[number], "spatial": sample.spatial} for number, sample in missing.items()]
+        )
 
-    def save_labels(self, item: Item, record: Record) -> None:
-        """A sample without spatial conditions has no label maps."""
-
-    def finish(self) -> None:
-        """Nothing is left to be done when all samples are there."""
-
-    @property
-    def stored(self) -> dict[str, Any]:
-        """How voxels are stored: as those of the training volumes."""
-        return {name: getattr(self.statistics, name) for name in ("data_type", "scl_slope", "scl_inter")}
-
-    def _record(
-        self, header: NiftiHeader, source: str, shape: Any, preprocessed_shape: Any, preprocessed_affine: np.ndarray
-    ) -> Record:
+    def start(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Transform: draw the noise of a sample, with the record of the sample, and find what its network is given."""
+        sample = self.samples[data["number"]]
+        first = next(iter(data["spatial"].values()), None)
+        volume, affine, header, shape = self._of_drawn_size(sample) if first is None else self._on_grid(sample, first)
+        stored = {name: getattr(self.statistics, name) for name in ("data_type", "scl_slope", "scl_inter")}
         channels = len(self.statistics.intensity_low)
-        return Record(
-            **vars(header),
-            source=source,
+        record = Record(
+            **{**vars(header), **stored},
+            source=sample.path.name,
             shape=(*shape, channels) if channels > 1 else shape,
-            preprocessed_shape=preprocessed_shape,
-            preprocessed_affine=rows_of(preprocessed_affine),
+            preprocessed_shape=tuple(volume.size),  # type: ignore[arg-type]
+            preprocessed_affine=rows_of(affine),
             intensity_low=tuple(self.statistics.intensity_low),
             intensity_high=tuple(self.statistics.intensity_high),
         )
-
-    def _settings(self, item: Item) -> dict[str, Any]:
+        start = self.sampler.start(volume, sample.noise_seed)
         return {
+            **data,
+            Keys.IMAGE: with_record(start["noise"][0], record),
+            "context": start["context"][0],
+            "latent_size": torch.tensor(start["latent_size"]),
+            "noise_seed": torch.tensor(start["seed"]),
+        }
+
+    def save(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Transform: write a sample (``pred``, ``CxHxWxD``), its label maps, and last the JSON file."""
+        sample, record = self.samples[data["number"]], record_of(data[Keys.IMAGE])
+        content = nifti_bytes(restore(data[Keys.PRED], record), record, HEADER)
+        _write(sample.path, content)
+        for key, path in sample.labels.items():
+            _write(path, _label_map(data["spatial"][key], record))
+        found = {
+            "spatial_size": list(record.preprocessed_shape),
+            "spacing": _spacing(record.preprocessed_affine),
+            "intensity_low": record.intensity_low,
+            "intensity_high": record.intensity_high,
+            **sample.settings,
+            "volume_sha256": content_hash(content),
+        }
+        _write(sample.description_path, json.dumps(found, indent=2).encode())
+        logger.info(f"{sample.path}")
+        return dict(data)
+
+    def finish(self) -> None:
+        """Write the ``dataset.json`` of samples with spatial conditions, those of all processes that are whole."""
+        idist.barrier()
+        if idist.get_rank() > 0 or not self.kinds:
+            return
+        training = []
+        for sample in filter(Sample.is_whole, self.samples):
+            files = {"image": sample.path, **{self.label_names[key]: path for key, path in sample.labels.items()}}
+            paths = {key: f"./{path.relative_to(self.output_dir).as_posix()}" for key, path in files.items()}
+            training.append({**sample.settings["conditions"], **paths})
+        classes = [label for key, name in self.label_names.items() if name == LABEL for label in self.kinds[key].classes]
+        content = {
+            "description": HEADER,
+            "channel_names": {str(channel): "image" for channel in range(len(self.statistics.intensity_low))},
+            "labels": {"background": 0, **{f"class {label}": label for label in classes}},
+            "numTraining": len(training),
+            "file_ending": ".nii.gz",
+            "training": training,
+        }
+        _write(self.output_dir / "dataset.json", json.dumps(content, indent=2).encode())
+
+    def _planned(self, case: Mapping[str, Any] | None, index: int) -> Sample:
+        settings = {
             "synthetic": True,
-            "index": item["index"],
+            "index": index,
             "seed": self.seed,
             **self.sampler.settings,
             "generator_sha256": self.sampler.generator.sha256,
             "autoencoder_sha256": self.statistics.autoencoder.sha256,
+            "requested_size": self.size,
+            "requested_spacing": self.spacing,
+            "conditions": self.conditions,
         }
-
-    def _missing(self, items: Sequence[Item]) -> list[Item]:
-        missing = [item for item in items if not self.is_whole(item)]
-        if len(missing) < len(items):
-            logger.info(f"{len(items) - len(missing)} of {len(items)} samples are there already")
-        return missing
-
-    def is_whole(self, item: Item) -> bool:
-        """Whether a sample lies there that was made in this way."""
-        try:
-            found = json.loads(description_path(self.path(item)).read_text())
-            made_so = isinstance(found, dict) and self.settings(item).items() <= found.items()
-            return made_so and found.get("volume_sha256") == content_hash(self.path(item).read_bytes())
-        except (OSError, ValueError):
-            return False
-
-    def _warn_of_others(self, missing: Sequence[Item]) -> None:
-        """Samples of other settings in the folder: those of the same number are replaced, others stay."""
-        replaced = sum(description_path(self.path(item)).is_file() for item in missing)
-        if replaced:
-            numbers = [path.stem.removeprefix("sample_") for path in self.output_dir.glob("sample_*.json")]
-            beyond = sum(number.isdecimal() and int(number) >= self.num_samples for number in numbers)
-            logger.warning(
-                f"{self.output_dir} has samples of other settings, or damaged ones: {replaced} are replaced, and {beyond} "
-                f"stay, with numbers from {self.num_samples} on. Give each setting an `output_dir` of its own to keep them "
-                "apart."
-            )
-
-    def _refuse_small(self) -> None:
-        """Volumes below both the network's coarsest voxel and all that training saw would be nothing but one value."""
-        multiple, seen = self.sampler.generator.network.multiple, self.statistics.seen("size")
-        least = [min(factor * multiple, low) for factor, (low, _) in zip(self.statistics.factors, seen)]
-        if self.size and any(n < smallest for n, smallest in zip(self.size, least)):
-            raise ValueError(
-                f"`spatial_size` {self.size} is too small for this generator, which needs at least {least} voxels; training "
-                f"saw {ranges(seen)}."
-            )
-
-
-def _per_axis(name: str, value: Any, statistics: LatentStatistics) -> list[Any] | None:
-    """``spatial_size`` or ``spacing``, a number for each axis, with a warning where training has not seen it."""
-    if value is None:
-        return None
-    axes = len(statistics.factors)
-    seen, types, kind, unit = {
-        "spatial_size": ("size", (int,), "integers", "voxels"),
-        "spacing": ("spacing", (int, float), "numbers", "mm"),
-    }[name]
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * axes
-    if len(values) != axes or not all(type(n) in types and 0 < n < math.inf for n in values):
-        raise ValueError(f"`{name}` is {value!r}; it must be {axes} positive {kind} ({unit}), or one for all axes.")
-    limits = statistics.seen(seen)
-    if not all(low <= n <= high for n, (low, high) in zip(values, limits)):
-        logger.warning(f"`{name}` {values}: training saw {ranges(limits)} {unit}; expect less of what lies outside")
-    return values
-
-
-class DrawNoised(Transform):
-    """
-    Draw the noise that a sample starts from, which carries the record of the sample, and what the network is conditioned on,
-    see :py:meth:`scripts.diffusion.Sampler.start`.
-
-    Args:
-        plan: which samples are made.
-    """
-
-    def __init__(self, plan: SamplePlan) -> None:
-        self.plan = plan
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        seed = self.plan.noise_seed(data)
-        start = self.plan.sampler.start(self.plan.volume(data), seed)
-        return {
-            **data,
-            Keys.IMAGE: with_record(start["noise"], self.plan.record(data)),
-            "context": start["context"],
-            "latent_size": start["latent_size"],
-            "noise_seed": torch.tensor(seed),
-            "spatial": data.get("spatial", {}),
-            "settings": json.dumps(self.plan.settings(data)),
+        if case is None:
+            return Sample(self.output_dir / f"sample_{index:04d}.nii.gz", derive_seed(self.seed, index), settings, {}, {})
+        name, spatial = f"{case['name']}_sample_{index:02d}", case["spatial"]
+        known = conditions_of(case["image"] or next(iter(spatial.values())), self.dataset_dir)
+        known = {key: value for key, value in known.items() if key in self.statistics.conditions.keys}
+        settings |= {
+            "case": case["name"],
+            "spatial": {key: Path(file).relative_to(self.dataset_dir).as_posix() for key, file in spatial.items()},
+            "spatial_states": {key: state_of(file) for key, file in spatial.items()},
+            "conditions": {**known, **self.conditions},
         }
+        path = self.output_dir / "imagesTr" / f"{name}_0000.nii.gz"
+        noise_seed = derive_seed(self.seed, index, int(content_hash(case["name"].encode())[:8], 16))
+        folders = {key: self.output_dir / f"{folder}sTr" for key, folder in self.label_names.items() if key in spatial}
+        return Sample(
+            path, noise_seed, settings, spatial, {key: folder / f"{name}.nii.gz" for key, folder in folders.items()}
+        )
+
+    def _of_drawn_size(self, sample: Sample) -> Placed:
+        """Axes to the right, anterior and superior, the origin in the volume's middle."""
+        geometries = self.statistics.geometries
+        counts = np.array([each.count for each in geometries], dtype=float)
+        random = np.random.default_rng((self.seed, sample.settings["index"]))
+        drawn = geometries[random.choice(len(geometries), p=counts / counts.sum())]
+        volume = Volume(self.size or drawn.size, list(map(float, self.spacing or drawn.spacing)), self.conditions)
+        affine = np.diag([*volume.spacing, 1.0])
+        affine[:3, 3] = [-(n - 1) / 2 * step for n, step in zip(volume.size, volume.spacing)]
+        return volume, affine, NiftiHeader.of_affine(affine, qform_code=1), tuple(volume.size)
+
+    def _on_grid(self, sample: Sample, first: MetaTensor) -> Placed:
+        """On the grid of its first spatial condition."""
+        size, affine, file = tuple(first.shape[1:]), first.affine.numpy(), next(iter(sample.spatial.values()))
+        spacing = _spacing(affine)
+        self._check_seen("size", size)
+        self._check_seen("spacing", spacing)
+        volume = Volume(size, spacing, sample.settings["conditions"])
+        image: Any = nib.load(file) if self.spacing is None and is_read_by_nibabel(file) else None
+        if isinstance(getattr(image, "header", None), nib.Nifti1Header):
+            return volume, affine, NiftiHeader.of_file(image), tuple(map(int, image.shape[:3]))
+        return volume, affine, NiftiHeader.of_affine(affine), size
+
+    def _per_axis(self, name: str, value: Any) -> list[Any] | None:
+        """``spatial_size`` or ``spacing``, a number for each axis."""
+        if value is None:
+            return None
+        axes = len(self.statistics.factors)
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * axes
+        if len(values) != axes or not all(n > 0 for n in values):
+            raise ValueError(f"`{name}` is {value!r}; it must be {axes} positive numbers, or one for all axes.")
+        self._check_seen(name.removeprefix("spatial_"), values)
+        return values
+
+    def _check_seen(self, name: str, values: Sequence[float]) -> None:
+        """Refuse a size or spacing far beyond what training saw, and warn of one that is less far."""
+        seen = self.statistics.seen(name)
+        words = f"{name} {by(values, ' x ')}; training saw {ranges(seen)}"
+        if any(n * FARTHEST < low or n > high * FARTHEST for n, (low, high) in zip(values, seen)):
+            raise ValueError(f"has the {words}, and nothing is known of what is so far from it.")
+        if any(not low <= n <= high for n, (low, high) in zip(values, seen)):
+            logger.warning(f"{words}: expect less of what lies outside")
 
 
-class SaveSampled(Transform):
-    """
-    Write a sample as NIfTI, in the units that the training volumes had, and then the JSON file that says how it was made.
-
-    Args:
-        key: key of the volume, ``CxHxWxD`` in the range of the autoencoder.
-        plan: which samples are made.
-    """
-
-    def __init__(self, key: str, plan: SamplePlan) -> None:
-        self.key, self.plan = key, plan
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        path, record = self.plan.path(data), record_of(data[Keys.IMAGE])
-        content = nifti_bytes(restore(data[self.key], record), record, HEADER)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(content, path)
-        self.plan.save_labels(data, record)
-        window = {name: getattr(record, name) for name in ("intensity_low", "intensity_high")}
-        description = {**json.loads(data["settings"]), **window, "volume_sha256": content_hash(content)}
-        write_atomically(json.dumps(description, indent=2).encode(), description_path(path))
-        logger.info(f"{path}")
-        return dict(data)
+def _spacing(affine: Any) -> list[float]:
+    return [round(float(length), 4) for length in nib.affines.voxel_sizes(np.array(affine))]
 
 
-def description_path(path: Path) -> Path:
-    """The JSON file that says how a sample was made."""
-    return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+def _label_map(labels: MetaTensor, record: Record) -> bytes:
+    """A label map on the grid of its sample, in the smallest type that has its labels."""
+    stored = on_source_grid(labels, record)[..., 0]
+    stored = stored.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (stored.min(), stored.max()))))
+    plain: Any = {"data_type": stored.dtype.str, "scl_slope": 1.0, "scl_inter": 0.0}
+    return nifti_bytes(stored, replace(record, **plain))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(content, path)

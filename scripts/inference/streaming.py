@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scripts.bundle.machine import GIB, processes_on_host, total_memory
 from scripts.inference.inferers import ReconstructionInferer
@@ -57,7 +58,7 @@ class StreamingInferer(ReconstructionInferer):
         others: further networks. On a GPU, what those that are there hold of its memory counts for ``memory_gb``.
 
     Raises:
-        ValueError: for a budget that is not positive, or an unknown operation or data type.
+        ValueError: for an unknown operation or data type.
     """
 
     def __init__(
@@ -70,16 +71,12 @@ class StreamingInferer(ReconstructionInferer):
         others: Sequence[torch.nn.Module] = (),
     ) -> None:
         super().__init__(amp, amp_dtype)
-        if memory_gb is not None and (isinstance(memory_gb, (bool, str)) or not memory_gb > 0):
-            raise ValueError(f"`memory_gb` is {memory_gb!r}; it must be a positive number of GiB.")
         if operation not in OPERATIONS:
             raise ValueError(f"`operation` is {operation!r}; it must be one of {', '.join(OPERATIONS)}.")
-        self.memory_gb = memory_gb
-        self.operation = operation
-        self.progress, self.others = progress, others
+        self.memory_gb, self.operation, self.progress, self.others = memory_gb, operation, progress, others
         self._peaks: dict[tuple[int, ...], int] = {}
 
-    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
         """
         Args:
             inputs: images ``BxCxHxWxD`` of any size, or latents to decode. They can stay on the host when the network is on
@@ -102,18 +99,16 @@ class StreamingInferer(ReconstructionInferer):
         tensors = [tensor for other in self.others for tensor in (*other.parameters(), *other.buffers())]
         return sum(t.nbytes for t in tensors if t.device == device) / GIB if device.type == "cuda" else 0.0
 
-    def _in_one_pass(self, x: torch.Tensor, network: Any) -> torch.Tensor:
+    def _in_one_pass(self, x: Tensor, network: Any) -> Tensor:
         if self.operation == "reconstruct":
             return network.reconstruct(x)
         if self.operation == "decode":
             return network.decode(x)
         return network.encode(pad_to_multiple(x, network.total_downsample_factor))[0]
 
-    def _whole_volume_peak(self, inputs: torch.Tensor, network: Any, device: torch.device) -> int:
-        """
-        Bytes that a reconstruction in one pass needs. All operations are decided by it, so that a latent is decoded in the
-        way in which its volume would be reconstructed.
-        """
+    def _whole_volume_peak(self, inputs: Tensor, network: Any, device: torch.device) -> int:
+        """Bytes that a reconstruction in one pass needs, by which all operations are decided: a latent is decoded as its
+        volume would be reconstructed."""
         sizes, factors = inputs.shape[2:], network.total_downsample_factor
         if self.operation == "decode":
             sizes = torch.Size(n * f for n, f in zip(sizes, factors))

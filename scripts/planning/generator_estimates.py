@@ -22,11 +22,10 @@ from scripts.bundle.config import ROOT
 from scripts.bundle.errors import reason
 from scripts.bundle.precision import dtype_name
 from scripts.data.latents import all_latents
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Conditions, Volume
-from scripts.diffusion.generator import Generator
 from scripts.diffusion.preconditioning import Denoiser
-from scripts.diffusion.sampler import Sampler
+from scripts.diffusion.sampler import Generator, Sampler
 from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
 from scripts.layers.factors import padded_size
 from scripts.planning.allocations import AllocationTracker, nbytes_of
@@ -235,10 +234,9 @@ def _sampling_cost(plan: GeneratorPlan, device: str) -> Cost:
         precision: dict[str, Any] = {"amp": dtype is not None, "amp_dtype": dtype_name(dtype or torch.bfloat16)}
         sampler = Sampler(generator, num_inference_steps=1, guidance_scale=1.5, **precision)
         start = sampler.start(_volume(plan), 0)
-        noise, context = start["noise"][None], start["context"][None]
         with tracker, casting_rules(device):
-            tracker.track(*weights, noise, context)
-            sampler(noise, context, plan.latent_shape[1:], seed=0)
+            tracker.track(*weights, start["noise"], start["context"])
+            sampler(**start)
     return tracker.cost(nbytes_of(weights))
 
 

@@ -121,7 +121,7 @@ def write_card(
         example={key: _example(seen) for key, seen in latents.conditions.keys.items()},
         guided=_guided(found),
         latents=latents,
-        predicts=PREDICTS[known.network.prediction],
+        predicts=PREDICTS[known.network["prediction"]],
         sampling=_sampling(found),
         scores=summary_table(found.sets) if found else "",
         sizes=ranges(latents.seen("size")),

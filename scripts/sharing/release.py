@@ -27,8 +27,8 @@ from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.json_files import read_dataclass
 from scripts.bundle.machine import MIB
 from scripts.bundle.weights import read_weights
-from scripts.diffusion.generator import Generator
-from scripts.diffusion.loading import FOLDER, load_generator
+from scripts.diffusion.generator import FOLDER, load_generator
+from scripts.diffusion.sampler import Generator
 from scripts.sharing.model_card import GeneratorMetrics
 
 __all__ = ["build_release"]

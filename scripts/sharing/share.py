@@ -22,8 +22,7 @@ from scripts.bundle.files import content_hash, serialise, write_atomically
 from scripts.bundle.json_files import read_dataclass
 from scripts.bundle.machine import MIB
 from scripts.bundle.weights import load_weights
-from scripts.diffusion.generator import GeneratorDescription
-from scripts.diffusion.loading import FOLDER, load_generator
+from scripts.diffusion.generator import FOLDER, GeneratorDescription, load_generator
 from scripts.sharing.model_card import AutoencoderDescription, AutoencoderMetrics, GeneratorMetrics, write_card
 
 __all__ = ["AUTOENCODER", "share"]

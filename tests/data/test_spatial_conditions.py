@@ -15,7 +15,7 @@ from nibabel.processing import resample_from_to
 from scripts.data import LoadSpatiald
 from scripts.data.grids import Grid, on_grid, preprocessed_grid
 from scripts.data.restored_volumes import record_of
-from scripts.data.spatial_conditions import SpatialKind, labels_in
+from scripts.data.spatial_kinds import SpatialKind, labels_in
 from tests.conftest import head_like
 
 SHAPE = (14, 12, 10)

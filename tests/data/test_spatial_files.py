@@ -130,7 +130,7 @@ def test_path_of_a_volume_does_not_describe_the_volume(tmp_path):
 
 
 def cases(folder: Path, *keys: str) -> list[tuple[Any, ...]]:
-    items = find_spatial_items(str(folder), "**/*.nii*", keys)
+    items = find_spatial_items(str(folder), keys)
     return [
         (item["name"], item["image"] and Path(item["image"]).name, {k: Path(p).name for k, p in item["spatial"].items()})
         for item in items

@@ -61,9 +61,9 @@ def test_what_training_did_not_see_is_refused_or_warned_of_by_name(conditions, c
     assert conditions.checked({"age": None}) == {}
     for requested, words in [
         ({"height": 180}, "names 'height'; this generator was trained with the conditions age, sex"),
-        ({"sex": "X"}, "sex 'X'; it must be one that training saw: F, M"),
+        ({"sex": "X"}, "sex 'X'; training saw F, M"),
         ({"age": "old"}, "age 'old'; it must be a number"),
-        ({"age": 95}, r"age 95; training saw 20 to 40; it must be from \d+\.\d+ to \d+\.\d+,"),
+        ({"age": 95}, "age 95; training saw 20 to 40, and at most"),
     ]:
         with pytest.raises(ValueError, match=words):
             conditions.checked(requested)
@@ -73,16 +73,16 @@ def test_what_training_did_not_see_is_refused_or_warned_of_by_name(conditions, c
 
 
 def test_keys_that_no_volume_has_or_that_name_volumes_are_refused():
-    with pytest.raises(ValueError, match="'weight', which no training volume has; they have age, sex"):
+    with pytest.raises(ValueError, match="'weight', which no training latent has; they have age, sex"):
         Conditions.learn(["weight"], volumes(VALUES))
     named = [{"name": f"scan {i}"} for i in range(4)]
-    with pytest.raises(ValueError, match="'name', which has another value for each of the 4 volumes"):
+    with pytest.raises(ValueError, match="'name', which names volumes"):
         Conditions.learn(["name"], volumes(named))
 
 
 def test_a_word_among_numbers_is_refused():
     ages = [{"age": 61}, {"age": "90+"}, {"age": 61}, {}]
-    with pytest.raises(ValueError, match=r"'age', which is a number in 2 volumes and a word in 1 \('90\+'\)"):
+    with pytest.raises(ValueError, match=r"'age' is a number in 2 volumes and a word in 1 \('90\+'\)"):
         Conditions.learn(["age"], volumes(ages))
 
 

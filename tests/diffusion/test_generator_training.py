@@ -18,7 +18,7 @@ from monai.engines.utils import IterationEvents
 
 from scripts.bundle.errors import reason
 from scripts.diffusion.conditions import Volume
-from scripts.diffusion.loading import load_generator
+from scripts.diffusion.generator import load_generator
 from scripts.diffusion.training_data import LatentCollate, latent_lists, learn_statistics
 from scripts.training.checkpoints import find_checkpoints
 from tests.conftest import ROOT, save_volume
@@ -195,7 +195,7 @@ OTHERS = [
     ({"condition_keys": ["age"]}, "cannot be resumed: `condition_keys` is ['age', 'sex'] there and ['age'] here"),
     ({"latent_gamma": 0.5}, "cannot be resumed: `latent_gamma` is 0.75 there and 0.5 here"),
     ({"prediction": "v"}, "was made for another network: `prediction` is 'gain' there and 'v' here"),
-    ({"timestep_shift": 2}, "cannot be resumed: `timestep_shift` is None there and 2.0 here"),
+    ({"timestep_shift": 2}, "cannot be resumed: `timestep_shift` is None there and 2 here"),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 
@@ -13,11 +12,9 @@ from scripts.bundle.json_files import checked
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.generator import Generator, describe
-from scripts.diffusion.guidance import load_guide
-from scripts.diffusion.loading import load_generator
+from scripts.diffusion.generator import describe, load_generator, load_guide
 from scripts.diffusion.preconditioning import Denoiser
-from scripts.diffusion.sampler import Sampler
+from scripts.diffusion.sampler import Generator, Sampler
 from scripts.diffusion.statistics import LatentStatistics
 from tests.conftest import ROOT
 from tests.diffusion.runs import leave_start
@@ -120,15 +117,15 @@ def test_samples_say_what_guided_them(generator):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"guidance_scale": -1}, "`guidance_scale` is -1"),
-        ({"guidance_scale": True}, "`guidance_scale` is True"),
-        ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
         ({"guidance_interval": 0.5}, r"`guidance_interval` is 0.5; it must be two times"),
-        ({"guidance_interval": [0.6, 0.2]}, r"`guidance_interval` is \[0.6, 0.2\].* the lower one first"),
-        ({"guidance_interval": [0, 2]}, r"`guidance_interval` is \[0, 2\]"),
-        ({"guidance_interval": [0, 0.6]}, "`guidance_scale` is 1, with which `guidance_interval` has no influence"),
-        ({"guide": made(1)}, "`guidance_scale` is 1, with which a `guide` has no influence"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
+        ({"guidance_interval": [0.6, 0.2]}, r"`guidance_interval` is .0.6, 0.2.*the lower one first"),
+        ({"guidance_interval": [0, 2]}, r"`guidance_interval` is .0.0, 2.0"),
+        (
+            {"guidance_interval": [0, 0.6]},
+            "`guidance_scale` is 1, with which .* no influence",
+        ),
+        ({"guide": made(1)}, "`guidance_scale` is 1, with which .* no influence"),
+        ({"solver": "heun"}, "`solver` is 'heun'; it must be 'midpoint' or 'stochastic' or 'euler'"),
     ],
 )
 def test_what_cannot_be_is_refused(generator, arguments, words):
@@ -138,7 +135,9 @@ def test_what_cannot_be_is_refused(generator, arguments, words):
 
 def test_a_generator_without_condition_dropout_needs_a_guide(x, context):
     generator = made(0, dropout=0)
-    with pytest.raises(ValueError, match="trained with `condition_dropout` 0 .* or give a `guide`"):
+    with pytest.raises(
+        ValueError, match="`guidance_scale` is 1.5; a generator without `condition_dropout` needs 1, or a `guide`"
+    ):
         Sampler(generator, guidance_scale=1.5)
     assert Sampler(generator, guidance_scale=1.5, guide=made(1)).denoise(x, TIME, context).isfinite().all()
 
@@ -158,8 +157,6 @@ def with_numbers(mean: float, deviation: float) -> dict:
     [
         {},
         {"channels": (8,)},
-        {"channel_mean": [0.01, 1.0, -1.0, 2.0], "channel_deviation": [1.01, 2.0, 0.5, 0.1], "volumes": 9},
-        {"conditions": with_numbers(50.1, 10.2)},
     ],
 )
 def test_a_guide_of_the_same_kind_of_latents_is_read(generator, tmp_path, changes):
@@ -174,24 +171,12 @@ def test_a_guide_of_the_same_kind_of_latents_is_read(generator, tmp_path, change
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"channel_mean": [0.1, 1.0, -1.0, 2.0]}, "statistics of the latents' channels differ"),
-        ({"channel_deviation": [1.0, 2.2, 0.5, 0.1]}, "statistics of the latents' channels differ"),
-        ({"channel_amplitude": [1.0, 1.0, 1.0, 1.0]}, "statistics of the latents' channels differ"),
-        (
-            {"channel_amplitude": [1.0] * 4, "latent_gamma": 0.0},
-            r"channels differ \(`latent_gamma` is 0.0 there and 0.5 here\)",
-        ),
-        (
-            {"conditions": {"geometry": [NUMBER] * 6, "keys": {"age": AGE}}},
-            r"conditions differ \(`condition_keys` is \['age'\] there and \['age', 'sex'\] here\)",
-        ),
-        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"sex": SEX, "age": AGE}}}, "conditions differ"),
-        ({"conditions": with_numbers(52.0, 10.0)}, "conditions differ"),
-        ({"channels": (8, 8, 8)}, "multiples of the latents' sizes differ"),
-        (
-            {"autoencoder": {**described()["autoencoder"], "sha256": "c" * 64}},
-            "the autoencoders that made the latents differ",
-        ),
+        ({"channel_mean": [0.1, 1.0, -1.0, 2.0]}, r"`channel_mean` is \[0.1, .* there and \[0.0,"),
+        ({"channel_amplitude": [1.0] * 4, "latent_gamma": 0.0}, "`latent_gamma` is 0.0 there and 0.5 here"),
+        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"age": AGE}}}, "`conditions` is .* there and"),
+        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"sex": SEX, "age": AGE}}}, "`conditions` is .* there and"),
+        ({"conditions": with_numbers(52.0, 10.0)}, "`conditions` is .* there and"),
+        ({"autoencoder": {**described()["autoencoder"], "sha256": "c" * 64}}, "autoencoder's weights` is 'c"),
     ],
 )
 def test_a_guide_that_sees_something_else_is_refused(generator, tmp_path, changes, words):
@@ -211,11 +196,3 @@ def test_what_is_no_guide_is_refused_by_its_name(generator, tmp_path):
     (run / "checkpoint_00000007.pt").touch()
     with pytest.raises(FileNotFoundError, match=r"`guide` is .*; it must be a file of weights"):
         load_guide(str(run / "model.pt"), generator, "cpu", torch.contiguous_format)
-
-
-def test_constant_numbers_may_differ_by_their_rounding(generator, tmp_path):
-    description = copy.deepcopy(described())
-    description["conditions"]["geometry"][1] = {**NUMBER, "mean": 3.0 + 1e-12, "deviation": 0.0}
-    guide = made(1, **description)
-    assert guide.statistics.conditions.entries != generator.statistics.conditions.entries
-    assert load_guide(saved(tmp_path, guide), generator, "cpu", torch.contiguous_format) is not None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from scripts.bundle.files import content_hash
-from scripts.diffusion.loading import load_generator
+from scripts.diffusion.generator import load_generator
 from tests.conftest import ROOT
 from tests.diffusion.runs import generate
 

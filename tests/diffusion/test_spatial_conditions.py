@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import RectifiedFlow
-from scripts.diffusion.generator import Generator
+from scripts.diffusion.objective import FlowPrepareBatch
 from scripts.diffusion.preconditioning import PREDICTIONS, Denoiser
-from scripts.diffusion.prepare_batch import FlowPrepareBatch
-from scripts.diffusion.sampler import Sampler
+from scripts.diffusion.sampler import Generator, Sampler
 from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
 from scripts.diffusion.training_data import LatentCollate
 from tests.diffusion.runs import leave_start
@@ -53,7 +52,8 @@ def latents_of_conditions() -> dict[str, torch.Tensor]:
 def denoiser(statistics: LatentStatistics, **arguments) -> Denoiser:
     torch.manual_seed(0)
     arguments = {"spatial_channels": statistics.spatial_channels, "prediction": "x", **arguments}
-    return Denoiser(3, 2, len(statistics.conditions), [8, 16], [False, True], 1, 4, 8, **arguments)
+    unet = {"attention_levels": [False, True], "norm_num_groups": 4, "num_head_channels": 8}
+    return Denoiser(3, 2, len(statistics.conditions), [8, 16], **unet, **arguments)
 
 
 def test_network_sees_normalised_latents_and_which_are_given(statistics):
@@ -148,10 +148,9 @@ def test_sample_depends_on_its_conditions_and_pads_them_as_training_does(statist
     sampler = Sampler(Generator(network, statistics, RectifiedFlow(), 0.1, ""), num_inference_steps=2)
     start = sampler.start(VOLUME, 0)
     given = {key: z[None] for key, z in latents_of_conditions().items()}
-    inputs = start["noise"][None], start["context"][None], start["latent_size"].tolist(), 0
-    with_both = sampler(*inputs, spatial=given)
+    with_both = sampler(**start, spatial=given)
     assert seen[0].shape == (1, 10, 4, 6, 4) and torch.equal(seen[0][:, :, 3], seen[0][:, :, 2])
-    assert not torch.allclose(with_both, sampler(*inputs, spatial={"t2": given["t2"]}))
+    assert not torch.allclose(with_both, sampler(**start, spatial={"t2": given["t2"]}))
     assert with_both.shape == (1, 2, *SIZE)
 
 

@@ -20,8 +20,7 @@ import torch
 from monai.bundle import verify_net_in_out
 
 from scripts.bundle.weights import save_weights
-from scripts.diffusion.generator import describe
-from scripts.diffusion.loading import load_generator
+from scripts.diffusion.generator import describe, load_generator
 from scripts.diffusion.preconditioning import PREDICTIONS, Denoiser
 from scripts.diffusion.sampler import Sampler
 from tests.conftest import ROOT, save_volume
@@ -174,18 +173,18 @@ def test_damaged_samples_and_those_of_other_settings_are_made_again(samples, gen
     generate(generator, weights, out, num_samples=2)
     assert "samples of other settings" not in caplog.text
     generate(generator, weights, out, num_samples=2, num_inference_steps=4)
-    assert "2 are replaced, and 1 stay, with numbers from 2 on" in caplog.text
+    assert "samples of other settings" in caplog.text
     generate(generator, weights, out, num_samples=3, num_inference_steps=4)
     assert not any(content_of(out)[name] == content for name, content in content_of(samples).items())
 
 
 def test_other_sizes_and_spacings_work_with_a_warning(generator, weights, tmp_path, caplog):
-    keys = {"num_samples": 1, "spatial_size": [21, 18, 33], "spacing": 1}
+    keys = {"num_samples": 1, "spatial_size": [21, 18, 30], "spacing": 1}
     generate(generator, weights, tmp_path, **keys)
     image = nib.load(tmp_path / "sample_0000.nii.gz")
-    assert image.shape == (21, 18, 33) and np.allclose(nib.affines.voxel_sizes(image.affine), 1)
-    assert "`spatial_size` [21, 18, 33]: training saw 14 x 18 x 10 voxels" in caplog.text
-    assert "`spacing` [1, 1, 1]: training saw 1 x 1.5 x 2 mm" in caplog.text
+    assert image.shape == (21, 18, 30) and np.allclose(nib.affines.voxel_sizes(image.affine), 1)
+    assert "size 21 x 18 x 30; training saw 14 x 18 x 10" in caplog.text
+    assert "spacing 1 x 1 x 1; training saw 1 x 1.5 x 2" in caplog.text
 
 
 def test_decoding_within_little_memory_makes_nearly_the_same_volume(samples, generator, weights, tmp_path):
@@ -226,12 +225,12 @@ def test_a_guide_changes_the_sample_where_it_predicts_something_else(samples, ge
 
 def test_what_cannot_be_is_refused_by_name(generator, weights, tmp_path):
     for keys, words in [
-        ({"conditions": {"sex": "X"}}, "sex 'X'; it must be one that training saw: F, M"),
+        ({"conditions": {"sex": "X"}}, "sex 'X'; training saw F, M"),
         ({"conditions": {"weight": 70}}, "names 'weight'; this generator was trained with the conditions age, sex"),
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"solver": "heun"}, "`solver` is 'heun'"),
-        ({"spatial_size": [16, 16]}, "`spatial_size` is .*; it must be 3 positive integers"),
-        ({"spatial_size": 2}, r"`spatial_size` \[2, 2, 2\] is too small for this generator, which needs at least"),
+        ({"spatial_size": [16, 16]}, "`spatial_size` is .*; it must be 3 positive numbers"),
+        ({"spatial_size": 2}, "has the size 2 x 2 x 2; training saw 14 x 18 x 10"),
         ({"guidance_scale": -1}, "`guidance_scale` is -1"),
         ({"guidance_interval": 0.5}, "`guidance_interval` is 0.5"),
     ]:

@@ -18,7 +18,7 @@ from monai.bundle import ConfigWorkflow
 from scripts.bundle.errors import reason
 from scripts.bundle.weights import save_weights
 from scripts.data.latents import LatentDescription, read_description, read_labels, read_spatial
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.inference import SpatialEncoder, StreamingInferer
 from scripts.layers.resampling import pad_to_multiple
 from tests.conftest import head_like, save_volume

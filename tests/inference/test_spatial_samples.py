@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from monai.data import load_decathlon_datalist
 
-from scripts.inference.spatial_samples import SpatialSamplePlan
+from scripts.inference.samples import Samples
 from tests.conftest import save_volume
 from tests.diffusion.runs import encode, generate, make_weights, save_untrained_generator, workflow
 
@@ -173,7 +173,7 @@ def test_a_label_map_of_another_key_is_the_label_of_the_pairs(generator, weights
         for key in keys:
             sampler.generator.statistics.spatial[key] = kind
             save_mask(tmp_path / "masks" / f"case_{key}.nii.gz")
-        plan = SpatialSamplePlan(sampler, str(tmp_path), 1, spatial_keys=keys, dataset_dir=str(tmp_path / "masks"))
-        assert plan.label_names == names
-        (item,) = plan.items()
-        assert [plan.labels_path(item, key).parent.name for key in keys] == [f"{names[key]}sTr" for key in keys]
+        samples = Samples(sampler, str(tmp_path), 1, spatial_keys=keys, dataset_dir=str(tmp_path / "masks"))
+        assert samples.label_names == names
+        (sample,) = samples.samples
+        assert [sample.labels[key].parent.name for key in keys] == [f"{names[key]}sTr" for key in keys]

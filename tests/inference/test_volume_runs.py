@@ -316,7 +316,7 @@ def test_bad_files_are_named_and_the_good_ones_done(weights, tmp_path):
 def test_empty_folder_and_read_only_output_are_errors_at_the_start(weights, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "file").write_text("")
-    for out, words in (("file/out", "cannot be written to"), ("out", "no volume below `dataset_dir`")):
+    for out, words in (("file/out", "Not a directory"), ("out", "no volume below `dataset_dir`")):
         with pytest.raises(RuntimeError) as stopped:  # MONAI's, raised from the error of an expression of the config
             run("encoding", tmp_path / "in", tmp_path / out, weights)
         assert words in str(stopped.value.__cause__) or words in str(stopped.value.__cause__.__cause__)
@@ -360,7 +360,7 @@ def test_read_only_output_folder_is_an_error_at_the_start():
         if user == 0:  # root may write everywhere
             os.seteuid(65534)
         try:
-            with pytest.raises(OSError, match=r"`output_dir` .* cannot be written to \(Permission denied\)"):
+            with pytest.raises(OSError, match="Permission denied: .*/out/"):
                 join_processes(str(out))
         finally:
             os.seteuid(user)

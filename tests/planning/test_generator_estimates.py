@@ -12,7 +12,7 @@ import torch
 
 from scripts.__main__ import main
 from scripts.data.latents import read_description
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.training_data import latent_lists
 from scripts.planning.allocations import nbytes_of
 from scripts.planning.generator_estimates import estimate_generator, plan_generator

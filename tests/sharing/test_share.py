@@ -16,8 +16,7 @@ from monai.bundle import verify_metadata, verify_net_in_out
 
 from scripts.bundle.files import content_hash
 from scripts.bundle.weights import save_weights
-from scripts.diffusion.generator import describe
-from scripts.diffusion.loading import load_generator
+from scripts.diffusion.generator import describe, load_generator
 from scripts.sharing import release
 from scripts.sharing import share as sharing
 from scripts.sharing.release import NAME, build_release
@@ -252,11 +251,6 @@ def test_what_does_not_belong_together_is_refused(folder, bundle, tmp_path):
         build_release(str(tmp_path))
     with pytest.raises(ValueError, match=r"the generator needs the autoencoder .* begins with"):
         share(str(folder / "run"))
-
-
-def test_bundle_without_a_generator_says_so(folder, bundle):
-    with pytest.raises(FileNotFoundError, match=r"models/generator/model\.pt: this bundle carries no generator"):
-        load_generator(str(bundle / "models/generator/model.pt"))
 
 
 def test_half_precision_is_the_nearest_to_the_weights_unless_it_cannot_hold_them(folder, bundle, tmp_path):

@@ -17,7 +17,7 @@ from scripts.bundle.files import file_hash, write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import read_description
 from scripts.diffusion.conditions import ClassCondition
-from scripts.diffusion.training_data import statistics_of
+from scripts.diffusion.training_data import learn_statistics
 from scripts.evaluation.metrics import grid_energy
 from scripts.evaluation.pictures import Panels, draw_columns, panels_of
 from scripts.evaluation.results import finite, mean_of_finite
@@ -155,7 +155,7 @@ class SampleEvaluation:
     def run(self) -> None:
         """Draw, measure and write."""
         self.descriptions = [read_description(Path(path)) for path in self.training]
-        self.statistics = statistics_of(self.descriptions, latent_gamma=1.0)
+        self.statistics = learn_statistics([{"image": path} for path in self.training], latent_gamma=1.0)
         self.reader = LatentReader(self.statistics)
         self.spatial = SpatialEvaluation(self.kinds, self.reader, self._decode)
         self._note_limits()

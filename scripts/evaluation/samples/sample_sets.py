@@ -13,7 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import read_description, read_spatial
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import LatentStatistics
@@ -129,10 +129,7 @@ def draw_samples(
     for index in ProgressBar(range(count), desc="sampling", unit="sample", leave=False):
         volume, path = like.volumes[index % len(like.volumes)], like.paths[index % len(like.paths)]
         given = replace(volume, conditions={key: volume.conditions[key] for key in keys if key in volume.conditions})
-        noise_seed = derive_seed(seed, index)
-        start = sampler.start(given, noise_seed)
-        inputs = start["noise"][None], start["context"][None], start["latent_size"].tolist(), noise_seed
-        z = sampler(*inputs, spatial=reader.spatial(path, kinds)).cpu()
+        z = sampler(**sampler.start(given, derive_seed(seed, index)), spatial=reader.spatial(path, kinds)).cpu()
         drawn.add(reader.statistics.normalised(z)[0], given, path)
     return drawn
 

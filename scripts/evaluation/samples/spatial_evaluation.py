@@ -10,7 +10,7 @@ import torch
 
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import LatentDescription, read_description, read_labels
-from scripts.data.spatial_conditions import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.evaluation.pictures import overlaid
 from scripts.evaluation.samples.sample_sets import CONDITION, HELD_OUT, TRAINING, TRAINING_MEAN, LatentReader, VolumeSet
 from scripts.evaluation.samples.segmentation import Pair, Segmenter, train_segmenter
