@@ -37,16 +37,9 @@ class FlowTarget:
 class RectifiedFlow:
     """
     A latent is mixed with noise, ``noisy = (1 - t) * clean + t * noise`` with a time t from 0 to 1. Samples follow the
-    velocity ``clean - noise`` from noise at t = 1 to a latent at t = 0. Sign and direction are those of MONAI's
-    ``RFlowScheduler``.
-
-    The loss is the mean square error of the velocity, which is that of the clean latent divided by t (below t = 0.05, by
-    0.05).
-
-    Times of training are drawn from a logit-normal distribution (Esser et al., https://arxiv.org/abs/2403.03206) and shifted
-    towards noise, as the steps of sampling are: neighbours in a large latent are alike, and so it needs more noise to
-    become unrecognisable. It is wider than theirs: shape is decided where there is nearly nothing but noise, and the fine
-    channels where there is little.
+    velocity ``clean - noise`` from t = 1 to t = 0, as with MONAI's ``RFlowScheduler``. Times of training are drawn from a
+    logit-normal distribution (Esser et al., https://arxiv.org/abs/2403.03206) and shifted towards noise, as the steps of
+    sampling are: neighbours in a large latent are alike, and so it needs more noise to become unrecognisable.
 
     Args:
         timestep_shift: the factor by which the odds t / (1 - t) grow; None for the square root of the number of values of a
@@ -88,7 +81,7 @@ class RectifiedFlow:
         return (1 - t) * clean + t * noise
 
     def loss(self, estimate: Tensor, target: FlowTarget) -> Tensor:
-        """Mean square error of the velocity, of each latent without its padding, averaged over the batch."""
+        """Mean square error of the velocity, that of the clean latents divided by t, without their padding."""
         error = (estimate.float() - target.clean) / per_item(target.times, target.clean).clamp(min=LEAST_TIME)
         return channel_means(error.square(), target.mask).mean()
 

@@ -103,8 +103,7 @@ class _Upsample(nn.Sequential):
 
 def coordinates(x: Tensor, extent: Tensor | None) -> Tensor:
     """
-    The position of each voxel along each axis, its sine and its cosine (Liu et al., CoordConv,
-    https://arxiv.org/abs/1807.03247). A convolution knows nothing of where it is, and heads have one nose.
+    The position of each voxel along each axis, its sine and its cosine (CoordConv, https://arxiv.org/abs/1807.03247).
 
     Args:
         x: ``BxCxHxWxD``, whose shape, type and device count.

@@ -117,17 +117,12 @@ class Denoiser(nn.Module):
 
 def posterior(noisy: Tensor, time: Tensor, amplitude: Tensor, mean: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     """
-    What is known of each clean value by Bayes' rule. Before the noisy latent is seen, the value has a Gaussian distribution,
-    of which ``mean`` and ``log_ratio`` are predicted; so it has afterwards. The noisy value counts by the gain (as in
-    Kalman's filter), a number from 0 to 1, and the predicted mean by the rest: where the noise is strong or the value is
-    certain, as in air, the predicted mean; elsewhere the noisy value.
+    What is known of each clean value by Bayes' rule, from a Gaussian of which ``mean`` and ``log_ratio`` are predicted and
+    from the noisy value, which counts by the gain, as in Kalman's filter. With a mean and a logarithm of 0, where a network
+    begins whose last layer is zero, this is Wiener's filter, the best linear estimate of each value by itself.
 
-    With a mean and a logarithm of 0 this is Wiener's filter, the best linear estimate of each value by itself. A network
-    whose last layer is zero begins there.
-
-    What follows from neighbours and other channels is predicted in units of the deviation afterwards, as Karras et al.
-    (https://arxiv.org/abs/2206.00364) predict it in those of Wiener's filter: with little noise it is the noise, and the
-    network need not reproduce the value that it sees.
+    A residual is predicted in units of the deviation afterwards (Karras et al., https://arxiv.org/abs/2206.00364): with
+    little noise it is the noise, and the network need not reproduce the value that it sees.
 
     Args:
         noisy: ``(1 - time) * clean + time * noise``, ``BxCxHxWxD``.

@@ -208,10 +208,9 @@ def integrate(
         velocity: function of the state and its time (above 0); the change of the state per unit of time, towards 0.
         noise: the state at ``times[0]``, which is 1.
         times: times between which the steps lead, falling to 0.
-        solver: ``"euler"`` asks for the velocity once per step, ``"midpoint"`` (the explicit midpoint method, of second
-            order) twice: at the step's beginning and in its middle. Heun's method would ask at time 0, where an estimate
-            of the clean latent does not determine the velocity. ``"stochastic"`` first adds noise to the state and goes back
-            in time by as much, then takes a longer midpoint step to the same end, as in algorithm 2 of Karras et al.
+        solver: ``"euler"`` asks for the velocity once per step, ``"midpoint"`` (of second order) at the step's beginning
+            and in its middle: Heun's method would ask at time 0, where an estimate of the clean latent does not determine
+            it. ``"stochastic"`` first adds noise and goes back in time by as much, as in algorithm 2 of Karras et al.
             (https://arxiv.org/abs/2206.00364): errors of earlier steps are covered by noise and made good.
         seed: seed of the noise that ``"stochastic"`` adds.
         progress: whether to show a bar over the steps.

@@ -50,11 +50,10 @@ class LatentStatistics:
     """
     The latents of the training volumes, in numbers.
 
-    A generator works with normalised latents: each channel minus its mean, divided by its deviation and times an amplitude.
-    The amplitudes are the channels' deviations in units of the image (see :py:class:`scripts.layers.LinearShortcut`) to the
-    power of ``latent_gamma``: with 0 all channels are equally strong, with 1 each is as strong as it is in the image, where
-    the leading ones carry nearly all, and between is between. A common factor makes the mean square 1, so that the noise of
-    the flow is as strong as the latents.
+    A generator works with normalised latents: each channel minus its mean, divided by its deviation and times an amplitude,
+    its deviation in units of the image (see :py:class:`scripts.layers.LinearShortcut`) to the power of ``latent_gamma``:
+    with 0 all channels are equally strong, with 1 as strong as in the image. A common factor makes the mean square 1, as
+    that of the noise.
 
     Args:
         autoencoder: autoencoder that made the latents.
