@@ -41,6 +41,7 @@ __all__ = ["Sample", "Samples"]
 
 HEADER = "synthetic volume of a generative model, no patient"  # up to 79 characters
 FARTHEST = 3  # times beyond the sizes and spacings of training
+UNITS = {"size": "voxels", "spacing": "mm"}
 LABEL = Keys.LABEL.value
 Placed = tuple[Volume, np.ndarray, NiftiHeader, tuple[int, ...]]  # affine of the volume, header and shape of its file
 logger = logging.getLogger(__name__)
@@ -279,7 +280,7 @@ class Samples:
     def _check_seen(self, name: str, values: Sequence[float]) -> None:
         """Refuse a size or spacing far beyond what training saw, and warn of one that is less far."""
         seen = self.statistics.seen(name)
-        words = f"{name} {by(values, ' x ')}; training saw {ranges(seen)}"
+        words = f"{name} {by(values, ' x ')} {UNITS[name]}; training saw {ranges(seen)}"
         if any(n * FARTHEST < low or n > high * FARTHEST for n, (low, high) in zip(values, seen)):
             raise ValueError(f"has the {words}, and nothing is known of what is so far from it.")
         if any(not low <= n <= high for n, (low, high) in zip(values, seen)):

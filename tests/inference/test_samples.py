@@ -183,8 +183,8 @@ def test_other_sizes_and_spacings_work_with_a_warning(generator, weights, tmp_pa
     generate(generator, weights, tmp_path, **keys)
     image = nib.load(tmp_path / "sample_0000.nii.gz")
     assert image.shape == (21, 18, 30) and np.allclose(nib.affines.voxel_sizes(image.affine), 1)
-    assert "size 21 x 18 x 30; training saw 14 x 18 x 10" in caplog.text
-    assert "spacing 1 x 1 x 1; training saw 1 x 1.5 x 2" in caplog.text
+    assert "size 21 x 18 x 30 voxels; training saw 14 x 18 x 10" in caplog.text
+    assert "spacing 1 x 1 x 1 mm; training saw 1 x 1.5 x 2" in caplog.text
 
 
 def test_decoding_within_little_memory_makes_nearly_the_same_volume(samples, generator, weights, tmp_path):
@@ -230,7 +230,7 @@ def test_what_cannot_be_is_refused_by_name(generator, weights, tmp_path):
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"solver": "heun"}, "`solver` is 'heun'"),
         ({"spatial_size": [16, 16]}, "`spatial_size` is .*; it must be 3 positive numbers"),
-        ({"spatial_size": 2}, "has the size 2 x 2 x 2; training saw 14 x 18 x 10"),
+        ({"spatial_size": 2}, "has the size 2 x 2 x 2 voxels; training saw 14 x 18 x 10"),
         ({"guidance_scale": -1}, "`guidance_scale` is -1"),
         ({"guidance_interval": 0.5}, "`guidance_interval` is 0.5"),
     ]:
