@@ -31,15 +31,14 @@ T = TypeVar("T")
 MAX_BYTES = 2**20  # of a file that describes another one; such files have some thousand
 
 _short = reprlib.Repr()
-_short.maxlist = _short.maxtuple = 8
-_short.maxdict = 4
 _short.maxlevel = 2
 _short.maxstring = _short.maxother = 80
 shortened = _short.repr  # of a value that may be of any size
 WORDS: dict[Any, str] = {
     **{int: "an integer", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"},
-    **{dict: "an object", list: "a list", tuple: "a list"},
+    **{list: "a list", tuple: "a list"},
 }
+_hints = functools.cache(get_type_hints)
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def read_dataclass(path: str | Path, cls: type[T], max_bytes: int = MAX_BYTES) -
     Read a JSON object and check it against the annotations of a dataclass, see :py:func:`checked`.
 
     Args:
-        path: file.
+        path: path of the file.
         cls: frozen dataclass. Its ``__post_init__`` may raise a ValueError, for values that contradict each other.
         max_bytes: size of the largest file that is read.
 
@@ -76,7 +75,6 @@ def read_dataclass(path: str | Path, cls: type[T], max_bytes: int = MAX_BYTES) -
         OSError: when the file cannot be opened.
         ValueError: when it is no JSON, or not what ``cls`` says, with the file, the field and what was found.
     """
-    path = Path(path)
     with open(path, "rb") as file:
         text = file.read(max_bytes + 1)
     if len(text) > max_bytes:
@@ -107,42 +105,43 @@ def checked(value: Any, kind: Any, name: str = "", expected: str | None = None) 
     Raises:
         ValueError: when it is something else, with the place, such as ```affine[0][1]```, and what was found there.
     """
-    arguments = get_args(kind)
-    base: Any = NoneType if kind is None else get_origin(kind) or kind
     expected = expected or _in_words(kind)
+    base, arguments = get_origin(kind) or kind, get_args(kind)
     if base is Any:
         return value
-    if base is Annotated:
-        value = checked(value, arguments[0], name, expected)
-        fits = all(condition.holds(value) for condition in arguments[1:])
-    elif base in (Union, UnionType):
-        kinds = [each for each in arguments if each is not NoneType]
-        if value is None and NoneType in arguments:
-            return None
-        for each in kinds[:-1]:
+    if base in (Union, UnionType):
+        *others, last = sorted(arguments, key=lambda each: each is not NoneType)  # the error is that of the last
+        for each in others:
             with contextlib.suppress(ValueError):
                 return checked(value, each, name, expected)
-        return checked(value, kinds[-1], name, expected)
-    elif base is Literal:
-        fits = any(value == each and type(value) is type(each) for each in arguments)
-    elif base is float:
-        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
-    elif base is int:
-        fits = type(value) is int and abs(value) < 2**63
-    elif base is tuple:
-        fits = isinstance(value, (list, tuple)) and len(value) == (len(arguments) if _is_fixed(arguments) else len(value))
-    else:
-        fits = isinstance(value, dict if is_dataclass(base) else base)
-    if not fits:
+        return checked(value, last, name, expected)
+    if base is Annotated:
+        value = checked(value, arguments[0], name, expected)
+    if not _fits(value, base, arguments):
         raise ValueError(f"{f'`{name}`' if name else 'the content'} is {shortened(value)}; it must be {expected}.")
     if is_dataclass(base):
         return _checked_fields(value, base, name)
     if base is dict and arguments:
         return {key: checked(each, arguments[1], f"{name}.{key}".lstrip(".")) for key, each in value.items()}
     if base in (list, tuple):
-        kinds = list(arguments) if _is_fixed(arguments) else [(*arguments, Any)[0]] * len(value)
+        kinds = arguments if _is_fixed(arguments) else [(*arguments, Any)[0]] * len(value)
         return base(checked(each, kinds[i], f"{name}[{i}]") for i, each in enumerate(value))
     return float(value) if base is float else value
+
+
+def _fits(value: Any, base: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether a value is of a type, without a look at what it holds."""
+    if base is Annotated:
+        return all(condition.holds(value) for condition in arguments[1:])
+    if base is Literal:
+        return any(value == each and type(value) is type(each) for each in arguments)
+    if base is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if base is int:
+        return type(value) is int and abs(value) < 2**63
+    if base is tuple:
+        return isinstance(value, (list, tuple)) and (len(value) == len(arguments) or not _is_fixed(arguments))
+    return value is None if base in (None, NoneType) else isinstance(value, dict if is_dataclass(base) else base)
 
 
 def _is_fixed(arguments: tuple[Any, ...]) -> bool:
@@ -151,8 +150,7 @@ def _is_fixed(arguments: tuple[Any, ...]) -> bool:
 
 
 def _checked_fields(value: dict[str, Any], cls: Any, name: str) -> Any:
-    kinds = _hints(cls)
-    found = {}
+    kinds, found = _hints(cls, include_extras=True), {}
     for field in fields(cls):
         place = f"{name}.{field.name}".lstrip(".")
         if field.name in value:
@@ -173,8 +171,3 @@ def _in_words(kind: Any) -> str:
     if origin is tuple and _is_fixed(arguments):
         return f"a list of {len(arguments)}"
     return WORDS.get(origin or kind, "an object")
-
-
-@functools.lru_cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from scripts.bundle.progress import ProgressBar
 from scripts.data.degrade import SHIFT, read_nifti, save_nifti
 from scripts.data.file_names import OUTSIDE, stays_inside, without_ending
 from scripts.data.given_parts import agree_with_slices, average_slices, fill_hole, thin_affine
-from scripts.data.restored_volumes import NiftiHeader
+from scripts.data.volume_reader import NiftiHeader
 
 __all__ = ["holes", "in_units_of", "slices"]
 
@@ -64,7 +63,7 @@ def slices(samples_dir: str, dataset_dir: str, output_dir: str, thick_key: str =
         (sample, header), (thick, of_thick) = read_nifti(path), read_nifti(source)
         axis = int(np.argmax(np.divide(sample.shape[:3], thick.shape[:3])))
         factor = max(1, sample.shape[axis] // thick.shape[axis])
-        averages, affine = average_slices(sample, factor, axis), thin_affine(np.array(of_thick.affine), factor, axis)
+        averages, affine = average_slices(sample, factor, axis), thin_affine(of_thick.affine, factor, axis)
         if averages.shape != thick.shape or not np.allclose(affine, header.affine, atol=SHIFT):
             raise ValueError(f"{path} is not on a grid of thin slices within those of {source}.")
         _save(agree_with_slices(in_units_of(thick, sample, averages), thick, factor, axis), path, of_thick, target)
@@ -90,7 +89,7 @@ def holes(samples_dir: str, dataset_dir: str, output_dir: str, masked_key: str =
                 raise ValueError(f"{path} and {source} have different grids.")
         known = hole == 0
         matched = in_units_of(masked[known], sample, sample[known])
-        _save(fill_hole(matched, masked, hole, nib.affines.voxel_sizes(np.array(header.affine))), path, of_masked, target)
+        _save(fill_hole(matched, masked, hole, nib.affines.voxel_sizes(header.affine)), path, of_masked, target)
 
 
 def _samples(
@@ -117,8 +116,7 @@ def _samples(
 def _save(values: np.ndarray, path: Path, of_source: NiftiHeader, target: Path) -> None:
     """Write a sample that was changed, in the data type of the file that it agrees with, and the file beside it."""
     of_sample: Any = nib.load(path)
-    stored = {name: getattr(of_source, name) for name in ("data_type", "scl_slope", "scl_inter")}
-    header = replace(NiftiHeader.of_file(of_sample), **stored)
+    header = NiftiHeader.of_file(of_sample).stored_as(**of_source.stored)
     sha256 = save_nifti(values, header, target, of_sample.header["descrip"].item().decode())
     description = json.loads(path.with_name(path.name.removesuffix(".nii.gz") + ".json").read_text())
     changed = json.dumps({**description, "agrees": True, "volume_sha256": sha256}, indent=2)

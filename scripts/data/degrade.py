@@ -15,7 +15,6 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,13 @@ from scripts.bundle.progress import ProgressBar
 from scripts.data.dataset_tables import conditions_of, dataset_lists
 from scripts.data.file_names import is_nifti, output_path, stays_inside
 from scripts.data.given_parts import average_slices, draw_hole, fill_hole, interpolate_slices, thin_affine
-from scripts.data.restored_volumes import NiftiHeader, as_stored, nifti_bytes
+from scripts.data.restored_volumes import nifti_bytes
 from scripts.data.volume_lists import EVERY_NIFTI, find_images
-from scripts.data.volume_reader import read_volume
+from scripts.data.volume_reader import NiftiHeader, read_volume
 
 __all__ = ["holes", "read_nifti", "save_nifti", "thick_slices", "thin_grid"]
 
 SHIFT = 1e-3  # mm by which the affines of one grid may differ through rounding
-FLOAT: dict[str, Any] = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}  # what was interpolated is not rounded
-LABEL = {**FLOAT, "data_type": "|u1"}
 Item = dict[str, Any]
 Files = dict[str, tuple[np.ndarray, NiftiHeader]]
 
@@ -57,7 +54,9 @@ def thick_slices(dataset_dir: str, output_dir: str, factor: int, axis: int = 2, 
 
     def thick(values: np.ndarray, header: NiftiHeader, item: Item) -> Files:
         averages = average_slices(values, factor, axis)
-        return {"thick": (interpolate_slices(averages, factor, axis, values.shape[axis]), replace(header, **FLOAT))}
+        return {
+            "thick": (interpolate_slices(averages, factor, axis, values.shape[axis]), header.stored_as("<f4"))
+        }  # not rounded
 
     _write_pairs(dataset_dir, output_dir, image_glob, thick)
 
@@ -77,8 +76,7 @@ def thin_grid(dataset_dir: str, output_dir: str, factor: int, axis: int = 2, ima
     items = [item for of_list in _lists(dataset_dir, image_glob, output_dir).values() for item in of_list]
     for item in ProgressBar(items, desc="volumes", unit="volume"):
         values, header = read_nifti(os.path.join(dataset_dir, item["image"]))
-        affine = thin_affine(np.array(header.affine), factor, axis)
-        header = NiftiHeader.of_affine(affine, xyzt_units=header.xyzt_units, sform_code=max(1, header.sform_code))
+        header = NiftiHeader.of_affine(thin_affine(header.affine, factor, axis), like=header)
         save_nifti(interpolate_slices(values, factor, axis), header, output_path(output_dir, item["image"], "thick"))
 
 
@@ -107,7 +105,7 @@ def holes(
     """
 
     def masked(values: np.ndarray, header: NiftiHeader, item: Item) -> Files:
-        affine = np.array(header.affine)
+        affine = header.affine
         if hole_key is None:
             random = np.random.default_rng((seed, zlib.crc32(item["image"].encode())))
             hole = draw_hole(values.reshape(*values.shape[:3], -1).mean(-1), affine, radius, per_volume, random)
@@ -118,7 +116,7 @@ def holes(
             if hole.shape != values.shape[:3] or not np.allclose(of_hole.affine, affine, atol=SHIFT):
                 raise ValueError(f"and its `{hole_key}`, {item[hole_key]}, have different grids.")
         filled = fill_hole(np.zeros_like(values), values, hole, nib.affines.voxel_sizes(affine))
-        return {"masked": (filled, header), "hole": (hole != 0, replace(header, **LABEL))}
+        return {"masked": (filled, header), "hole": (hole != 0, header.stored_as("|u1"))}
 
     _write_pairs(dataset_dir, output_dir, image_glob, masked)
 
@@ -176,18 +174,15 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, NiftiHeader]:
     Raises:
         ValueError: for a file that cannot be used, by name.
     """
-    try:
-        values, _ = read_volume(str(path))
-        if not np.isfinite(values).all():
-            raise ValueError("has voxels that are NaN or infinite.")
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
-    return values, NiftiHeader.of_file(nib.load(path))
+    values, header = read_volume(str(path))
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} has voxels that are NaN or infinite.")
+    return values, header
 
 
 def save_nifti(values: np.ndarray, header: NiftiHeader, path: Path, description: str = "") -> str:
     """Write intensities in the data type of a header, and return the hash of the file."""
-    content = nifti_bytes(as_stored(values, header), header, description)
+    content = nifti_bytes(values, header, description)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(content, path)
     return content_hash(content)

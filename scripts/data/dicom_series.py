@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections import Counter
-from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.utils import optional_import
 
-highdicom, is_installed = optional_import("highdicom")
 pydicom, _ = optional_import("pydicom")
 
 __all__ = ["read_dicom"]
@@ -21,12 +18,10 @@ GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 SAME_ORIENTATION = 1e-3  # of direction cosines: 0.25 mm at the edge of 256 mm
 SAME_POSITION = 0.01  # mm
 TOLERANCE = 0.1  # of the distance between slices: how far one may lie from its place
-LISTED = 8  # series, gaps or phases in an error
-PHASES = ("EchoTime", "TemporalPositionIdentifier", "TriggerTime", "DiffusionBValue", "AcquisitionNumber", "ImageType")
-LOOSE = {"rtol": 1.0, "perpendicular_tol": 1.0}  # `_step` is stricter, and takes a gantry tilt
-VALUES = {"dtype": np.float32, "apply_real_world_transform": False, "apply_presentation_lut": False}
+LISTED = 8  # series in an error
 SEPARATE = "put each into a folder of its own, or convert with dcm2niix"
 logger = logging.getLogger(__name__)
+log_once = functools.cache(logger.info)  # an epoch reads each volume again
 
 
 def read_dicom(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -46,18 +41,17 @@ def read_dicom(path: str) -> tuple[np.ndarray, np.ndarray]:
         ValueError: when there is no volume, more than one, or one with missing slices or without geometry; its text follows
             the path.
     """
-    if not is_installed:
-        raise ValueError("may be DICOM, which the package highdicom reads: pip install highdicom python-gdcm.")
     stacks = _stacks(_images(Path(path)))
     if len(stacks) > 1:
-        raise ValueError(f"holds {len(stacks)} volumes ({_some(map(_describe, stacks))}); {SEPARATE}.")
+        listed = "; ".join(map(_describe, stacks[:LISTED]))
+        raise ValueError(f"holds {len(stacks)} volumes ({listed}); {SEPARATE}.")
     images = stacks[0]
     try:
         if Path(path).is_file() and not _is_multiframe(images[0]):
             raise ValueError('one slice of a series; give the folder (`image_glob` "**/")')
         return _read(images)
-    except (ValueError, RuntimeError, AttributeError, LookupError, TypeError) as error:  # also what highdicom raises
-        raise ValueError(f"holds {_describe(images)}: {_first_line(error)}.") from error
+    except ValueError as error:
+        raise ValueError(f"holds {_describe(images)}: {error}.") from error
 
 
 def _images(path: Path) -> list[Any]:
@@ -67,7 +61,7 @@ def _images(path: Path) -> list[Any]:
     if not images:
         raise ValueError(f"holds no DICOM image ({len(files)} other files).")
     if len(images) < len(files):
-        _note(f"{path}: left out {len(files) - len(images)} files that hold no image")
+        log_once(f"{path}: left out {len(files) - len(images)} files that hold no image")
     return images
 
 
@@ -87,9 +81,6 @@ def _image(file: Path) -> Any:
     if "TransferSyntaxUID" not in image.file_meta:  # no preamble
         syntaxes = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian
         image.file_meta.TransferSyntaxUID = syntaxes[image.original_encoding[0]]
-    for name in ("SeriesInstanceUID", "FrameOfReferenceUID"):  # highdicom needs both
-        if not image.get(name):
-            setattr(image, name, "0")
     return image
 
 
@@ -101,12 +92,10 @@ def _stacks(images: list[Any]) -> list[list[Any]]:
     """Images that could be slices of one volume: of one series, matrix, orientation and pixel spacing."""
     stacks: list[list[Any]] = []
     for image in images:
-        for stack in stacks:
-            if _are_parallel(stack[0], image):
-                stack.append(image)
-                break
-        else:
-            stacks.append([image])
+        stack = next((stack for stack in stacks if _are_parallel(stack[0], image)), [])
+        if not stack:
+            stacks.append(stack)
+        stack.append(image)
     return stacks
 
 
@@ -131,7 +120,7 @@ def _describe(images: list[Any]) -> str:
     slices = int(image.get("NumberOfFrames") or 1) if _is_multiframe(image) else len(images)
     normal = np.abs(_normal(image))
     plane = ("sagittal ", "coronal ", "axial ")[normal.argmax()] if normal.any() else ""
-    name = f"series {image.SeriesInstanceUID} {str(image.get('SeriesDescription', ''))!r}"
+    name = f"series {image.get('SeriesInstanceUID')} {str(image.get('SeriesDescription', ''))!r}"
     return f"{name}, {slices} {plane}slice{'s' if slices > 1 else ''} of {image.Columns}x{image.Rows}"
 
 
@@ -143,30 +132,24 @@ def _read(images: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"pixels of {', '.join(sorted(kinds))}; only gray values are read")
     is_multiframe = _is_multiframe(images[0])
     frames = _frames(images[0]) if is_multiframe else images
-    missing = [name for name in GEOMETRY if not all(frame.get(name) for frame in frames)]
-    if not frames:
-        missing = ["PerFrameFunctionalGroupsSequence"]
+    missing = [name for name in GEOMETRY if not frames or not all(frame.get(name) for frame in frames)]
     if missing:
         raise ValueError(f"no {' and no '.join(missing)}, so the geometry is unknown; convert it with dcm2niix")
     if len(_stacks(frames)) > 1:
         raise ValueError("frames of several orientations; convert it with dcm2niix")
     normal = _normal(frames[0])
-    frames = sorted(frames, key=lambda frame: np.dot(frame.ImagePositionPatient, normal))
-    if is_multiframe:
-        step = _step(frames)
-        volume = highdicom.Image.from_dataset(images[0], copy=False).get_volume(**LOOSE, **VALUES)
-    else:
-        frames = _without_duplicates(frames)
-        step = _step(frames)
-        for image in frames:
-            _decode(image)
-        volume = highdicom.get_volume_from_series(frames, orientation_tol=SAME_ORIENTATION, **LOOSE, **VALUES)
-    array, affine = volume.array.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]]  # from slices, rows, columns
-    if step @ affine[:3, 2] < 0:
-        array = array[:, :, ::-1]
-    affine[:3, 2] = step  # highdicom's is along the normal, which a gantry tilt is not
-    affine[:3, 3] = frames[0].ImagePositionPatient
-    return np.ascontiguousarray(array), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS
+    order = sorted(range(len(frames)), key=lambda k: np.dot(frames[k].ImagePositionPatient, normal))
+    if not is_multiframe:
+        order = _without_duplicates(images, order)
+    first, step = frames[order[0]], _step([frames[k] for k in order])
+    pixels = _pixels(images[0])[order] if is_multiframe else (_pixels(images[k])[0] for k in order)
+    values = [pydicom.pixels.apply_modality_lut(each, frames[k]).astype(np.float32) for k, each in zip(order, pixels)]
+    between_rows, between_columns = first.PixelSpacing
+    affine = np.eye(4)
+    affine[:3, 0] = np.array(first.ImageOrientationPatient[:3], float) * between_columns
+    affine[:3, 1] = np.array(first.ImageOrientationPatient[3:], float) * between_rows
+    affine[:3, 2], affine[:3, 3] = step, first.ImagePositionPatient
+    return np.stack(values).transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS
 
 
 def _frames(image: Any) -> list[Any]:
@@ -180,23 +163,24 @@ def _frames(image: Any) -> list[Any]:
     return frames
 
 
-def _without_duplicates(images: list[Any]) -> list[Any]:
+def _without_duplicates(images: list[Any], order: list[int]) -> list[int]:
     names = ("ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "PixelData")
-    kept = images[:1]
-    for image in images[1:]:
-        if any(image.get(name) != kept[-1].get(name) for name in names):
-            kept.append(image)
-    if len(kept) < len(images):
-        _note(f"{_describe(images)}: left out {len(images) - len(kept)} exact duplicates")
+    kept = order[:1]
+    for k in order[1:]:
+        if any(images[k].get(name) != images[kept[-1]].get(name) for name in names):
+            kept.append(k)
+    if len(kept) < len(order):
+        log_once(f"{_describe(images)}: left out {len(order) - len(kept)} exact duplicates")
     return kept
 
 
-def _decode(image: Any) -> None:
+def _pixels(image: Any) -> np.ndarray:
+    """The stored values of all frames of a file, ``frames x rows x columns``."""
     try:
-        image.convert_pixel_data()
+        return image.pixel_array.reshape(-1, image.Rows, image.Columns)
     except Exception as error:  # each decoder has its own
-        syntax = image.file_meta.TransferSyntaxUID.name
-        raise ValueError(f"{Path(image.filename).name} cannot be decoded ({syntax}: {_first_line(error)})") from error
+        name, syntax = Path(image.filename).name, image.file_meta.TransferSyntaxUID.name
+        raise ValueError(f"{name} cannot be decoded ({syntax}: {error})") from error
 
 
 def _step(slices: list[Any]) -> np.ndarray:
@@ -212,39 +196,13 @@ def _step(slices: list[Any]) -> np.ndarray:
     gaps = np.diff(distances)
     if (gaps < SAME_POSITION).any():
         number = 1 + int((gaps >= SAME_POSITION).sum())
-        raise ValueError(
-            f"{len(slices)} slices lie at {number} positions, as several phases do{_differences(slices)}; {SEPARATE}"
-        )
+        raise ValueError(f"{len(slices)} slices lie at {number} positions, as several phases do; {SEPARATE}")
     step = (positions[-1] - positions[0]) / len(gaps)
     expected = positions[0] + np.arange(len(slices))[:, None] * step
     if not np.linalg.norm(positions - expected, axis=1).max() <= TOLERANCE * np.linalg.norm(step):
-        usual = np.median(gaps)
-        others = np.flatnonzero(np.abs(gaps - usual) > TOLERANCE * usual)
-        listed = [f"{gaps[k]:.4g} mm between {distances[k]:.6g} and {distances[k + 1]:.6g}" for k in others]
+        usual, k = np.median(gaps), np.abs(gaps - np.median(gaps)).argmax()
         raise ValueError(
-            f"slices are missing or unevenly placed: {usual:.4g} mm apart along their normal, but "
-            f"{_some(listed) or 'not on one line'}; complete the series, or convert it with dcm2niix"
+            f"slices are missing or not on one line: {usual:.4g} mm apart along their normal, but {gaps[k]:.4g} mm between "
+            f"{distances[k]:.6g} and {distances[k + 1]:.6g}; complete the series, or convert it with dcm2niix"
         )
     return step
-
-
-def _differences(slices: list[Any]) -> str:
-    for name in PHASES:
-        counts = Counter(str(image.get(name)) for image in slices)
-        if 1 < len(counts) < len(slices):
-            return f" and differ in {name} ({_some(f'{value}: {count}' for value, count in sorted(counts.items()))})"
-    return ""
-
-
-def _some(texts: Iterable[str]) -> str:
-    listed = [*texts]
-    return "; ".join([*listed[:LISTED], *([f"{len(listed) - LISTED} more"] if len(listed) > LISTED else [])])
-
-
-@cache  # an epoch reads each volume again
-def _note(text: str) -> None:
-    logger.info(text)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")

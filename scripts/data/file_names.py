@@ -1,4 +1,4 @@
-"""Names of files: endings of volumes, and how a result is called."""
+"""Names of files: what they say of a file, and how a result is called."""
 
 from __future__ import annotations
 
@@ -9,12 +9,22 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from scripts.bundle.json_files import shortened
 
-__all__ = ["OUTSIDE", "is_nifti", "is_volume_name", "output_path", "stays_inside", "without_ending"]
+__all__ = ["OUTSIDE", "has_label_name", "is_nifti", "is_volume_name", "output_path", "stays_inside", "without_ending"]
 
 FORMATS = r"\.(?:nii|nrrd|nhdr|mha|mhd|mgz|mgh|hdr|img|dcm|ima|mnc)"
 ENDING = re.compile(rf"{FORMATS}(?:\.gz)?$", re.IGNORECASE)
 ENDING_WITHIN = re.compile(rf"{FORMATS}(?![a-z0-9])", re.IGNORECASE)  # as in x.nii.gz.md5 and x.nii.bak
 OUTSIDE = "is no path within a folder (no '..', no '/' or drive in front, no control characters)"
+LABELS = re.compile(
+    r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|(?:prob|pve)seg|rois?|annot(?:ation)?s?)"
+    r"(?:[^a-z]|$)"
+)
+LABELS_OF_FILES = re.compile(  # not of folders, where they may name a study
+    r"(?:^|[^a-z])(?:brain_?masks?|label_?maps?|lesions?|gt|ground_?truth|atlas(?:es)?|contours?|wmparc|aparc|parc"
+    r"|parcellations?)(?:[^a-z]|$)"
+)
+BIDS_ENTITY = re.compile(r"(?:^|_)(?:sub|ses|acq|task|run|rec|dir|space|res|ce|mod|inv|echo|part)-[^_.]+")
+CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")  # as in liverMask
 
 
 def without_ending(name: str) -> str:
@@ -32,6 +42,12 @@ def is_volume_name(name: str) -> bool:
     return bool(ENDING.search(name)) or not ENDING_WITHIN.search(name)
 
 
+def has_label_name(relative: Path) -> bool:
+    """Whether a path names labels, in a folder (``labelsTr``) or in the file (``label-GM_probseg``, ``liverMask``)."""
+    words = [CAPITAL.sub("_", BIDS_ENTITY.sub("_", part)).lower() for part in relative.parts]
+    return bool(LABELS_OF_FILES.search(words[-1])) or any(map(LABELS.search, words))
+
+
 def output_path(output_dir: str, source: str, postfix: str, keep_ending: bool = False) -> Path:
     """
     Where the result of a volume goes: ``folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``.
@@ -47,10 +63,7 @@ def output_path(output_dir: str, source: str, postfix: str, keep_ending: bool = 
             ``output_dir``.
     """
     if not stays_inside(source):
-        raise ValueError(
-            f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`; rename the file, or "
-            "encode the volume again if a latent says this of its source."
-        )
+        raise ValueError(f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`.")
     relative = Path(source)
     name = relative.name if keep_ending else without_ending(relative.name)
     return Path(output_dir) / relative.parent / f"{name}_{postfix}.nii.gz"

@@ -10,10 +10,10 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Orientation, Spacing
+from monai.transforms import Orientation, Spacing, SpatialResample
 from scipy.ndimage import affine_transform
 
-__all__ = ["Grid", "on_grid", "preprocessed_grid"]
+__all__ = ["Grid", "back_on_grid", "on_grid", "preprocessed_grid"]
 
 SAME = 0.01  # voxels between two grids that are one, up to the rounding of headers
 
@@ -30,13 +30,26 @@ class Grid(NamedTuple):
     shape: tuple[int, ...]
     affine: np.ndarray
 
+    def corners_in(self, affine: np.ndarray) -> np.ndarray:
+        """The eight corners of the grid, in voxels of another affine."""
+        corners = np.array(list(itertools.product(*((0, size - 1) for size in self.shape))))
+        return nib.affines.apply_affine(np.linalg.solve(affine, self.affine), corners)
+
+    def shift_to(self, affine: np.ndarray) -> float:
+        """By how many voxels a corner is elsewhere with another affine, at most."""
+        return float(np.abs(self.corners_in(affine) - self.corners_in(self.affine)).max())
+
+    def is_grid(self, other: Grid) -> bool:
+        """Whether another grid is this one, up to the rounding of headers."""
+        return self.shape == other.shape and self.shift_to(other.affine) < SAME
+
 
 def preprocessed_grid(grid: Grid, spacing: float | Sequence[float] | None = None) -> Grid:
     """
     The grid of a volume after its preprocessing.
 
     Args:
-        grid: of its file.
+        grid: grid of its file.
         spacing: mm along each axis (right, anterior, superior), or None for that of the file.
     """
     volume = MetaTensor(torch.empty(1).expand(1, *grid.shape), affine=torch.from_numpy(grid.affine))
@@ -52,9 +65,9 @@ def on_grid(values: np.ndarray, affine: np.ndarray, grid: Grid, nearest: bool = 
 
     Args:
         values: ``CxHxWxD``.
-        affine: from its voxels to mm.
-        grid: which it is brought to.
-        nearest: take the nearest voxel instead of interpolating linearly.
+        affine: affine from its voxels to mm.
+        grid: grid that it is brought to.
+        nearest: whether to take the nearest voxel instead of interpolating linearly.
 
     Returns:
         the volume in its data type, 0 outside of its field of view, and the share of the grid that the field of view covers.
@@ -62,19 +75,41 @@ def on_grid(values: np.ndarray, affine: np.ndarray, grid: Grid, nearest: bool = 
     Raises:
         ValueError: for a volume that does not overlap the grid, with text that follows its name.
     """
-    orientation = nib.io_orientation(np.linalg.solve(grid.affine, affine))
-    affine = affine @ nib.orientations.inv_ornt_aff(orientation, values.shape[1:])
-    values = np.moveaxis(nib.apply_orientation(np.moveaxis(values, 0, -1), orientation), -1, 0)
-    to_volume = np.linalg.solve(affine, grid.affine)
-    corners = np.array(list(itertools.product(*((0, size - 1) for size in grid.shape))))
-    shift = np.abs(nib.affines.apply_affine(to_volume, corners) - corners).max()
-    if values.shape[1:] == grid.shape and shift < SAME:
-        return np.ascontiguousarray(values), 1.0
+    values, own = _turned(values, affine, grid)
+    if own.is_grid(grid):
+        return values, 1.0
+    to_volume = np.linalg.solve(own.affine, grid.affine)
     matrix, offset = to_volume[:3, :3], to_volume[:3, 3]
-    inside = np.ones(values.shape[1:], np.uint8)
-    inside = affine_transform(inside, matrix, offset, grid.shape, order=0, mode="grid-constant")
+    inside = affine_transform(np.ones(own.shape, np.uint8), matrix, offset, grid.shape, order=0, mode="grid-constant")
     if not inside.any():
         raise ValueError("does not overlap the volume that it is a condition of.")
     order = 0 if nearest else 1
     moved = (affine_transform(channel, matrix, offset, grid.shape, order=order, mode="nearest") for channel in values)
     return np.stack([channel * inside for channel in moved]).astype(values.dtype, copy=False), float(inside.mean())
+
+
+def back_on_grid(values: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
+    """
+    Bring a preprocessed volume back to the grid of its file: voxels are turned, and interpolated only where the spacing was
+    changed; those outside of its field of view are its nearest ones.
+
+    Args:
+        values: ``CxHxWxD``.
+        affine: affine from its voxels to mm.
+        grid: grid of the file.
+    """
+    values, own = _turned(values, affine, grid)
+    if own.is_grid(grid):
+        return values
+    volume: Any = MetaTensor(torch.from_numpy(values), affine=torch.from_numpy(own.affine))
+    resample = SpatialResample(mode="bilinear", padding_mode="border")
+    volume = resample(volume, dst_affine=torch.tensor(grid.affine), spatial_size=grid.shape)
+    return volume.as_tensor().numpy()
+
+
+def _turned(values: np.ndarray, affine: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid]:
+    """A volume, ``CxHxWxD``, with its axes in the order and direction of those of a grid, and its own grid then."""
+    orientation = nib.io_orientation(np.linalg.solve(grid.affine, affine))
+    affine = affine @ nib.orientations.inv_ornt_aff(orientation, values.shape[1:])
+    values = np.moveaxis(nib.apply_orientation(np.moveaxis(values, 0, -1), orientation), -1, 0)
+    return np.ascontiguousarray(values), Grid(values.shape[1:], affine)

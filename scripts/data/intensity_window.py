@@ -1,10 +1,13 @@
-"""Scaling of an intensity window to [0, 1] that records the window, so that a reconstruction can be returned in the units of
-its input."""
+"""Scaling of an intensity window to [0, 1] that records it, and the voxels without a measurement, which are left out: NaN,
+infinite, and the padding of CT outside of the scanner's circle. So both can be restored."""
 
 from __future__ import annotations
 
+import base64
 import functools
 import logging
+import math
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +19,15 @@ from monai.transforms import MapTransform, TraceableTransform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import ImageMetaKey
 
-from scripts.data.missing_voxels import find_missing, pack_missing
-
-__all__ = ["ScaleIntensityWindowd", "intensity_window", "measured_voxels", "unscaled"]
+__all__ = [
+    "ScaleIntensityWindowd",
+    "find_missing",
+    "intensity_window",
+    "measured_voxels",
+    "pack_missing",
+    "put_back_missing",
+    "unscaled",
+]
 
 FEW = 0.1  # percent of the voxels
 FAR = 0.1  # of the window; in clinical CT and MR the minimum is at most 0.01 of it below the 0.1st percentile
@@ -26,7 +35,12 @@ SPARSE = 0.95  # share of voxels with one value; 0.81 in a map of white matter, 
 MOST_MISSING = 0.99  # of a channel; 0.8 around a brain
 LARGEST = 1e38  # so that differences are float32 numbers too
 LEAST_RANGE = 0.01  # of the window; the brain alone takes 0.04 of -1000 to 1000 HU
+LOWEST = -1500  # HU; less is no measurement in CT, whose air is at -1000, or -1024 as the least of 12 bits
+PADDING_FAR = 0.1  # of the range of the other voxels. In CT padded with -1500 the gap is 0.25 of it, with -3024 it is 1
+PADDING_SHARE = 0.001  # of the voxels, at least
+LEVEL = 6  # of zlib
 logger = logging.getLogger(__name__)
+warn_once = functools.cache(logger.warning)  # a training reads a file many times
 
 
 def intensity_window(image: MetaTensor) -> dict[str, Any]:
@@ -39,7 +53,7 @@ def intensity_window(image: MetaTensor) -> dict[str, Any]:
     Returns:
         ``low`` and ``high``, lists with an intensity for each channel; ``clipped``, the share of voxels outside, and its
         parts ``clipped_below`` and ``clipped_above``; ``missing``, the masks of voxels without a measurement, packed by
-        :py:func:`scripts.data.missing_voxels.pack_missing`.
+        :py:func:`scripts.data.intensity_window.pack_missing`.
     """
     name = ScaleIntensityWindowd.__name__
     return next(op for op in reversed(image.applied_operations) if op["class"] == name)["extra_info"]
@@ -61,36 +75,32 @@ def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) 
     return values * (top - bottom) + bottom
 
 
-def measured_voxels(channels: torch.Tensor, name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def measured_voxels(channels: torch.Tensor, name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """
     The voxels that decide about an intensity window.
 
     Args:
         channels: ``CxHxWxD``.
-        name: of the file, for errors.
+        name: name of the file, for errors.
 
     Returns:
-        masks of the others, see :py:func:`scripts.data.missing_voxels.find_missing`; and the voxels of each channel by its
-        name for messages, of any shape.
+        masks of the others, see :py:func:`find_missing`, and the mask of those that decide.
 
     Raises:
         ValueError: for a channel that is constant or nearly all of whose voxels are missing, with text that starts with
             ``name``.
     """
-    missing, measured = find_missing(channels), {}
-    present = ~torch.stack([*missing.values()]).any(0) if missing else None
-    for index, channel in enumerate(channels):
+    missing = find_missing(channels)
+    present = ~torch.stack([torch.zeros_like(channels, dtype=torch.bool), *missing.values()]).any(0)
+    for index, (channel, mask) in enumerate(zip(channels, present)):
         about = f"{name} (channel {index})" if len(channels) > 1 else name
-        if present is not None:
-            share = 1 - present[index].float().mean().item()
-            if share > MOST_MISSING:
-                raise ValueError(f"{about} is NaN, infinite or padding in {share:.1%} of its voxels.")
-            channel = channel[present[index]]
-        low, high = channel.aminmax()
+        share = 1 - mask.float().mean().item()
+        if share > MOST_MISSING:
+            raise ValueError(f"{about} is NaN, infinite or padding in {share:.1%} of its voxels.")
+        low, high = channel[mask].aminmax()
         if low == high:
             raise ValueError(f"{about} is constant ({low:g}).")
-        measured[about] = channel
-    return missing, measured
+    return missing, present
 
 
 class ScaleIntensityWindowd(MapTransform, TraceableTransform):
@@ -100,7 +110,7 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
     such as the minimum, is far below the 0.1st, that one is the lower end. In a sparse volume, nearly all voxels of which
     have one value, the percentiles are those of the others.
 
-    Voxels without a measurement (:py:func:`scripts.data.missing_voxels.find_missing`) are left out and set to 0. They are
+    Voxels without a measurement (:py:func:`scripts.data.intensity_window.find_missing`) are left out and set to 0. They are
     recorded in the file's grid, so this comes before the volume is turned or resampled. The window and the shares of voxels
     that were clipped are recorded too, for :py:func:`intensity_window`.
 
@@ -134,49 +144,42 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
         for key in self.key_iterator(d):
             image = d[key].to(torch.float32)
             values, name = image.as_tensor(), str(image.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the volume"))
-            missing, measured = measured_voxels(values, name)
-            windows = [self._window(channel, about) for about, channel in measured.items()]
+            missing, present = measured_voxels(values, name)
+            windows = [self._window(channel[mask], name) for channel, mask in zip(values, present)]
             low, high = (_per_channel(values.new_tensor(side), values) for side in zip(*windows))
-            scaled = ((image - low) / (high - low)).clamp_(0, 1)
-            below, above = values < low, values > high
-            if missing:
-                absent = torch.stack([*missing.values()]).any(0)
-                scaled.masked_fill_(absent, 0)
-                below, above = below & ~absent, above & ~absent
-                counts = " and ".join(f"{int(mask.sum()):,} voxels of {value}" for value, mask in missing.items())
-                _log_once(logging.INFO, f"{name}: {counts} are left out of the intensity window; they come back as they are")
+            scaled = ((image - low) / (high - low)).clamp_(0, 1).masked_fill_(~present, 0)
+            below, above = ((mask & present).float().mean().item() for mask in (values < low, values > high))
             window = {
                 "low": low.flatten().tolist(),
                 "high": high.flatten().tolist(),
-                "clipped_below": below.float().mean().item(),
-                "clipped_above": above.float().mean().item(),
+                "clipped": below + above,
+                "clipped_below": below,
+                "clipped_above": above,
                 "missing": pack_missing(missing),
             }
-            window["clipped"] = window["clipped_below"] + window["clipped_above"]
             d[key] = self.push_transform(scaled, extra_info=window)
         return d
 
     def _window(self, channel: torch.Tensor, name: str) -> tuple[float, float]:
         """Lower and upper intensity of the voxels of a channel."""
         if self.intensity_range is None:
-            low, high = _percentile_window(channel, self.percentiles, name)
+            low, high = _percentile_window(channel, self.percentiles)
         else:
             low, high = map(float, self.intensity_range)
             least, greatest = (float(end) for end in channel.aminmax())
             used = max(0.0, (min(greatest, high) - max(least, low)) / (high - low))
             if used < LEAST_RANGE:
-                _log_once(
-                    logging.WARNING,
+                warn_once(
                     f"{name}: its intensities, {least:g} to {greatest:g}, take {used:.1%} of `intensity_range`, {low:g} to "
-                    f"{high:g}; nearly nothing is left of its contrast",
+                    f"{high:g}; nearly nothing is left of its contrast"
                 )
         if max(-low, high) > LARGEST:
             raise ValueError(f"{name} has intensities from {low:g} to {high:g}; more than {LARGEST:g} are not supported.")
         return low, high
 
 
-def _percentile_window(values: torch.Tensor, percentiles: Sequence[float], name: str) -> tuple[float, float]:
-    """The window of percentiles, as :py:class:`ScaleIntensityWindowd` says; ``name`` is for the log."""
+def _percentile_window(values: torch.Tensor, percentiles: Sequence[float]) -> tuple[float, float]:
+    """The window of percentiles, as :py:class:`ScaleIntensityWindowd` says."""
     lower, upper = percentiles
     few = min(FEW, 100 - upper)
     low, inner, background, high = percentile(values, [lower, few, 50.0, upper]).tolist()  # type: ignore
@@ -185,15 +188,12 @@ def _percentile_window(values: torch.Tensor, percentiles: Sequence[float], name:
         others = values[values != background].numpy()
         low, high = (float(np.percentile(others, p, method="lower")) for p in percentiles)
         inner = float(np.percentile(others, few, method="higher"))
-    far_below = inner - low > FAR * (high - inner)
-    if far_below:
+    if inner - low > FAR * (high - inner):
         low = inner
     if sparse:
         low, high = min(low, background), max(high, background)
     if not low < high:
         low, high = (float(end) for end in values.aminmax())
-    elif far_below:
-        _log_once(logging.INFO, f"{name}: few voxels are far below the others, and are clipped at {low:g}")
     return low, high
 
 
@@ -202,7 +202,69 @@ def _per_channel(side: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     return side.reshape(-1, *[1] * (channels.ndim - 1))
 
 
-@functools.cache
-def _log_once(level: int, message: str) -> None:
-    """For messages about a file, which is read many times in a training."""
-    logger.log(level, message)
+def find_missing(channels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Find the voxels that hold no measurement. A padding value is one of -1500 or less that many voxels have, and that lies
+    far below all higher ones.
+
+    Args:
+        channels: ``CxHxWxD``.
+
+    Returns:
+        A mask for each value, such as ``"nan"`` or ``"-3024.0"``, that is found; none in the usual case.
+    """
+    low, high = (float(end) for end in channels.aminmax())  # NaN if any voxel is
+    masks = {}
+    if not math.isfinite(low) or not math.isfinite(high):
+        found = {"nan": channels.isnan(), "inf": channels == math.inf, "-inf": channels == -math.inf}
+        masks = {value: mask for value, mask in found.items() if mask.any()}
+    if masks or low <= LOWEST:
+        for index, channel in enumerate(channels):
+            rest = channel[channel.isfinite()]
+            while (value := _padding(rest)) is not None:
+                masks.setdefault(str(value), torch.zeros_like(channels, dtype=torch.bool))[index] = channel == value
+                rest = rest[rest > value]
+    return masks
+
+
+def _padding(values: torch.Tensor) -> float | None:
+    """The padding value below all others, or None."""
+    if not len(values) or values.min() > LOWEST:
+        return None
+    value = float(percentile(values, 100 * PADDING_SHARE))  # type: ignore[arg-type]  # not the minimum, which one voxel may be
+    rest = values[values > value]
+    if value > LOWEST or not len(rest) or (values == value).float().mean() < PADDING_SHARE:
+        return None
+    bottom, top = percentile(rest, [100 * PADDING_SHARE, 100 - 100 * PADDING_SHARE]).tolist()  # type: ignore[union-attr,arg-type]
+    return value if bottom - value > PADDING_FAR * (top - bottom) else None
+
+
+def pack_missing(masks: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The masks of :py:func:`find_missing` as text, for JSON."""
+    return {
+        value: base64.b64encode(zlib.compress(np.packbits(mask.numpy()).tobytes(), LEVEL)).decode()
+        for value, mask in masks.items()
+    }
+
+
+def put_back_missing(channels: np.ndarray, packed: Mapping[str, str]) -> None:
+    """
+    Write the values of voxels that were missing into a volume, in place.
+
+    Args:
+        channels: ``CxHxWxD``, of the shape in which they were found.
+        packed: result of :py:func:`pack_missing`.
+
+    Raises:
+        ValueError: for text that is not a mask of this shape.
+    """
+    size = -(-channels.size // 8)
+    for value, text in packed.items():
+        try:
+            content = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+            if len(content) != size:
+                raise ValueError(f"it is not one of {channels.shape} voxels")
+        except (ValueError, zlib.error) as error:
+            raise ValueError(f"the mask of missing voxels with the value {value} is damaged: {error}.") from error
+        bits = np.unpackbits(np.frombuffer(content, np.uint8), count=channels.size)
+        channels[bits.reshape(channels.shape).astype(bool)] = float(value)

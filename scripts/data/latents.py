@@ -31,10 +31,8 @@ from scripts.bundle.network_arguments import NetworkArguments, total_downsample_
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import check_arguments
-from scripts.data.dataset_tables import log_participants
-from scripts.data.file_names import output_path, without_ending
+from scripts.data.file_names import output_path, stays_inside, without_ending
 from scripts.data.restored_volumes import (
-    NiftiHeader,
     Record,
     clipped_shares,
     conditions_and_list,
@@ -46,7 +44,7 @@ from scripts.data.restored_volumes import (
 from scripts.data.spatial_conditions import SpatialDescription
 from scripts.data.spatial_kinds import SpatialKind
 from scripts.data.volume_lists import EVERY_NIFTI, visible_files
-from scripts.data.volume_reader import read_volume, state_of
+from scripts.data.volume_reader import NiftiHeader, read_volume, state_of
 
 __all__ = [
     "LatentDescription",
@@ -129,7 +127,7 @@ class SaveLatentd(Transform):
         path = output_path(self.output_dir, record.source, "latent", record.keep_ending)
         path.parent.mkdir(parents=True, exist_ok=True)
         affine = np.array(record.preprocessed_affine) @ _to_volume(self.network.total_downsample_factor)
-        header = NiftiHeader.of_affine(affine, xyzt_units=record.xyzt_units, sform_code=record.sform_code or 1)
+        header = NiftiHeader.of_affine(affine, like=record)
         for (key, known), z in zip(spatial.items(), planes):
             if known.covered < 1:
                 logger.info(f"{path}: {known.source} covers {known.covered:.1%} of the volume")
@@ -151,7 +149,7 @@ class SaveLatentd(Transform):
             spatial=spatial,
         )
         _write_description(description, path)
-        logger.info(f"{path}: {clipped_shares(vars(record))}")
+        logger.info(f"{path}: {clipped_shares(record)}")
         return dict(data)
 
 
@@ -165,7 +163,7 @@ def _save(values: np.ndarray, header: NiftiHeader, path: Path) -> str:
 def _save_labels(volume: MetaTensor, path: Path) -> str:
     labels = volume.as_tensor()[0].numpy()
     labels = labels.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (labels.min(), labels.max()))))
-    return _save(labels, NiftiHeader.of_affine(volume.affine.numpy(), data_type=labels.dtype.str), path)
+    return _save(labels, NiftiHeader.of_affine(volume.affine.numpy()).stored_as(labels.dtype.str), path)
 
 
 class LoadLatentd(Transform):
@@ -208,7 +206,7 @@ class LoadLatentd(Transform):
 
     def _of_another_program(self, path: Path, keep_ending: bool) -> MetaTensor:
         latent_channels, channels = self.arguments["latent_channels"], self.arguments["out_channels"]
-        values, affine = read_volume(str(path))
+        values, header = read_volume(str(path))
         if latent_channels == 1 and values.ndim == 3:
             values = values[..., None]
         if values.ndim != 4 or values.shape[-1] != latent_channels:
@@ -217,14 +215,13 @@ class LoadLatentd(Transform):
             )
         if not np.isfinite(values).all():
             raise ValueError("has values that are NaN or infinite.")
-        affine = affine @ np.linalg.inv(_to_volume(self.factors))
+        affine = header.affine @ np.linalg.inv(_to_volume(self.factors))
         shape = tuple(int(n) * factor for n, factor in zip(values.shape, self.factors))
         low, high = ((float(end),) * channels for end in self.window)
         record = Record(
-            **vars(NiftiHeader.of_affine(affine)),
+            **vars(NiftiHeader.of_affine(affine, (*shape, channels) if channels > 1 else shape)),
             source=path.relative_to(self.dataset_dir).as_posix(),
             keep_ending=keep_ending,
-            shape=(*shape, channels) if channels > 1 else shape,
             preprocessed_shape=shape,  # type: ignore[arg-type]  # of three axes
             preprocessed_affine=rows_of(affine),
             intensity_low=low,
@@ -400,10 +397,12 @@ def without_whole_latents(
         settings: Config values; latents made with others do not count.
         kinds: Kinds of the spatial conditions; latents with others, or of other files, do not count.
     """
-    log_participants([item["image"] for item in items], dataset_dir)
     missing, others, weights_sha256 = [], 0, file_hash(weights)
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
         source = os.path.relpath(item["image"], dataset_dir)
+        if not stays_inside(source):  # an error where it is encoded
+            missing.append(item)
+            continue
         path = output_path(output_dir, source, "latent", item.get("keep_ending", False))
         found = _usable_description(path)
         origins = {

@@ -23,8 +23,7 @@ from scripts.data.grids import Grid, on_grid, preprocessed_grid
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
 from scripts.data.restored_volumes import with_record
 from scripts.data.spatial_kinds import MOST_CLASSES, SpatialKind, labels_in
-from scripts.data.volume_checks import check_shape, explanation
-from scripts.data.volume_reader import read_volume, state_of
+from scripts.data.volume_reader import check_shape, read_volume, state_of
 
 __all__ = ["LoadSpatiald", "SpatialDescription", "learn_kinds"]
 
@@ -117,8 +116,8 @@ def _classes(items: Sequence[Mapping[str, Any]], key: str) -> tuple[int, ...]:
 def _labels(path: str) -> list[int]:
     try:
         return labels_in(read_volume(path)[0])
-    except Exception as error:  # readers raise errors of any type
-        logger.warning(f"{path} {explanation(error, path)}")
+    except ValueError as error:
+        logger.warning(f"{path} {str(error).removeprefix(path).strip()}")
         return []
 
 
@@ -159,13 +158,13 @@ class LoadSpatiald(Transform):
         for key in (key for key in self.kinds if key in paths):
             try:
                 loaded[key] = self._load(paths[key], self.kinds[key], grid)
-            except Exception as error:  # readers raise errors of any type
-                raise ValueError(f"{paths[key]} {explanation(error, paths[key])}") from error
+            except ValueError as error:
+                raise ValueError(f"{paths[key]} {str(error).removeprefix(paths[key]).strip()}") from error
             grid = grid or Grid(tuple(loaded[key].shape[1:]), loaded[key].affine.numpy())
         return {**data, "spatial": loaded}
 
     def _load(self, path: str, kind: SpatialKind, grid: Grid | None) -> MetaTensor:
-        values, affine = read_volume(path)
+        values, header = read_volume(path)
         values = np.moveaxis(values, -1, 0) if values.ndim > 3 else values[None]
         one_channel = kind.is_label_map or len(values) == 1
         check_shape((*values.shape[1:], len(values)), 1 if one_channel else self.image_channels)
@@ -179,8 +178,8 @@ class LoadSpatiald(Transform):
             image = scale({Keys.IMAGE: image})[Keys.IMAGE]
             values, window = image.as_tensor().numpy(), intensity_window(image)
             known = {f"intensity_{side}": tuple(window[side]) for side in ("low", "high")}
-        grid = grid or preprocessed_grid(Grid(values.shape[1:], affine), self.spacing)
-        values, covered = on_grid(values, affine, grid, nearest=kind.is_label_map)
+        grid = grid or preprocessed_grid(Grid(values.shape[1:], header.affine), self.spacing)
+        values, covered = on_grid(values, header.affine, grid, nearest=kind.is_label_map)
         source = os.path.relpath(path, self.dataset_dir)
         record: Any = SpatialDescription(kind=kind, source=source, source_state=state_of(path), covered=covered, **known)
         return with_record(MetaTensor(torch.from_numpy(values), affine=torch.from_numpy(grid.affine)), record)

@@ -1,7 +1,9 @@
-"""Which volumes a run uses: everything below a folder, or the lists of a Medical Segmentation Decathlon ``dataset.json``."""
+"""Which volumes a run uses: everything below a folder, or the lists of a Medical Segmentation Decathlon ``dataset.json``,
+and which of them are for validation, by subject."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -13,22 +15,36 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
-from nibabel.filebasedimages import ImageFileError
 
 from scripts.bundle.machine import free_memory, processes_on_host
 from scripts.data.dataset_tables import dataset_lists
-from scripts.data.file_names import is_nifti, is_volume_name
-from scripts.data.label_maps import has_label_name
-from scripts.data.subjects import split_by_subject
-from scripts.data.volume_reader import affine_of, identity_of
+from scripts.data.file_names import has_label_name, is_nifti, is_volume_name, without_ending
+from scripts.data.volume_reader import NiftiHeader, identity_of, read_header
 
-__all__ = ["affordable_cache_rate", "describe", "find_images", "guesses_labels", "training_and_validation", "visible_files"]
+__all__ = [
+    "EVERY_NIFTI",
+    "affordable_cache_rate",
+    "describe",
+    "find_images",
+    "guesses_labels",
+    "split_by_subject",
+    "subjects_of",
+    "training_and_validation",
+    "visible_files",
+]
 
 EVERY_NIFTI = "**/*.nii*"  # the default `image_glob`
 RESULT = re.compile(r"_(?:reconstruction|latent|(?:spatial|labels)-[\w-]+)\.nii\.gz$|^sample_\d{4,}\.nii\.gz$")
 RESULT_WORDS = re.compile(r"reconstruction|latent|spatial-|labels-|sample")
-SHOWN = 5  # files in the log
+BIDS_SUBJECT = re.compile(r"(?:^|[/_])(sub-[^/_.]+)")
+COLLECTION = re.compile(  # a folder of many subjects
+    r"(?:images?|train(?:ing)?|val(?:idation)?|test(?:ing)?)(?:tr|ts|val)?|(?:raw|source|nifti)?data|derivatives|scans|volumes|niftis?",
+    re.IGNORECASE,
+)
+CHANNEL = re.compile(r"_000\d$")  # of nnU-Net, counted from 0
+SHOWN = 5  # files or subjects in the log
 CACHE_SHARE = 0.5  # of the free memory, for preprocessed float32 volumes
+Lists = dict[str, list[dict[str, str]]]
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +55,7 @@ def training_and_validation(
     seed: int,
     subject_pattern: str | None = None,
     output_dir: str | None = None,
-) -> dict[str, list[dict[str, str]]]:
+) -> Lists:
     """
     List the volumes for training and for validation: those of ``dataset_dir/dataset.json`` (Medical Segmentation
     Decathlon format) where there is one, otherwise everything that :py:func:`find_images` finds. Without a validation list,
@@ -49,7 +65,7 @@ def training_and_validation(
         dataset_dir: folder of the volumes.
         image_glob: pattern relative to it, used when there is no ``dataset.json``.
         val_fraction: share of the subjects for validation, between 0 and 1.
-        seed: of the split.
+        seed: seed of the split.
         subject_pattern: see :py:func:`split_by_subject`.
         output_dir: see :py:func:`find_images`.
 
@@ -61,12 +77,9 @@ def training_and_validation(
         ValueError: when there is nothing to split, or for a ``dataset.json`` that cannot be used.
     """
     lists = {name: [{"image": item["image"]} for item in items] for name, items in dataset_lists(dataset_dir).items()}
-    listed = [item["image"] for items in lists.values() for item in items]
-    missing = [path for path in listed if not Path(path).is_file()]
+    missing = [item["image"] for items in lists.values() for item in items if not Path(item["image"]).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{dataset_dir}/dataset.json lists {len(missing)} files that do not exist: {_some(missing)}."
-        )
+        raise FileNotFoundError(f"{dataset_dir}/dataset.json lists {len(missing)} files that do not exist: {_some(missing)}")
     if not lists:
         lists = {"training": find_images(dataset_dir, image_glob, output_dir)}
     if not lists.get("validation"):
@@ -93,50 +106,58 @@ def find_images(dataset_dir: str, image_glob: str, output_dir: str | None = None
     Raises:
         FileNotFoundError: when the folder does not exist or nothing in it matches.
     """
-    folder = _existing(dataset_dir)
-    pattern = image_glob.lower().removesuffix("/").split("/")
+    folder = Path(dataset_dir)
     found: dict[tuple[int, int], Path] = {}
     left_out: dict[str, list[Path]] = defaultdict(list)
-    for path in _candidates(folder, image_glob.endswith("/"), output_dir):
+    for path in visible_files(dataset_dir, image_glob, output_dir):
         relative = path.relative_to(folder)
-        matches = _matches([part.lower() for part in relative.parts], pattern)
-        if not path.exists():
-            if matches or not path.suffix:  # a folder, where it has no ending
-                left_out["links that lead nowhere"].append(relative)
-        elif not matches or (path.is_file() and not is_volume_name(path.name)):
-            continue
-        elif has_label_name(relative) and not has_label_name(Path(image_glob)):
+        if has_label_name(relative) and not has_label_name(Path(image_glob)):
             left_out["labels and segmentations, by their names"].append(relative)
         elif RESULT.search(path.name) and not RESULT_WORDS.search(image_glob):
             left_out["results of this bundle, by their names"].append(relative)
-        elif found.setdefault(identity_of(path), path) != path:
-            left_out["further paths to the same files"].append(relative)
+        else:
+            found.setdefault(identity_of(path), path)
     for what, paths in left_out.items():
-        log = logger.warning if what == "links that lead nowhere" else logger.info
-        log(f"{dataset_dir}: left out {len(paths)} {what} ({_some(paths)})")
+        logger.info(f"{dataset_dir}: left out {len(paths)} {what} ({_some(paths)})")
     if not found:
-        others = "; there are ".join(["", *(f"{len(paths)} {what}" for what, paths in left_out.items())])
-        raise FileNotFoundError(
-            f"no volume below `dataset_dir` {dataset_dir!r} matches `image_glob` {image_glob!r}{others}."
-        )
+        raise FileNotFoundError(f"no volume below `dataset_dir` {dataset_dir!r} matches `image_glob` {image_glob!r}.")
     return [{"image": str(path)} for path in sorted(found.values())]
 
 
-def visible_files(dataset_dir: str, image_glob: str) -> list[Path]:
+def visible_files(dataset_dir: str, image_glob: str, output_dir: str | None = None) -> list[Path]:
     """
-    The files below a folder that match a pattern, whatever they hold, but hidden ones.
+    The files or folders below a folder that match a pattern and can be volumes by their names; those reached by a link come
+    last.
 
     Args:
         dataset_dir: folder to search.
         image_glob: pattern relative to it, as for :py:func:`find_images`.
+        output_dir: folder that is left out.
 
     Raises:
         FileNotFoundError: when the folder does not exist.
     """
-    folder = _existing(dataset_dir)
-    pattern = image_glob.lower().split("/")
-    found = [path for path in _candidates(folder, False, None) if path.exists()]
-    return [path for path in found if _matches([part.lower() for part in path.relative_to(folder).parts], pattern)]
+    folder, pattern = Path(dataset_dir), image_glob.lower().removesuffix("/").split("/")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
+    seen = {identity_of(Path(output_dir))} - {identity_of(folder)} if output_dir and Path(output_dir).exists() else set()
+    candidates = []
+    for name, subfolders, files in os.walk(folder, onerror=_warn_of, followlinks=True):
+        root = Path(name)
+        if identity_of(root) in seen:
+            subfolders.clear()
+            continue
+        seen.add(identity_of(root))
+        visible = (each for each in subfolders if not each.startswith("."))
+        subfolders[:] = sorted(visible, key=lambda each: ((root / each).is_symlink(), each))
+        held = [root / each for each in sorted(files) if not each.startswith(".")]
+        candidates += held if not image_glob.endswith("/") else [root] if held and root != folder else []
+    nowhere = [path.relative_to(folder) for path in candidates if not path.exists()]
+    if nowhere:
+        logger.warning(f"{dataset_dir}: left out {len(nowhere)} links that lead nowhere ({_some(nowhere)})")
+    volumes = [path for path in candidates if path.is_dir() or (path.is_file() and is_volume_name(path.name))]
+    matching = [path for path in volumes if _matches([part.lower() for part in path.relative_to(folder).parts], pattern)]
+    return sorted(matching, key=Path.is_symlink)
 
 
 def guesses_labels(dataset_dir: str, image_glob: str) -> bool:
@@ -144,28 +165,112 @@ def guesses_labels(dataset_dir: str, image_glob: str) -> bool:
     return image_glob == EVERY_NIFTI and not dataset_lists(dataset_dir)
 
 
-def _existing(dataset_dir: str) -> Path:
-    if not Path(dataset_dir).is_dir():
-        raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
-    return Path(dataset_dir)
+def split_by_subject(
+    items: list[dict[str, str]], dataset_dir: str, val_fraction: float, seed: int, subject_pattern: str | None = None
+) -> Lists:
+    """
+    Set a share of the subjects aside. Where a subject goes depends on its name, ``val_fraction`` and ``seed`` alone, so that
+    further volumes move nobody; except that both lists get one subject at least.
+
+    Args:
+        items: ``[{"image": path}, ...]``, with any further keys.
+        dataset_dir: folder of the volumes.
+        val_fraction: probability of a subject to be for validation, between 0 and 1.
+        seed: seed of the split.
+        subject_pattern: see :py:func:`subjects_of`.
+
+    Raises:
+        ValueError: for another share, or when there is only one subject.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"`val_fraction` is {val_fraction!r}; it must lie between 0 and 1, both excluded.")
+    subjects: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for item, subject in zip(items, subjects_of([item["image"] for item in items], dataset_dir, subject_pattern)):
+        subjects[subject].append(item)
+    if len(subjects) < 2:
+        raise ValueError(
+            f"{dataset_dir!r} holds {len(items)} volumes of one subject ({', '.join(subjects)}); training and validation "
+            "need two. `subject_pattern` says what a subject is."
+        )
+    drawn = sorted((_drawn(subject, seed), subject) for subject in subjects)
+    num_validation = sum(number < val_fraction for number, _ in drawn)
+    validation = {subject for _, subject in drawn[: min(max(1, num_validation), len(subjects) - 1)]}
+    return {
+        "training": [item for subject in sorted(subjects) if subject not in validation for item in subjects[subject]],
+        "validation": [item for subject in sorted(validation) for item in subjects[subject]],
+    }
 
 
-def _candidates(folder: Path, folders: bool, output_dir: str | None) -> list[Path]:
-    """The files below a folder, or the folders that hold files; those that are reached by a link come last."""
-    seen = {identity_of(Path(output_dir))} - {identity_of(folder)} if output_dir and Path(output_dir).exists() else set()
-    candidates, waiting = [], [folder]
-    while waiting:
-        for name, subfolders, files in os.walk(waiting.pop(0), onerror=_warn_of):
-            root = Path(name)
-            if identity_of(root) in seen:
-                subfolders.clear()
-                continue
-            seen.add(identity_of(root))
-            subfolders[:] = sorted(each for each in subfolders if not each.startswith("."))
-            waiting += [root / each for each in subfolders if (root / each).is_symlink()]
-            visible = [root / each for each in sorted(files) if not each.startswith(".")]
-            candidates += visible if not folders else [root] if visible and root != folder else []
-    return sorted(candidates, key=Path.is_symlink)
+def subjects_of(paths: Sequence[str], dataset_dir: str, subject_pattern: str | None = None) -> list[str]:
+    """
+    The subject of each volume: the ``sub-...`` in its path, otherwise its first folder below ``dataset_dir``, otherwise its
+    name. A folder of many subjects (``imagesTr``, ``training``, or the only one that holds volumes) does not count, and the
+    channels of nnU-Net (``case_0000``, ``case_0001``) are one subject. The log says what was taken.
+
+    Args:
+        paths: paths of the volumes.
+        dataset_dir: their folder.
+        subject_pattern: regular expression that finds the subject in a path relative to ``dataset_dir`` instead: its first
+            group, or all that it matches.
+
+    Raises:
+        ValueError: for a pattern that does not match a path.
+    """
+    relatives = [Path(os.path.relpath(path, dataset_dir)) for path in paths]
+    names = {without_ending(relative.name) for relative in relatives}
+    one_folder = len({relative.parent for relative in relatives}) == 1
+    pattern = BIDS_SUBJECT if subject_pattern is None else re.compile(subject_pattern)
+    found = []
+    for relative in relatives:
+        match = pattern.search(relative.as_posix())
+        folders = [part for part in relative.parent.parts if part != ".." and not COLLECTION.fullmatch(part)]
+        name = without_ending(relative.name)
+        case = CHANNEL.sub("", name)
+        if match is not None:
+            found.append(match.group(1) if pattern.groups else match.group())
+        elif subject_pattern is not None:
+            raise ValueError(f"`subject_pattern` {subject_pattern!r} finds no subject in {relative.as_posix()!r}.")
+        elif folders and not one_folder:
+            found.append(folders[0])
+        else:
+            found.append(case if f"{case}_0000" in names else name)
+    subjects = sorted(set(found))
+    logger.info(f"{len(subjects)} subjects ({_some(subjects)}); `subject_pattern` can say otherwise")
+    return found
+
+
+def affordable_cache_rate(items: Sequence[dict[str, str]], volumes_per_item: int = 1) -> float:
+    """
+    Share of the volumes that fits, as float32, into half of the host's free memory. Several processes on one host divide
+    that half.
+
+    Args:
+        items: ``[{"image": path}, ...]``.
+        volumes_per_item: number of volumes of the image's size that an item holds.
+
+    Returns:
+        a ``cache_rate`` for MONAI's ``CacheDataset``, between 0 and 1.
+    """
+    needed = 4 * volumes_per_item * sum(math.prod(header.shape) for header in _headers(items))
+    free = free_memory()
+    if not needed or free is None:
+        return 0.0
+    return min(1.0, CACHE_SHARE * free / processes_on_host() / needed)
+
+
+def describe(items: Sequence[dict[str, str]]) -> str:
+    """
+    Number, sizes and spacings of volumes, for the log. Files that are not NIfTI are only counted.
+
+    Args:
+        items: ``[{"image": path}, ...]``.
+    """
+    headers, text = _headers(items), f"{len(items)} volume{'s' if len(items) != 1 else ''}"
+    if not headers:
+        return text
+    sizes = [header.shape[:3] for header in headers]
+    spacings = [nib.affines.voxel_sizes(header.affine) for header in headers]
+    return f"{text}, size {_range(sizes, '{:d}')} voxels, spacing {_range(spacings, '{:.3g}')} mm"
 
 
 def _warn_of(error: OSError) -> None:
@@ -181,53 +286,20 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _some(paths: Sequence[Any]) -> str:
-    return ", ".join(map(str, paths[:SHOWN])) + ", ..." * (len(paths) > SHOWN)
+def _some(texts: Sequence[Any]) -> str:
+    return ", ".join(map(str, texts[:SHOWN])) + ", ..." * (len(texts) > SHOWN)
 
 
-def affordable_cache_rate(items: Sequence[dict[str, str]], volumes_per_item: int = 1) -> float:
-    """
-    Share of the volumes that fits, as float32, into half of the host's free memory. Several processes on one host divide
-    that half.
-
-    Args:
-        items: ``[{"image": path}, ...]``.
-        volumes_per_item: number of volumes of the image's size that an item holds.
-
-    Returns:
-        a ``cache_rate`` for MONAI's ``CacheDataset``, between 0 and 1.
-    """
-    voxels = sum(math.prod(_header(item["image"]).get_data_shape()) for item in items if is_nifti(item["image"]))
-    needed = 4 * voxels * volumes_per_item
-    free = free_memory()
-    if not needed or free is None:
-        return 0.0
-    return min(1.0, CACHE_SHARE * free / processes_on_host() / needed)
+def _drawn(subject: str, seed: int) -> float:
+    """A number from 0 to 1 that depends on a subject and a seed alone."""
+    digest = hashlib.sha256(os.fsencode(f"{subject}{seed}")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def describe(items: Sequence[dict[str, str]]) -> str:
-    """
-    Number, sizes and spacings of volumes, for the log. Files that are not NIfTI are only counted.
-
-    Args:
-        items: ``[{"image": path}, ...]``.
-    """
-    headers = [_header(item["image"]) for item in items if is_nifti(item["image"])]
-    text = f"{len(items)} volume{'s' if len(items) != 1 else ''}"
-    if not headers:
-        return text
-    sizes = [header.get_data_shape()[:3] for header in headers]
-    spacings = [nib.affines.voxel_sizes(affine_of(header)) for header in headers]
-    return f"{text}, size {_range(sizes, '{:d}')} voxels, spacing {_range(spacings, '{:.3g}')} mm"
+def _headers(items: Sequence[dict[str, str]]) -> list[NiftiHeader]:
+    return [read_header(item["image"]) for item in items if is_nifti(item["image"])]
 
 
 def _range(values: Sequence[Sequence[float]], form: str) -> str:
     low, high = ("x".join(form.format(pick(axis)) for axis in zip(*values)) for pick in (min, max))
     return low if low == high else f"{low} to {high}"
-
-
-def _header(path: str) -> Any:
-    try:
-        return nib.load(path).header
-    except (ImageFileError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as NIfTI ({error}); remove it or repair it.") from error

@@ -1,12 +1,17 @@
-"""Reads volumes of all formats, each with the one affine by which it is oriented, resampled, encoded and restored."""
+"""Reads volumes of all formats, each with a header whose one affine orients, resamples, encodes and restores it."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
 import hashlib
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,59 +22,163 @@ from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple, optional_import
 from nibabel.fileholders import FileHolder
 
+from scripts.bundle.machine import GIB, total_memory
+from scripts.data.dicom_series import read_dicom
+from scripts.data.grids import Grid
+
 __all__ = [
+    "HEADER",
+    "NiftiHeader",
     "VolumeReader",
-    "affine_of",
-    "geometry_note",
+    "check_memory",
+    "check_shape",
     "identity_of",
-    "is_read_by_nibabel",
-    "millimetres_per_unit",
-    "problem_of_affine",
+    "read_header",
     "read_volume",
+    "spans_volume",
     "state_of",
 ]
 
+nrrd, _ = optional_import("nrrd")
+
+HEADER = "nifti_header"  # of the metadata: the header of a volume's file, in hexadecimal
 NIBABEL_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz", ".mgh", ".mgz")
 PAIR = (".hdr", ".img")  # two files of one volume
 GZIP_SUFFIXES = (".gz", ".mgz")
 NRRD_SUFFIXES = (".nrrd", ".nhdr")
-OTHER_SUFFIXES = (
-    ".mha",
-    ".mhd",
-    ".mnc",
-    ".par",
-    ".rec",
-    ".head",
-    ".brik",
-    ".npy",
-    ".npz",
-    ".png",
-    ".jpg",
-    ".tif",
-    ".tiff",
-    ".vtk",
+NRRD_SPACES = {"ras": (1, 1, 1), "las": (-1, 1, 1), "lps": (-1, -1, 1)}  # signs that make them right, anterior and superior
+NRRD_UNITS = {**dict.fromkeys(("mm", "millimeters", ""), 1.0), **dict.fromkeys(("um", "µm", "microns"), 1e-3)}  # in mm
+NIFTI_UNITS = {1: 1e3, 3: 1e-3}  # metres and micrometres in mm; files without a unit are in mm
+MILLIMETRES = 2  # of NIfTI's units
+GEOMETRY = (  # fields of a NIfTI header that say where voxels are and how far apart
+    *("pixdim", "xyzt_units", "qform_code", "sform_code", "srow_x", "srow_y", "srow_z"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
 )
-NRRD_SPACES = {  # signs that make them right, anterior and superior
-    **dict.fromkeys(("right-anterior-superior", "ras"), (1, 1, 1)),
-    **dict.fromkeys(("left-anterior-superior", "las"), (-1, 1, 1)),
-    **dict.fromkeys(("left-posterior-superior", "lps"), (-1, -1, 1)),
-}
-NIFTI_UNITS = {1: 1e3, 3: 1e-3}  # mm, by the code of metres and micrometres; files without a unit are in mm
-NRRD_UNITS = {  # ditto
-    **dict.fromkeys(("", "mm", "millimeter", "millimeters"), 1.0),
-    **dict.fromkeys(("um", "µm", "micron", "microns", "micrometer", "micrometers"), 1e-3),
-}
 FLAT = 1e-6  # a determinant of three unit vectors up to this: they lie in a plane, up to rounding
 FARTHEST, SHORTEST = 1e9, 1e-9  # mm, from the origin and of a voxel's edge
 NOTED_SHIFT = 0.1  # voxels between sform and qform
+FLOAT_SIZE = 4  # bytes
 BLOCK = 2**20  # bytes that are read at once
+logger = logging.getLogger(__name__)
+warn_once = functools.cache(logger.warning)  # an epoch reads each volume again
+
+
+@dataclass(frozen=True, kw_only=True)
+class NiftiHeader:
+    """
+    Where voxels are, and how their intensities are stored: what a result keeps of the header of its volume.
+
+    Args:
+        header: NIfTI header, in hexadecimal.
+    """
+
+    header: str
+
+    @classmethod
+    def of_file(cls, image: Any) -> NiftiHeader:
+        """
+        Shape, geometry, data type, byte order, slope and units of a file.
+
+        Args:
+            image: image that nibabel has opened.
+        """
+        if not isinstance(image.header, nib.Nifti1Header):
+            return cls.of_affine(image.affine, image.shape)
+        header = nib.Nifti1Header(endianness=image.header.endianness)
+        header.set_data_dtype(image.header.get_data_dtype())
+        header.set_data_shape(image.shape)  # this resets the end of `pixdim`
+        header.set_slope_inter(image.dataobj.slope, image.dataobj.inter)  # nibabel clears those of the header it has read
+        for name in GEOMETRY:
+            header[name] = image.header[name]
+        return cls(header=header.binaryblock.hex())
+
+    @classmethod
+    def of_affine(
+        cls, affine: np.ndarray, shape: Sequence[int] = (), *, like: NiftiHeader | None = None, qform_code: int = 0
+    ) -> NiftiHeader:
+        """
+        The header of float32 voxels that did not come from a NIfTI file.
+
+        Args:
+            affine: 4x4, from voxels to mm.
+            shape: ``HxWxD`` and further axes.
+            like: header whose units and code of the sform it has; None for mm and the code 1.
+            qform_code: NIfTI's code of the qform.
+        """
+        header = nib.Nifti1Header()
+        header.set_data_dtype(np.float32)
+        header.set_data_shape(shape)
+        header["xyzt_units"] = MILLIMETRES if like is None else like.nibabel["xyzt_units"]
+        in_units = np.diag([*3 * [1 / _millimetres(header)], 1.0]) @ affine
+        header.set_sform(in_units, max(1, 0 if like is None else int(like.nibabel["sform_code"])))
+        header.set_qform(in_units, qform_code)
+        return cls(header=header.binaryblock.hex()).stored_as("<f4")
+
+    @property
+    def nibabel(self) -> nib.Nifti1Header:
+        """The header as nibabel has it."""
+        return nib.Nifti1Header(bytes.fromhex(self.header), check=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``HxWxD`` and further axes."""
+        return tuple(map(int, self.nibabel.get_data_shape()))
+
+    @property
+    def affine(self) -> np.ndarray:
+        """
+        The affine, 4x4, from voxels to mm (right, anterior, superior), as nibabel, FSL and SPM choose it: the sform where
+        its code is above 0, otherwise the qform where its code is, otherwise that of the voxel sizes alone. An sform that
+        spans no volume gives way to a valid qform.
+        """
+        header = self.nibabel
+        sform, qform = _forms(header)
+        if sform is None and qform is None:
+            sform = header.get_sform() if header["sform_code"] > 0 else header.get_base_affine()
+        return np.diag([*3 * [_millimetres(header)], 1.0]) @ (qform if sform is None else sform)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """How voxels are stored: the arguments of :py:meth:`stored_as`."""
+        slope, inter = self.nibabel.get_slope_inter()
+        scale = {"scl_slope": 1.0, "scl_inter": 0.0} if slope is None else {"scl_slope": slope, "scl_inter": inter}
+        return {"data_type": self.nibabel.get_data_dtype().str, **scale}
+
+    def stored_as(self, data_type: str, scl_slope: float = 1.0, scl_inter: float = 0.0) -> NiftiHeader:
+        """
+        The header of the same voxels, stored in another way.
+
+        Args:
+            data_type: type of the stored voxels, as NumPy spells it.
+            scl_slope: factor from stored to true intensities.
+            scl_inter: what is added to them then.
+        """
+        header = self.nibabel
+        header.set_data_dtype(data_type)
+        header.set_slope_inter(scl_slope, scl_inter)
+        return NiftiHeader(header=header.binaryblock.hex())
+
+    def with_shape(self, shape: Sequence[int]) -> NiftiHeader:
+        """The header of a volume with another number of channels or voxels."""
+        header = self.nibabel
+        pixdim = header["pixdim"].copy()
+        header.set_data_shape(shape)  # this resets the end of `pixdim`
+        header["pixdim"] = pixdim
+        return NiftiHeader(header=header.binaryblock.hex())
 
 
 class VolumeReader(ImageReader):
     """
     MONAI reader for ``LoadImage(reader=...)``, see :py:func:`read_volume`. Files are opened in :py:meth:`get_data`: after an
     error in ``read``, MONAI would try its own readers, which change headers.
+
+    Args:
+        image_channels: see :py:func:`read_volume`.
     """
+
+    def __init__(self, image_channels: int | None = None) -> None:
+        super().__init__()
+        self.image_channels = image_channels
 
     def verify_suffix(self, filename: Sequence[PathLike] | PathLike) -> bool:
         return True
@@ -81,46 +190,73 @@ class VolumeReader(ImageReader):
 
     def get_data(self, img: str) -> tuple[np.ndarray, dict]:
         """Voxels and metadata of a path."""
-        values, affine = read_volume(img)
+        values, header = read_volume(img, self.image_channels)
         return values, {
-            MetaKeys.AFFINE: affine,
-            MetaKeys.ORIGINAL_AFFINE: affine.copy(),
+            MetaKeys.AFFINE: header.affine,
+            MetaKeys.ORIGINAL_AFFINE: header.affine,
             MetaKeys.SPATIAL_SHAPE: np.asarray(values.shape[:3]),
             MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan") if values.ndim == 3 else -1,
             MetaKeys.SPACE: SpaceKeys.RAS,
+            HEADER: header.header,
         }
 
 
-def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
+def read_volume(path: str, image_channels: int | None = None) -> tuple[np.ndarray, NiftiHeader]:
     """
     Read a volume to the end of its file, so that a wrong checksum is found.
 
     Args:
         path: NIfTI, Analyze, MGH or NRRD file, or file or folder of a DICOM series.
+        image_channels: number of channels that it must have; None for an array of any shape.
 
     Returns:
-        voxels ``HxWxD`` or ``HxWxDxC``, in the units of the file, and the affine from voxels to mm (right, anterior,
-        superior).
+        voxels ``HxWxD`` or ``HxWxDxC``, in the units of the file, and the header that a result of this volume gets.
 
     Raises:
-        ValueError: for a format that is not read, or a volume without orientation and spacing.
+        ValueError: for whatever cannot be read or has no orientation and spacing, with the path and the reason.
     """
-    if is_read_by_nibabel(path):
-        values, affine = _read_with_nibabel(path)
-    elif path.lower().endswith(NRRD_SUFFIXES):
-        values, affine = _read_nrrd(path)
-    else:
-        values, affine = _read_dicom(path)
-    problem = problem_of_affine(affine)
-    if problem is not None:
-        raise ValueError(f"has {problem}, so that its orientation and spacing are unknown.")
+    try:
+        if os.path.exists(path) and not os.access(path, os.R_OK):  # of which nibabel says that it is no volume
+            raise PermissionError("no permission to read it")
+        values, header = _read(path, image_channels)
+        if not spans_volume(header.affine):
+            raise ValueError(f"has no orientation and spacing: its affine is {header.affine.tolist()}.")
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    except Exception as error:  # readers raise errors of any type
+        raise ValueError(f"{path} cannot be read to its end ({type(error).__name__}: {error}).") from error
     channels = [n for n in values.shape[3:] if n > 1]
-    return values.reshape(*values.shape[:3], *channels), affine
+    return values.reshape(*values.shape[:3], *channels), header
 
 
-def is_read_by_nibabel(path: str) -> bool:
-    """Whether a path is that of a NIfTI, Analyze or MGH file."""
-    return path.lower().endswith(NIBABEL_SUFFIXES) and not Path(path).is_dir()
+def read_header(path: str) -> NiftiHeader:
+    """The header that :py:func:`read_volume` returns, without reading the voxels where the format allows it."""
+    return NiftiHeader.of_file(nib.load(path)) if _is_read_by_nibabel(path) else read_volume(path)[1]
+
+
+def check_shape(shape: Sequence[int], image_channels: int) -> None:
+    """
+    Check that a shape, with the channels last, is that of a volume.
+
+    Raises:
+        ValueError: with text that follows the path.
+    """
+    channels = [n for n in shape[3:] if n != 1] or [1]
+    if len(shape) < 3 or min(shape[:3]) < 2 or channels != [image_channels]:
+        raise ValueError(
+            f"has the shape {tuple(map(int, shape))}; needed are three axes (a 2D slice has two) and "
+            f"{image_channels} channels, `image_channels`."
+        )
+
+
+def check_memory(num_bytes: float, what: str) -> None:
+    """
+    Raises:
+        ValueError: when ``what`` takes more bytes than this machine has, as far as that is known.
+    """
+    total = total_memory("cpu")
+    if total is not None and num_bytes > total:
+        raise ValueError(f"{what} take {num_bytes / GIB:,.0f} GiB, and this machine has {total / GIB:,.0f} GiB.")
 
 
 def identity_of(path: Path) -> tuple[int, int]:
@@ -135,153 +271,105 @@ def state_of(path: str) -> str:
     A SHA-256 that changes when a file of a volume is replaced: of the name, size and time of each.
 
     Args:
-        path: of the volume's file or folder.
+        path: path of the volume's file or folder.
     """
     volume = Path(path)
-    if volume.is_dir():
-        files = [file for file in volume.iterdir() if file.is_file()]
-    elif volume.suffix in PAIR:
-        files = [file for file in map(volume.with_suffix, PAIR) if file.is_file()]
-    else:
-        files = [volume]
+    pair = map(volume.with_suffix, PAIR) if volume.suffix in PAIR else [volume]
+    files = [file for file in (volume.iterdir() if volume.is_dir() else pair) if file.is_file()]
     states = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()
 
 
-def affine_of(image: Any) -> np.ndarray:
-    """
-    The affine of a file, as nibabel, FSL and SPM choose it: the sform where its code is above 0, otherwise the qform where
-    its code is, otherwise that of the voxel sizes alone. An sform that defines no orientation gives way to a valid qform.
-
-    Args:
-        image: that nibabel has opened, or a NIfTI header.
-
-    Returns:
-        4x4, from voxels to mm, whatever the file's unit is; with :py:func:`problem_of_affine` where the file has no valid
-        one.
-    """
-    header = getattr(image, "header", image)
-    if not isinstance(header, nib.Nifti1Header):
-        return np.array(image.affine)
-    return np.diag([*3 * [millimetres_per_unit(int(header["xyzt_units"]))], 1.0]) @ _chosen_form(header)
-
-
-def millimetres_per_unit(xyzt_units: int) -> float:
-    """What a length of a NIfTI file is multiplied by, for mm; ``xyzt_units`` is the field of its header."""
-    return NIFTI_UNITS.get(xyzt_units % 8, 1.0)
-
-
-def _chosen_form(header: nib.Nifti1Header) -> np.ndarray:
-    sform = header.get_sform()
-    if header["sform_code"] > 0 and problem_of_affine(sform) is None:
-        return sform
-    qform = _valid_qform(header)
-    if qform is not None:
-        return qform
-    return sform if header["sform_code"] > 0 else header.get_base_affine()
-
-
-def geometry_note(image: Any) -> str | None:
-    """
-    What a user should know of a file's affines, as text that follows the path: that they disagree by more than a tenth of a
-    voxel, or that one is unusable.
-
-    Args:
-        image: that nibabel has opened.
-    """
-    header = image.header
-    is_analyze = isinstance(header, nib.AnalyzeHeader) and not isinstance(header, nib.Nifti1Header)
-    if is_analyze and np.array_equal(image.affine, header.get_best_affine()):  # SPM's .mat beside it would say otherwise
-        return "is an Analyze file, which does not say where left is: its first axis is taken to run from right to left"
-    if not isinstance(header, nib.Nifti1Header) or not (header["sform_code"] > 0 and header["qform_code"] > 0):
-        return None
-    sform, qform = header.get_sform(), _valid_qform(header)
-    problem = problem_of_affine(sform)
-    if problem is not None or qform is None:
-        return f"has an sform that is {problem}; its qform is used" if problem else "has no valid qform; its sform is used"
-    corners = np.array(list(itertools.product(*((0, n - 1) for n in image.shape[:3]))))
-    shift = np.abs(nib.affines.apply_affine(np.linalg.solve(sform, qform), corners) - corners).max()
-    return (
-        f"has an sform and a qform that are up to {shift:.3g} voxels apart; the sform is used"
-        if shift > NOTED_SHIFT
-        else None
-    )
-
-
-def problem_of_affine(affine: Any) -> str | None:
-    """
-    Why an affine does not define orientation and spacing; None when it does.
-
-    Args:
-        affine: 4x4, from voxels to mm.
-    """
+def spans_volume(affine: Any) -> bool:
+    """Whether an affine (4x4, from voxels to mm) defines orientation and spacing."""
     axes = np.asarray(affine, dtype=np.float64)[:3]
     if not (np.abs(axes) <= FARTHEST).all():  # true for NaN as well
-        return f"an affine with values that are NaN, infinite or beyond {FARTHEST:g} mm"
+        return False
     lengths = np.linalg.norm(axes[:, :3], axis=0)
-    if lengths.min() > SHORTEST and abs(np.linalg.det(axes[:, :3] / lengths)) > FLAT:
-        return None
-    spacing = " x ".join(f"{length:.3g}" for length in lengths)
-    return f"a singular affine: its three axes ({spacing} mm long) span no volume"
+    return bool(lengths.min() > SHORTEST and abs(np.linalg.det(axes[:, :3] / lengths)) > FLAT)
 
 
-def _valid_qform(header: nib.Nifti1Header) -> np.ndarray | None:
-    """The qform where its code is above 0 and it defines an orientation."""
-    if not header["qform_code"] > 0:
-        return None
-    try:
-        qform = header.get_qform()
-    except ValueError:  # a quaternion longer than 1
-        return None
-    return qform if problem_of_affine(qform) is None else None
+def _millimetres(header: nib.Nifti1Header) -> float:
+    """What a length of a NIfTI file is multiplied by, for mm."""
+    return NIFTI_UNITS.get(int(header["xyzt_units"]) % 8, 1.0)
 
 
-def _read_with_nibabel(path: str) -> tuple[np.ndarray, np.ndarray]:
+def _forms(header: nib.Nifti1Header) -> list[np.ndarray | None]:
+    """The sform and the qform; None for one whose code is not above 0, or that spans no volume."""
+    forms: list[np.ndarray | None] = []
+    for name in ("sform", "qform"):
+        form = None
+        if header[f"{name}_code"] > 0:
+            with contextlib.suppress(ValueError):  # a quaternion longer than 1
+                form = getattr(header, f"get_{name}")()
+        forms.append(form if form is not None and spans_volume(form) else None)
+    return forms
+
+
+def _is_read_by_nibabel(path: str) -> bool:
+    return path.lower().endswith(NIBABEL_SUFFIXES) and not Path(path).is_dir()
+
+
+def _read(path: str, image_channels: int | None) -> tuple[np.ndarray, NiftiHeader]:
+    if _is_read_by_nibabel(path):
+        return _read_with_nibabel(path, image_channels)
+    values, affine = _read_nrrd(path) if path.lower().endswith(NRRD_SUFFIXES) else read_dicom(path)
+    if image_channels is not None:
+        check_shape(values.shape, image_channels)
+    return values, NiftiHeader.of_affine(affine, values.shape)
+
+
+def _read_with_nibabel(path: str, image_channels: int | None) -> tuple[np.ndarray, NiftiHeader]:
     image: Any = nib.load(path)
+    data_type = image.get_data_dtype()
+    if data_type.kind not in "iuf":
+        raise ValueError(f"has voxels of the type {data_type}; convert them to one gray value each.")
+    if image_channels is not None:
+        check_shape(image.shape, image_channels)
+    if getattr(image.header, "is_single", False) and image.dataobj.offset == 0:
+        raise ValueError("says that its voxels begin where its header does (`vox_offset` 0); write it again.")
+    check_memory(FLOAT_SIZE * math.prod(map(int, image.shape)), f"its {'x'.join(map(str, image.shape))} voxels in float32")
+    _log_geometry(path, image)
     holder = image.file_map["image"]
     if not str(holder.filename).lower().endswith(GZIP_SUFFIXES):
-        return np.asanyarray(image.dataobj), affine_of(image)
+        return np.asanyarray(image.dataobj), NiftiHeader.of_file(image)
     with gzip.open(holder.filename) as file:
         image = type(image).from_file_map({**image.file_map, "image": FileHolder(fileobj=file)})
         values = np.asanyarray(image.dataobj)
         while file.read(BLOCK):  # nibabel stops before the checksum
             pass
-    return values, affine_of(image)
+    return values, NiftiHeader.of_file(image)
+
+
+def _log_geometry(path: str, image: Any) -> None:
+    """Warn of affines that disagree by more than a tenth of a voxel, of unusable ones, and of those without a side."""
+    header = image.header
+    if not isinstance(header, nib.Nifti1Header):
+        is_analyze = isinstance(header, nib.AnalyzeHeader)
+        if is_analyze and np.array_equal(image.affine, header.get_best_affine()):  # SPM's .mat beside it would say otherwise
+            warn_once(f"{path} is an Analyze file: its first axis is taken to run from right to left")
+    elif header["sform_code"] > 0 and header["qform_code"] > 0:
+        sform, qform = _forms(header)
+        if sform is None or qform is None:
+            warn_once(f"{path} has no valid {'sform; its qform' if sform is None else 'qform; its sform'} is used")
+        elif (shift := Grid(image.shape[:3], qform).shift_to(sform)) > NOTED_SHIFT:
+            warn_once(f"{path} has an sform and a qform that are up to {shift:.3g} voxels apart; the sform is used")
 
 
 def _read_nrrd(path: str) -> tuple[np.ndarray, np.ndarray]:
-    nrrd, found = optional_import("nrrd")
-    if not found:
-        raise ValueError("is an NRRD file, which the package pynrrd reads: pip install pynrrd.")
-    values, header = nrrd.read(path)
-    return _with_nrrd_affine(values, header)
-
-
-def _with_nrrd_affine(values: np.ndarray, header: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Voxels with the spatial axes first, and their affine."""
-    signs = NRRD_SPACES.get(str(header.get("space")).lower())
-    if signs is None or "space directions" not in header:
-        raise ValueError(
-            f"has the `space` {header.get('space')!r}; its orientation is known with `space directions` in one of "
-            f"{', '.join(NRRD_SPACES)}."
-        )
-    rows = [np.full(3, np.nan) if row is None else np.asarray(row, float) for row in header["space directions"]]
+    values, header = nrrd.read(path)
+    words, units = str(header.get("space")).lower().split("-"), {unit.strip() for unit in header.get("space units", ["mm"])}
+    signs = NRRD_SPACES.get("".join(word[0] for word in words) if len(words) > 1 else words[0])
+    rows = [np.full(3, np.nan) if row is None else np.asarray(row, float) for row in header.get("space directions", [])]
     spatial = [axis for axis, row in enumerate(rows) if np.isfinite(row).all()]
-    if len(spatial) != 3:
-        raise ValueError(f"has `space directions` for {len(spatial)} axes; a volume has three.")
+    if signs is None or len(spatial) != 3 or len(units) > 1 or not units <= NRRD_UNITS.keys():
+        raise ValueError(
+            f"has the `space` {header.get('space')}, `space directions` of {len(spatial)} axes and the `space units` "
+            f"{sorted(units)}; needed are one of {', '.join(NRRD_SPACES)}, three axes, and mm."
+        )
+    (scale,) = (NRRD_UNITS[unit] for unit in units)
     affine = np.eye(4)
     affine[:3, :3] = np.stack([rows[axis] for axis in spatial], axis=1)
     affine[:3, 3] = header.get("space origin", np.zeros(3))
-    units = [str(unit).strip().lower() for unit in header.get("space units", 3 * ["mm"])]
-    if not NRRD_UNITS.keys() >= set(units):
-        raise ValueError(f"has the `space units` {units}, which are not read; write its lengths in mm.")
-    scales = [sign * NRRD_UNITS[unit] for sign, unit in zip(signs, units)]
-    return np.moveaxis(values, spatial, (0, 1, 2)), np.diag([*scales, 1.0]) @ affine
-
-
-def _read_dicom(path: str) -> tuple[np.ndarray, np.ndarray]:
-    if path.lower().endswith(OTHER_SUFFIXES) and not Path(path).is_dir():
-        raise ValueError("has a format that is not read; convert it to NIfTI, for example with SimpleITK or 3D Slicer.")
-    from scripts.data.dicom_series import read_dicom
-
-    return read_dicom(path)
+    return np.moveaxis(values, spatial, (0, 1, 2)), np.diag([*(scale * sign for sign in signs), 1.0]) @ affine

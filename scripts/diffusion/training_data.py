@@ -17,7 +17,7 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.bundle.weights import what_differs
 from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent, read_spatial
 from scripts.data.spatial_kinds import SpatialKind
-from scripts.data.subjects import split_by_subject
+from scripts.data.volume_lists import split_by_subject
 from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import draw_noise
 from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
@@ -44,7 +44,7 @@ def latent_lists(
         val_fraction: share of the subjects for validation, where no ``dataset.json`` had a validation list.
         seed: seed of the split.
         max_volumes: largest number of items of each list; None for all.
-        subject_pattern: finds the subject in the path of a volume, see :py:func:`scripts.data.subjects.subjects_of`.
+        subject_pattern: finds the subject in the path of a volume, see :py:func:`scripts.data.volume_lists.subjects_of`.
 
     Returns:
         ``{"training": [{"image": path}, ...], "validation": [...]}``.
@@ -138,7 +138,7 @@ def _channels(descriptions: Sequence[LatentDescription], latent_gamma: float) ->
 def _intensities(descriptions: Sequence[LatentDescription]) -> dict[str, Any]:
     """The median window, the range of the windows, and how voxels are stored: as in the files if these agree."""
     low, high = (np.array([getattr(each, f"intensity_{side}") for each in descriptions]) for side in ("low", "high"))
-    stored = {tuple(getattr(each, key) for key in PLAIN) for each in descriptions}
+    stored = {tuple(each.stored.values()) for each in descriptions}
     return {
         "intensity_low": np.median(low, axis=0).tolist(),
         "intensity_high": np.median(high, axis=0).tolist(),

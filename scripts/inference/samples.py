@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,10 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.processes import share_of
 from scripts.data.dataset_tables import conditions_of
-from scripts.data.restored_volumes import (
-    NiftiHeader,
-    Record,
-    nifti_bytes,
-    on_source_grid,
-    record_of,
-    restore,
-    rows_of,
-    with_record,
-)
+from scripts.data.grids import back_on_grid
+from scripts.data.restored_volumes import Record, nifti_bytes, record_of, restore, rows_of, with_record
 from scripts.data.spatial_files import find_spatial_items
-from scripts.data.volume_reader import is_read_by_nibabel, state_of
+from scripts.data.volume_reader import NiftiHeader, read_header, state_of
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import ranges
@@ -43,7 +35,7 @@ HEADER = "synthetic volume of a generative model, no patient"  # up to 79 charac
 FARTHEST = 3  # times beyond the sizes and spacings of training
 UNITS = {"size": "voxels", "spacing": "mm"}
 LABEL = Keys.LABEL.value
-Placed = tuple[Volume, np.ndarray, NiftiHeader, tuple[int, ...]]  # affine of the volume, header and shape of its file
+Placed = tuple[Volume, np.ndarray, NiftiHeader]  # affine of the volume, header of its file
 logger = logging.getLogger(__name__)
 
 
@@ -152,13 +144,12 @@ class Samples:
         """Transform: draw the noise of a sample, with the record of the sample, and find what its network is given."""
         sample = self.samples[data["number"]]
         first = next(iter(data["spatial"].values()), None)
-        volume, affine, header, shape = self._of_drawn_size(sample) if first is None else self._on_grid(sample, first)
+        volume, affine, header = self._of_drawn_size(sample) if first is None else self._on_grid(sample, first)
         stored = {name: getattr(self.statistics, name) for name in ("data_type", "scl_slope", "scl_inter")}
-        channels = len(self.statistics.intensity_low)
+        channels, size = len(self.statistics.intensity_low), header.shape[:3]
         record = Record(
-            **{**vars(header), **stored},
+            **vars(header.with_shape((*size, channels) if channels > 1 else size).stored_as(**stored)),
             source=sample.path.name,
-            shape=(*shape, channels) if channels > 1 else shape,
             preprocessed_shape=tuple(volume.size),  # type: ignore[arg-type]
             preprocessed_affine=rows_of(affine),
             intensity_low=tuple(self.statistics.intensity_low),
@@ -176,7 +167,8 @@ class Samples:
     def save(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Transform: write a sample (``pred``, ``CxHxWxD``), its label maps, and last the JSON file."""
         sample, record = self.samples[data["number"]], record_of(data[Keys.IMAGE])
-        content = nifti_bytes(restore(data[Keys.PRED], record), record, HEADER)
+        values = np.moveaxis(restore(data[Keys.PRED], record), 0, -1).reshape(record.shape)
+        content = nifti_bytes(values, record, HEADER)
         _write(sample.path, content)
         for key, path in sample.labels.items():
             _write(path, _label_map(data["spatial"][key], record))
@@ -252,7 +244,7 @@ class Samples:
         volume = Volume(self.size or drawn.size, list(map(float, self.spacing or drawn.spacing)), self.conditions)
         affine = np.diag([*volume.spacing, 1.0])
         affine[:3, 3] = [-(n - 1) / 2 * step for n, step in zip(volume.size, volume.spacing)]
-        return volume, affine, NiftiHeader.of_affine(affine, qform_code=1), tuple(volume.size)
+        return volume, affine, NiftiHeader.of_affine(affine, volume.size, qform_code=1)
 
     def _on_grid(self, sample: Sample, first: MetaTensor) -> Placed:
         """On the grid of its first spatial condition."""
@@ -261,10 +253,7 @@ class Samples:
         self._check_seen("size", size)
         self._check_seen("spacing", spacing)
         volume = Volume(size, spacing, sample.settings["conditions"])
-        image: Any = nib.load(file) if self.spacing is None and is_read_by_nibabel(file) else None
-        if isinstance(getattr(image, "header", None), nib.Nifti1Header):
-            return volume, affine, NiftiHeader.of_file(image), tuple(map(int, image.shape[:3]))
-        return volume, affine, NiftiHeader.of_affine(affine), size
+        return volume, affine, read_header(file) if self.spacing is None else NiftiHeader.of_affine(affine, size)
 
     def _per_axis(self, name: str, value: Any) -> list[Any] | None:
         """``spatial_size`` or ``spacing``, a number for each axis."""
@@ -293,10 +282,9 @@ def _spacing(affine: Any) -> list[float]:
 
 def _label_map(labels: MetaTensor, record: Record) -> bytes:
     """A label map on the grid of its sample, in the smallest type that has its labels."""
-    stored = on_source_grid(labels, record)[..., 0]
+    (stored,) = back_on_grid(labels.as_tensor().numpy(), np.array(record.preprocessed_affine), record.grid)
     stored = stored.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (stored.min(), stored.max()))))
-    plain: Any = {"data_type": stored.dtype.str, "scl_slope": 1.0, "scl_inter": 0.0}
-    return nifti_bytes(stored, replace(record, **plain))
+    return nifti_bytes(stored, record.stored_as(stored.dtype.str))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from monai.engines import SupervisedEvaluator
 from scripts.bundle.errors import reason
 from scripts.bundle.processes import merged, share_of
 from scripts.data.file_names import without_ending
-from scripts.data.label_maps import LabelMapError
 from scripts.data.spatial_files import find_spatial
-from scripts.data.volume_checks import check_header, check_shape, explanation
+from scripts.data.volume_checks import LabelMapError
 from scripts.data.volume_lists import find_images
 
 __all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes"]
@@ -81,33 +80,18 @@ def find_share(
 
 class VolumeDataset(Dataset):
     """
-    MONAI's ``Dataset`` that returns, in place of a volume that cannot be used, what is wrong with it, for
-    :py:class:`VolumeEvaluator`.
-
-    Args:
-        data: ``[{"image": path}, ...]``.
-        transform: of the volumes.
-        image_channels: number of channels that every volume must have; None for no check before ``transform``.
+    MONAI's ``Dataset`` of ``[{"image": path}, ...]`` that returns, in place of a volume that cannot be used, what is wrong
+    with it, for :py:class:`VolumeEvaluator`.
     """
-
-    def __init__(
-        self, data: Sequence[dict[str, str]], transform: Callable[..., Any], image_channels: int | None = None
-    ) -> None:
-        super().__init__(data, transform)
-        self.image_channels = image_channels
 
     def _transform(self, index: int) -> dict[str, Any]:
         path = self.data[index]["image"]
         try:
-            if self.image_channels is None:
-                return {**super()._transform(index), "path": path}
-            check_header(path, self.image_channels)
             item: Any = super()._transform(index)
-            check_shape((*item["image"].shape[1:], len(item["image"])), self.image_channels)
             return {**item, "path": path}
         except Exception as error:  # readers raise errors of any type
             kind = LEFT_OUT if isinstance(reason(error), LabelMapError) else PROBLEM
-            return {"path": path, kind: explanation(error, path)}
+            return {"path": path, kind: _in_words(error, path)}
 
 
 class VolumeEvaluator(SupervisedEvaluator):
@@ -140,9 +124,7 @@ class VolumeEvaluator(SupervisedEvaluator):
                 raise ValueError(batchdata[PROBLEM][0])
             return super()._iteration(engine, batchdata)
         except Exception as error:
-            cause = reason(error)
-            kind = "" if isinstance(cause, (ValueError, OSError)) else f"{type(cause).__name__}: "
-            self.problems[path] = " ".join(f"{kind}{cause}".removeprefix(path).split())
+            self.problems[path] = _in_words(error, path)
             logger.error(f"{path}: {self.problems[path]}")
             return {}
 
@@ -157,3 +139,10 @@ class VolumeEvaluator(SupervisedEvaluator):
         if problems:
             lines = [f"{path}: {problem}" for path, problem in sorted(problems.items())]
             raise SystemExit("\n  ".join([f"could not be done ({len(lines)}):", *lines]))
+
+
+def _in_words(error: Exception, path: str) -> str:
+    """What is wrong with a volume, as text that follows its path."""
+    cause = reason(error)
+    kind = "" if isinstance(cause, (ValueError, OSError)) else f"{type(cause).__name__}: "
+    return " ".join(f"{kind}{cause}".removeprefix(path).split())

@@ -8,8 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.data.label_maps import is_label_map
-from scripts.data.volume_checks import usable_volumes
+from scripts.data.volume_checks import is_label_map, usable_volumes
 from scripts.data.volume_lists import guesses_labels
 from tests.conftest import head_like, save_volume
 
@@ -47,7 +46,7 @@ def test_label_maps_are_left_out_of_a_training_unless_they_are_named(tmp_path, c
     assert usable_volumes(lists, 1, False, cache) == lists
     with caplog.at_level(logging.INFO):
         assert usable_volumes(lists, 1, False, cache, guess_labels=True)["training"] == images[:1]
-    assert "left out 1 volumes" in caplog.text and "unnamed.nii" in caplog.text
+    assert "unnamed.nii looks like a label map" in caplog.text and "going on without 1 of 3 volumes" in caplog.text
     assert guesses_labels(str(tmp_path), "**/*.nii*") and not guesses_labels(str(tmp_path), "*.nii")
     (tmp_path / "dataset.json").write_text('{"training": ["unnamed.nii"]}')
     assert not guesses_labels(str(tmp_path), "**/*.nii*")

@@ -214,9 +214,9 @@ def test_channels_are_one_or_those_of_the_network(tmp_path):
     found = load(tmp_path, {"one": SpatialKind(), "three": SpatialKind()}, image, image_channels=3)
     assert [len(volume) for volume in found.values()] == [1, 3]
     save(tmp_path / "two.nii", np.stack([head_like(SHAPE)] * 2, -1))
-    with pytest.raises(ValueError, match=r"two\.nii has the shape .* `image_channels` is 3"):
+    with pytest.raises(ValueError, match=r"two\.nii has the shape .* and 3 channels"):
         load(tmp_path, {"two": SpatialKind()}, image, image_channels=3)
-    with pytest.raises(ValueError, match=r"three\.nii has the shape .* number 3"):
+    with pytest.raises(ValueError, match=r"three\.nii has the shape .* and 1 channels"):
         load(tmp_path, {"three": SpatialKind(CLASSES)}, image, image_channels=3)
 
 

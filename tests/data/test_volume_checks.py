@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import re
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
-from scripts.data.volume_checks import check_header, explanation, find_problem, usable_volumes
+from scripts.data.volume_checks import find_problem, usable_volumes
+from scripts.data.volume_reader import read_volume
 from tests.conftest import head_like, save_volume
 from tests.processes import bundle_run
 
@@ -65,53 +64,51 @@ FAULTS = {
     "text.nii": (lambda path: (path.write_text("no volume"), str(path))[1], "cannot be read to its end"),
     "nan.nii.gz": (lambda path: save(path, np.full(SHAPE, np.nan, np.float32)), "is NaN, infinite or padding in 100.0% of"),
     "constant.nii": (lambda path: save(path, np.full(SHAPE, 7, np.int16)), "is constant (7)"),
-    "slice.nii": (lambda path: save(path, head_like((9, 9, 1))), "a 2D slice; stack"),
-    "flat.nii": (lambda path: save(path, head_like((9, 9, 1))[..., 0]), "a 2D slice; stack"),
+    "slice.nii": (lambda path: save(path, head_like((9, 9, 1))), "(a 2D slice has two)"),
+    "flat.nii": (lambda path: save(path, head_like((9, 9, 1))[..., 0]), "(a 2D slice has two)"),
     "series.nii": (
         lambda path: save(path, np.ones((5, 6, 7, 20), np.int16)),
-        "its channels or times number 20, and `image_channels` is 1",
+        "has the shape (5, 6, 7, 20); needed are three axes (a 2D slice has two) and 1 channels",
     ),
     "vectors.nii": (
         lambda path: save(path, np.ones((5, 6, 7, 2, 3), np.int16)),
-        "a volume has three axes",
+        "has the shape (5, 6, 7, 2, 3); needed are three axes",
     ),
-    "rgb.nii.gz": (colours, "has colours for voxels (R, G, B); convert them to channels"),
+    "rgb.nii.gz": (colours, "has voxels of the type [('R', 'u1'), ('G', 'u1'), ('B', 'u1')]; convert"),
     "complex.nii.gz": (
         lambda path: save(path, head_like(SHAPE) * np.complex64(1 + 1j)),
-        "has complex voxels (complex64); convert",
+        "has voxels of the type complex64; convert",
     ),
-    "zero.nii": (lambda path: with_header(path, np.zeros((3, 4))), "singular affine: its three axes (0 x 0 x 0 mm long)"),
-    "flat_affine.nii.gz": (lambda path: with_header(path, FLAT), "so that its orientation and spacing are unknown"),
-    "nan_affine.nii": (lambda path: with_header(path, np.nan * FLAT), "an affine with values that are NaN"),
+    "zero.nii": (
+        lambda path: with_header(path, np.zeros((3, 4))),
+        "has no orientation and spacing: its affine is [[0.0, 0.0",
+    ),
+    "flat_affine.nii.gz": (lambda path: with_header(path, FLAT), "has no orientation and spacing"),
+    "nan_affine.nii": (lambda path: with_header(path, np.nan * FLAT), "has no orientation and spacing: its affine is [[nan"),
     "huge.nii": (
         lambda path: with_header(path, dim=HUGE),
-        "its header claims 32000 x 32000 x 32000 voxels of 2 bytes up to",
+        "its 32000x32000x32000 voxels in float32 take 122,070 GiB, and this machine has",
     ),
-    "huge.nii.gz": (lambda path: with_header(path, dim=HUGE), "compressed bytes. It is truncated or its header is false"),
+    "huge.nii.gz": (lambda path: with_header(path, dim=HUGE), "its 32000x32000x32000 voxels in float32 take 122,070 GiB"),
     "in_header.nii": (lambda path: with_header(path, vox_offset=0), "voxels begin where its header does"),
-    "offset.nii": (lambda path: with_header(path, vox_offset=1e9), "up to byte 1,000,001,440, and the file has"),
+    "offset.nii": (lambda path: with_header(path, vox_offset=1e9), "cannot be read to its end"),
 }
-SEEN_IN_THE_HEADER = [*FAULTS][[*FAULTS].index("rgb.nii.gz") :]
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_volume_that_cannot_be_used_is_told_why(name, tmp_path):
     make, words = FAULTS[name]
     path = make(tmp_path / name)
-    found = find_problem(path, 1) or ""
-    assert words in found
-    if name in SEEN_IN_THE_HEADER:
-        with pytest.raises(ValueError, match=f"^{re.escape(found)}$"):
-            check_header(path, image_channels=1)
+    assert words in (find_problem(path, 1) or "")
 
 
 def test_volume_that_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = str(save_volume(tmp_path / "a.nii.gz", SHAPE))
-    monkeypatch.setattr("scripts.data.volume_checks.total_memory", lambda device: 4 * 8 * 9 * 10 - 1)
-    with pytest.raises(ValueError, match="its 8 x 9 x 10 voxels in float32 take 0 GiB, and this machine has 0 GiB"):
-        check_header(path, 1)
-    monkeypatch.setattr("scripts.data.volume_checks.total_memory", lambda device: 4 * 8 * 9 * 10)
-    check_header(path, 1)
+    monkeypatch.setattr("scripts.data.volume_reader.total_memory", lambda device: 4 * 8 * 9 * 10 - 1)
+    with pytest.raises(ValueError, match="its 8x9x10 voxels in float32 take 0 GiB, and this machine has 0 GiB"):
+        read_volume(path)
+    monkeypatch.setattr("scripts.data.volume_reader.total_memory", lambda device: 4 * 8 * 9 * 10)
+    read_volume(path)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"a": {"state": "x", "problem": null}}', "[" * 10**5])
@@ -129,7 +126,7 @@ def test_volume_that_can_be_used_has_no_problem(tmp_path):
         assert find_problem(with_voxel(tmp_path / "voxel.nii.gz", value), 1) is None
     two = np.stack([head_like(SHAPE), head_like(SHAPE)], axis=-1)
     assert find_problem(save(tmp_path / "two.nii", two), 2) is None
-    assert "number 1, and `image_channels` is 2" in (find_problem(str(tmp_path / "a.nii.gz"), 2) or "")
+    assert "and 2 channels, `image_channels`" in (find_problem(str(tmp_path / "a.nii.gz"), 2) or "")
 
 
 def volumes_with_two_bad(folder: Path) -> dict[str, list[dict[str, str]]]:
@@ -146,7 +143,6 @@ def test_all_bad_volumes_are_listed_before_the_run_stops_or_goes_on_without_them
     good = usable_volumes(lists, 1, True, cache)
     assert good == {"training": lists["training"][:3], "validation": lists["validation"]}
     assert "going on without 2 of 6" in caplog.text and "training: 3 volumes, size 8x9x10" in caplog.text
-    assert f"validated on {tmp_path.name}/0.nii" in caplog.text
     lists["validation"] = lists["training"][3:]
     with pytest.raises(ValueError, match="Nothing is left for validation"):
         usable_volumes(lists, 1, True, cache)
@@ -219,13 +215,7 @@ def test_truncated_volume_stops_training_before_the_first_step(volumes, tmp_path
     assert "before the first step" not in process.stdout and not list(tmp_path.rglob("*.pt"))
 
 
-def test_volume_that_does_not_fit_into_memory_is_told_so():
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**50)
-    assert explanation(caught.value, "a.nii").startswith("does not fit into the memory of this machine")
-
-
 def test_file_without_permission_is_told_so(tmp_path, monkeypatch):
     (tmp_path / "a.nii.gz").write_bytes(b"unreadable")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read all files
-    assert find_problem(str(tmp_path / "a.nii.gz"), 1) == "cannot be opened (Permission denied)."
+    assert "PermissionError: no permission to read it" in str(find_problem(str(tmp_path / "a.nii.gz"), 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import logging
 import os
@@ -25,8 +24,8 @@ from scripts.data import (
     VolumeReader,
 )
 from scripts.data.latents import without_whole_latents
-from scripts.data.volume_checks import check_header, find_problem
-from scripts.data.volume_reader import affine_of, geometry_note, read_volume, state_of
+from scripts.data.volume_checks import find_problem
+from scripts.data.volume_reader import NiftiHeader, read_header, read_volume, state_of
 
 VOXELS = np.random.default_rng(0).permutation(5 * 4 * 3).reshape(5, 4, 3).astype(np.int16)
 SPACING = np.array([2.2, 1.8, 2.1])
@@ -44,7 +43,10 @@ class Identity:
 
     def __init__(self) -> None:
         self.total_downsample_factor, self.shortcut = (1, 1, 1), None
-        self.arguments = {"latent_channels": 1, "out_channels": 1}
+        self.arguments = {
+            **{"latent_channels": 1, "out_channels": 1, "spatial_dims": 3, "channels": [1], "initial_mode": "conv"},
+            **{"downsample_factors": [], "initial_downsample_factor": [1, 1, 1]},
+        }
 
 
 def write(path: Path, data: np.ndarray, *, changed: dict[str, Any] | None = None, **forms: Any) -> Path:
@@ -65,7 +67,7 @@ def write(path: Path, data: np.ndarray, *, changed: dict[str, Any] | None = None
 def preprocessing(folder: Path) -> Compose:
     return Compose(
         [
-            LoadImaged("image", reader="scripts.data.VolumeReader", ensure_channel_first=True),
+            LoadImaged("image", reader=VolumeReader(), ensure_channel_first=True),
             Orientationd("image", "RAS", labels=None),
             ScaleIntensityWindowd("image", [0.0, 100.0]),
             DescribeSourced("image", str(folder)),
@@ -92,7 +94,7 @@ def assert_comes_back(path: Path, out: Path, affine: np.ndarray | None = None) -
         assert np.array_equal(np.asarray(after.dataobj), np.asarray(before.dataobj))
         for name in RAW:
             assert np.array_equal(after.header[name], before.header[name], equal_nan=True), name
-        assert np.allclose(affine_of(after), before.affine if affine is None else affine, atol=1e-5)
+        assert np.allclose(NiftiHeader.of_file(after).affine, before.affine if affine is None else affine, atol=1e-5)
 
 
 def sheared(affine: np.ndarray) -> np.ndarray:
@@ -142,8 +144,8 @@ ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("row", ROWS)
 def test_sform_places_the_voxels_where_its_code_is_set(tmp_path, row):
     path = write(tmp_path / "a.nii.gz", VOXELS, **ROWS[row])
-    values, affine = read_volume(str(path))
-    assert np.allclose(affine, ROWS[row]["sform"][0], atol=1e-5)
+    values, header = read_volume(str(path))
+    assert np.allclose(header.affine, ROWS[row]["sform"][0], atol=1e-5)
     assert np.array_equal(values, VOXELS)
     assert_comes_back(path, tmp_path)
 
@@ -152,30 +154,29 @@ def test_sform_places_the_voxels_where_its_code_is_set(tmp_path, row):
 def test_unusable_sform_gives_way_to_the_qform_with_a_warning(tmp_path, caplog, value):
     unusable = {name: [value] * 4 for name in ("srow_x", "srow_y", "srow_z")}
     path = write(tmp_path / "a.nii.gz", VOXELS, qform=(QFORM, 1), changed={"sform_code": 1, **unusable})
-    assert np.allclose(read_volume(str(path))[1], QFORM, atol=1e-5)
-    check_header(str(path), 1)
     with caplog.at_level(logging.WARNING):
+        assert np.allclose(read_volume(str(path), 1)[1].affine, QFORM, atol=1e-5)
         assert_comes_back(path, tmp_path, QFORM)
     assert [record.getMessage() for record in caplog.records if "its qform is used" in record.getMessage()]
     alone = write(tmp_path / "alone.nii.gz", VOXELS, changed={"sform_code": 1, **unusable})
-    with pytest.raises(ValueError, match="orientation and spacing are unknown"):
-        check_header(str(alone), 1)
+    with pytest.raises(ValueError, match="alone.nii.gz has no orientation and spacing"):
+        read_volume(str(alone))
 
 
-def test_quaternion_that_is_no_rotation_does_not_matter_beside_an_sform(tmp_path):
+def test_quaternion_that_is_no_rotation_does_not_matter_beside_an_sform(tmp_path, caplog):
     changed = {"quatern_b": 0.9, "quatern_c": 0.9, "qform_code": 1}
     path = write(tmp_path / "a.nii.gz", VOXELS, sform=(QFORM, 1), changed=changed)
-    assert "no valid qform" in str(geometry_note(nib.load(path)))
     assert_comes_back(path, tmp_path)
+    assert "no valid qform" in caplog.text
 
 
 def test_sform_and_qform_that_disagree_are_noted_once(tmp_path, caplog):
     apart = write(tmp_path / "apart.nii.gz", VOXELS, sform=(sheared(QFORM), 1), qform=(QFORM, 1))
     alike = write(tmp_path / "alike.nii.gz", VOXELS, sform=(np.round(QFORM, 3), 1), qform=(QFORM, 1))
-    assert geometry_note(nib.load(alike)) is None
     shift = 2 * SPACING[1] * np.tan(np.radians(20)) / SPACING[1]  # the last slice, in voxels of the second axis
     with caplog.at_level(logging.WARNING):
-        assert find_problem(str(apart), 1) is None
+        for path in (apart, alike, apart):
+            assert find_problem(str(path), 1) is None
     assert [record.getMessage() for record in caplog.records] == [
         f"{apart} has an sform and a qform that are up to {shift:.3g} voxels apart; the sform is used"
     ]
@@ -187,12 +188,12 @@ def test_volume_that_was_read_by_another_affine_is_refused(tmp_path):
     steps[0] = LoadImaged("image", reader="NibabelReader", ensure_channel_first=True)  # takes the qform
     with pytest.raises(RuntimeError) as stopped:
         Compose(steps)({"image": str(path)})
-    assert "was read by the affine" in str(stopped.value.__cause__)
+    assert "was not read by scripts.data.VolumeReader" in str(stopped.value.__cause__)
 
 
 def test_base_affine_without_sform_and_qform(tmp_path):
     path = write(tmp_path / "a.nii.gz", VOXELS, changed={"pixdim": [1, 2, 3, 4, 1, 1, 1, 1]})
-    assert np.allclose(read_volume(str(path))[1], nib.load(path).affine)
+    assert np.allclose(read_header(str(path)).affine, nib.load(path).affine)
     assert_comes_back(path, tmp_path)
 
 
@@ -209,7 +210,7 @@ def test_trailing_axes_of_one_and_repetition_time_come_back(tmp_path, shape):
 def test_slice_is_refused_however_its_axes_are_written(tmp_path, shape):
     path = write(tmp_path / "a.nii.gz", VOXELS[:, :, 0].reshape(shape), sform=(QFORM, 1))
     with pytest.raises(ValueError, match="a 2D slice"):
-        check_header(str(path), 1)
+        read_volume(str(path), 1)
 
 
 def test_channels_come_back_in_their_place(tmp_path):
@@ -246,8 +247,7 @@ def test_formats_that_nibabel_reads(tmp_path, ending):
     kind = nib.MGHImage if ".mg" in ending else nib.Nifti1Pair if ending in (".hdr", ".img") else nib.Nifti1Image
     path = tmp_path / f"a{ending}"
     nib.save(kind(VOXELS, QFORM), path)
-    check_header(str(path), 1)
-    values, affine = VolumeReader().get_data(str(path))[0], read_volume(str(path))[1]
+    values, affine = VolumeReader(1).get_data(str(path))[0], read_header(str(path)).affine
     assert np.array_equal(values, VOXELS) and np.allclose(affine, QFORM, atol=1e-5)
     restore_and_save("image", str(tmp_path / "out"), "x")(preprocessing(tmp_path)({"image": str(path)}))
     after = nib.load(next((tmp_path / "out").glob("*.nii.gz")))
@@ -266,15 +266,17 @@ def test_nrrd_with_space_directions(tmp_path, channels_first):
         header = {"space": name, "space directions": np.array(directions), "space origin": affine[:3, 3]}
         nrrd.write(str(path), data, header)
         values, found = read_volume(str(path))
-        assert np.allclose(found, sheared(QFORM)) and np.array_equal(values[..., 0] if channels_first else values, VOXELS)
+        assert np.allclose(found.affine, sheared(QFORM), atol=1e-5)
+        assert np.array_equal(values[..., 0] if channels_first else values, VOXELS)
 
 
-def test_analyze_does_not_say_where_left_is_but_a_matrix_of_spm_does(tmp_path):
-    nib.save(nib.AnalyzeImage(VOXELS, None), tmp_path / "a.hdr")
-    assert "from right to left" in str(geometry_note(nib.load(tmp_path / "a.hdr")))
+def test_analyze_does_not_say_where_left_is_but_a_matrix_of_spm_does(tmp_path, caplog):
     nib.save(nib.Spm99AnalyzeImage(VOXELS, QFORM), tmp_path / "b.hdr")
-    assert np.allclose(read_volume(str(tmp_path / "b.hdr"))[1], QFORM)
-    assert geometry_note(nib.load(tmp_path / "b.hdr")) is None
+    assert np.allclose(read_volume(str(tmp_path / "b.hdr"))[1].affine, QFORM, atol=1e-5)
+    assert not caplog.text
+    nib.save(nib.AnalyzeImage(VOXELS, None), tmp_path / "a.hdr")
+    read_volume(str(tmp_path / "a.hdr"))
+    assert "from right to left" in caplog.text
 
 
 @pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000), ("micron", 0.001), ("mm", 1), ("unknown", 1)])
@@ -283,9 +285,9 @@ def test_lengths_are_converted_to_mm_and_come_back_in_the_unit_of_the_file(tmp_p
     in_units = np.diag([*3 * [1 / millimetres], 1.0]) @ QFORM
     changed = {"xyzt_units": nib.nifti1.unit_codes[unit] + nib.nifti1.unit_codes["sec"]}
     path = write(tmp_path / "a.nii.gz", VOXELS, qform=(in_units, codes[1]), sform=(in_units, codes[0]), changed=changed)
-    lengths = np.linalg.norm(read_volume(str(path))[1][:3, :3], axis=0)
+    lengths = np.linalg.norm(read_header(str(path)).affine[:3, :3], axis=0)
     assert np.allclose(lengths, SPACING, rtol=1e-5)
-    assert_comes_back(path, tmp_path, affine_of(nib.load(path)))
+    assert_comes_back(path, tmp_path, read_header(str(path)).affine)
     latent = nib.load(next((tmp_path / "latents").glob("*.nii.gz")))
     assert latent.header["xyzt_units"] % 8 == changed["xyzt_units"] % 8
     assert np.allclose(np.sort(latent.header.get_zooms()[:3]), np.sort(SPACING / millimetres), rtol=1e-5)
@@ -295,9 +297,9 @@ def test_nrrd_units(tmp_path):
     nrrd = pytest.importorskip("nrrd")
     header = {"space": "RAS", "space directions": 1000 * QFORM[:3, :3].T, "space origin": 1000 * QFORM[:3, 3]}
     nrrd.write(str(tmp_path / "a.nrrd"), VOXELS, {**header, "space units": 3 * ["microns"]})
-    assert np.allclose(read_volume(str(tmp_path / "a.nrrd"))[1], QFORM)
+    assert np.allclose(read_volume(str(tmp_path / "a.nrrd"))[1].affine, QFORM, atol=1e-5)
     nrrd.write(str(tmp_path / "b.nrrd"), VOXELS, {**header, "space units": 3 * ["pixel"]})
-    assert "`space units` ['pixel', 'pixel', 'pixel']" in str(find_problem(str(tmp_path / "b.nrrd"), 1))
+    assert "`space units` ['pixel']" in str(find_problem(str(tmp_path / "b.nrrd"), 1))
 
 
 def test_formats_without_orientation_or_reader_are_refused_by_name(tmp_path):
@@ -305,7 +307,7 @@ def test_formats_without_orientation_or_reader_are_refused_by_name(tmp_path):
     nrrd.write(str(tmp_path / "a.nrrd"), VOXELS, {"spacings": [1, 1, 1]})
     (tmp_path / "a.mha").write_bytes(b"ObjectType = Image")
     assert "has the `space` None" in str(find_problem(str(tmp_path / "a.nrrd"), 1))
-    assert "has a format that is not read; convert it to NIfTI" in str(find_problem(str(tmp_path / "a.mha"), 1))
+    assert "holds no DICOM image" in str(find_problem(str(tmp_path / "a.mha"), 1))
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".mgz"])
@@ -317,7 +319,7 @@ def test_wrong_checksum_is_found(tmp_path, ending):
     path.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
     assert nib.load(path).get_fdata().shape == noise.shape  # nibabel does not see it
     assert "CRC" in str(find_problem(str(path), 1))
-    with pytest.raises(gzip.BadGzipFile, match="CRC"):
+    with pytest.raises(ValueError, match="CRC"):
         read_volume(str(path))
 
 
@@ -340,7 +342,7 @@ def test_intensity_scale_that_could_not_be_decoded_is_refused_before_encoding(tm
     nib.save(image, path)
     with pytest.raises(RuntimeError) as stopped:
         preprocessing(tmp_path)({"image": str(path)})
-    assert "`scl_slope` is" in str(stopped.value.__cause__)
+    assert "are no window" in str(stopped.value.__cause__)
 
 
 def test_control_character_in_a_name_is_the_problem_of_that_file_alone(tmp_path):

@@ -21,6 +21,7 @@ from monai.bundle import ConfigWorkflow
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.weights import save_weights
 from scripts.data.latents import read_description
+from scripts.data.volume_reader import NiftiHeader
 from tests.conftest import ROOT, head_like, save_volume
 from tests.processes import bundle_run
 
@@ -181,10 +182,11 @@ def test_latent_lies_over_its_volume_and_says_where_it_comes_from(kinds, encoded
     assert np.allclose(latent.affine[:3, :3], 8 * volume.affine[:3, :3], atol=1e-5)
     described = json.loads((encoded / "oblique_int16_latent.json").read_text())
     assert described["source"] == "oblique_int16.nii.gz"
-    assert described["shape"] == [21, 26, 19]
-    assert described["data_type"] == "<i2"
+    assert described["preprocessed_shape"] == [21, 26, 19]
+    assert read_description(encoded / "oblique_int16_latent.nii.gz").stored["data_type"] == "<i2"
     assert described["network"]["latent_channels"] == 8
-    assert 0 < described["clipped_above"] == described["clipped"] < 0.01  # the default window ends at the 99.9th percentile
+    assert described["clipped_below"] == 0  # the default window goes to the 99.9th percentile
+    assert 0 < described["clipped_above"] < 0.01
 
 
 def test_latent_scale_gives_the_data_set_unit_deviation(encoded):
@@ -264,8 +266,8 @@ def test_latents_with_false_descriptions_are_named_and_the_good_ones_decoded(enc
     false = {
         "big_endian": ({"source": "../../../x/y.nii.gz"}, "`source` is '../../../x/y.nii.gz'"),
         "lps_uint8": ({"source": f"{tmp_path}/x/y.nii.gz"}, "`source` is '/"),
-        "oblique_int16": ({"data_type": "O"}, "`data_type` is 'O'"),
-        "slope": ({"shape": [30000] * 3}, "`shape` (30000, 30000, 30000)"),
+        "oblique_int16": ({"header": "O"}, "`header` is not that of a NIfTI file"),
+        "slope": ({"header": NiftiHeader.of_affine(np.eye(4), [30000] * 3).header}, "`header` does not lie where"),
         "turned": (None, "is damaged, or not JSON"),
     }
     for name, (change, _) in false.items():
@@ -302,7 +304,7 @@ def test_bad_files_are_named_and_the_good_ones_done(weights, tmp_path):
         assert lines[0] == "could not be done (6):"
         words = {
             "nan.nii.gz": "NaN, infinite or padding in 100.0%",
-            "series.nii.gz": "number 3, and `image_channels` is 1",
+            "series.nii.gz": "has the shape (8, 8, 8, 3)",
             "text.nii.gz": "cannot be read to its end",
             "thin.nii.gz": "a 2D slice",
             "truncated.nii": "cannot be read to its end",
