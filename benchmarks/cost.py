@@ -77,7 +77,8 @@ def switched_network(
     name: str, device: str, compiled: bool = False, channels_last: bool = False, **arguments: Any
 ) -> torch.nn.Module:
     """A network of the tables with switches of the config."""
-    network = build(name, **arguments).to(device)
+    with torch.device(device):
+        network = build(name, **arguments)
     if channels_last:
         network = network.to(memory_format=torch.channels_last_3d)
     if compiled:

@@ -66,7 +66,7 @@ class BlockTransform(nn.Module):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Coefficients to ``BxCxHxWxD``."""
-        functions = self.synthesis
+        functions: torch.Tensor = self.synthesis
         if self.neighbours is not None:
             z = beside_neighbours(z)
             functions = torch.cat([functions, self.neighbours])
