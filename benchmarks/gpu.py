@@ -66,14 +66,7 @@ def main(
 
 
 def commands(part: str, device: str, work: Path) -> Iterator[tuple[str, list[str]]]:
-    """
-    The commands of a part, each with its name.
-
-    Args:
-        part: name, one of ``PARTS``.
-        device: ``cuda`` or ``cpu``.
-        work: folder for volumes and results of the runs.
-    """
+    """The commands of one of ``PARTS``, each with its name; volumes and results of the runs are below ``work``."""
     small, volumes = device == "cpu", work / "volumes"
     if part == "machine":
         yield part, python("torch.utils.collect_env")
@@ -107,16 +100,7 @@ def commands(part: str, device: str, work: Path) -> Iterator[tuple[str, list[str
 
 
 def chain(home: Path, volumes: Path, common: dict[str, Any], compiled: bool, small: bool) -> Iterator[tuple[str, list[str]]]:
-    """
-    Commands that use each other's results.
-
-    Args:
-        home: folder of the results.
-        volumes: folder of the volumes.
-        common: keys of all commands.
-        compiled: whether the network is compiled, which only a training is.
-        small: whether networks and patches are small.
-    """
+    """Commands that use each other's results, in the folder ``home``. Only a training is compiled."""
     network, patch, generator = (SMALL, PATCH, SMALL_GENERATOR) if small else ({}, {}, {})
     weights, latents, trained = home / "eval/fast_dev_run/checkpoints", home / "latents", home / "fast_dev_run/checkpoints"
     training = {**common, **network, **patch, "dataset_dir": volumes, "output_dir": home / "eval"}
@@ -153,17 +137,7 @@ def precisions(device: str) -> tuple[str, ...]:
 
 
 def run_all(commands: Mapping[str, Sequence[str]], folder: Path, seconds: float) -> dict[str, Any]:
-    """
-    Run the commands one after the other, print a table, and write the report.
-
-    Args:
-        commands: words of each command, by its name.
-        folder: folder of report and logs.
-        seconds: time limit of a command.
-
-    Returns:
-        the content of ``gpu.json``: status, seconds, words and last line of each command.
-    """
+    """Run the commands, each for at most some seconds, print a table, and write and return the report."""
     runs: dict[str, Any] = {}
     for number, (name, words) in enumerate(commands.items(), start=1):
         print(f"{name} ({number} of {len(commands)})", flush=True)

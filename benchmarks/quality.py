@@ -162,15 +162,7 @@ def result_path(row: dict[str, Any]) -> Path:
 
 
 def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) -> ConfigParser:
-    """
-    The recipe of ``configs/train.json`` without a limit of epochs.
-
-    Args:
-        network: name of a preset, or ``MONAI``.
-        data: ``sample`` or ``clinical``.
-        device: where to run.
-        overrides: other keys.
-    """
+    """The recipe of ``configs/train.json`` without a limit of epochs; see :py:func:`train`."""
     parser = ConfigParser()
     parser.read_config([str(ROOT / "configs/train.json"), NETWORKS[network]])
     settings = {
@@ -222,15 +214,8 @@ class Budget:
 
 def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) -> Iterator[tuple[str, dict[str, float]]]:
     """
-    Reconstruct and measure the validation volumes of a config, one after the other.
-
-    Args:
-        parser: of the config.
-        network: that is measured.
-        pictures: start of the paths of the pictures; None for no pictures.
-
-    Returns:
-        the name of each file, and all numbers of its volume; those of the block cosine transform start with ``dct_``.
+    The name of each file of the validation, and all numbers of its reconstruction; those of the block cosine transform start
+    with ``dct_``. Pictures have paths that start with ``pictures``; None for no pictures.
     """
     factors, device = list(total_factors(network)), parser["device"]
     get = parser.get_parsed_content
