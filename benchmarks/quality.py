@@ -42,7 +42,7 @@ from benchmarks.tables import described, print_table
 from scripts.bundle.config import ROOT, check_parser
 from scripts.bundle.machine import GIB
 from scripts.bundle.precision import autocast_dtype, computing_dtype
-from scripts.evaluation.block_dct import block_dct_reconstruction
+from scripts.evaluation.codecs import block_dct_reconstruction
 from scripts.evaluation.metrics import (
     EdgePSNRMetric,
     ForegroundPSNRMetric,

@@ -31,7 +31,7 @@ from scripts.data.file_names import output_path
 from scripts.data.given_parts import agree_with_slices, average_slices, fill_hole, hole_equations, interpolate_slices
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
 from scripts.data.volume_reader import read_volume, state_of
-from scripts.evaluation.samples.spatial_metrics import border_step, fidelity, inside_mae
+from scripts.evaluation.samples.spatial_evaluation import border_step, fidelity, inside_mae
 
 PERCENTILES = (0.0, 99.9)  # `intensity_percentiles` of the configs
 Numbers = dict[str, float]

@@ -15,7 +15,7 @@ from scripts.bundle.precision import choose_precision
 from scripts.bundle.weights import load_weights
 from scripts.data.intensity_window import ScaleIntensityWindowd
 from scripts.data.synthetic_heads import t1_template
-from scripts.evaluation.block_dct import block_dct_reconstruction
+from scripts.evaluation.codecs import block_dct_reconstruction
 from tests.conftest import ROOT
 
 METRICS = json.loads((ROOT / "configs/metadata.json").read_text())["eval_metrics"]

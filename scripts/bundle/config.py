@@ -25,7 +25,7 @@ MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
 ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
 WORDS = {"true": True, "false": False, "null": None}  # JSON's, which the command line takes for text
 PATHS = (
-    *("dataset_dir", "further_dir", "output_dir", "run_dir", "ckpt_dir", "cache_dir", "evaluation_dir", "comparison_dir"),
+    *("dataset_dir", "further_dir", "output_dir", "run_dir", "ckpt_dir", "cache_dir", "evaluation_dir"),
     *("weights", "autoencoder", "guide", "pretrained", "perceptual_weights_file"),
 )
 FilePath = Annotated[str, Must("a path", len)]

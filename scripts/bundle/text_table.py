@@ -16,8 +16,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def summary_table(sets: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The numbers of an evaluation of samples, by set, as a Markdown table with a row for each."""
-    rows = [
-        [metric, *("-" if (v := row[metric]) is None else f"{v:.3g}" for row in sets.values())] for metric in sets["samples"]
-    ]
+    """The numbers of an evaluation, by set or codec, as a Markdown table with a row for each."""
+    numbers = next(iter(sets.values()))
+    rows = [[name, *("-" if (v := row[name]) is None else f"{v:.4g}" for row in sets.values())] for name in numbers]
     return table(["", *sets], rows)

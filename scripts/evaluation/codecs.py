@@ -1,40 +1,58 @@
-"""Codecs from files of any origin: weights of this bundle or of other programs, exported files, and networks of MONAI."""
+"""Codecs: weights of this bundle or of other programs, exported files, and the block-wise cosine transform."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from scipy.fft import dctn, idctn
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import CONFIGS
-from scripts.bundle.errors import reason
 from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, is_of_this_bundle
 from scripts.bundle.weights import load_weights, named_for, read_description, read_weights
-from scripts.evaluation.comparison import Codec
 from scripts.inference.exported_networks import SUFFIXES, ExportedNetwork
 from scripts.layers.factors import by, per_axis
 from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
 from scripts.planning.plans import read_plan
 
-__all__ = ["read_codecs"]
+__all__ = ["BlockDCT", "Codec", "block_dct_of", "block_dct_reconstruction", "read_codecs", "with_block_dcts"]
 
 SPATIAL_DIMS = 3  # of the pipelines
 PROBE = 256  # voxels along each axis of the volume that says by how much a network shrinks; nothing is computed
-SIZE_OF_LATENT = ("total_downsample_factor", "latent_channels")
-logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """
+    Something that compresses volumes.
+
+    Args:
+        network: with ``reconstruct(x)``, which takes volumes ``BxCxHxWxD`` of any size and returns the same shape;
+            ``total_downsample_factor``, voxels of one position in the latent along each axis; and ``latent_channels``,
+            values at one position.
+        weights: path of the file that it was read from.
+        image_channels: number of channels of the volumes.
+    """
+
+    network: Any
+    weights: str = ""
+    image_channels: int = 1
+
+    @property
+    def voxels_per_value(self) -> float:
+        """Values of a volume, all channels counted, for one value of its latent."""
+        return math.prod(self.network.total_downsample_factor) * self.image_channels / self.network.latent_channels
 
 
 def read_codecs(
-    codecs: Mapping[str, Any],
-    image_channels: int,
-    device: str | torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    codecs: Mapping[str, Any], image_channels: int, device: Any, memory_format: Any = torch.contiguous_format
 ) -> dict[str, Codec]:
     """
     Load all codecs of a comparison and let each reconstruct a small volume, so that one which cannot be used ends the run
@@ -52,61 +70,45 @@ def read_codecs(
               MONAI's ``AutoencoderKL``.
         image_channels: number of channels of the volumes.
         device: where to run.
-        memory_format: of the weights.
+        memory_format: memory format of the weights.
 
     Raises:
-        ValueError: when codecs cannot be used; it names each of them, says what is wrong, and what to do.
+        ValueError: for the first one that cannot be used, with its name.
     """
-    if not isinstance(codecs, Mapping) or not codecs:
-        raise ValueError(f"`codecs` is {codecs!r}; it must name at least one, as in {{'mine': 'eval/checkpoints'}}.")
-    found, problems = {}, {}
+    found = {}
     for name, entry in codecs.items():
         try:
-            found[name] = _read(entry, image_channels, device, memory_format)
+            given = dict(entry) if isinstance(entry, Mapping) else {"weights": entry}
+            path = Path(given.pop("weights", ""))
+            path = path / "model.pt" if path.is_dir() else path
+            if path.suffix in SUFFIXES:
+                network: Any = _Exported(path, device, **given)
+            else:
+                read: Any = _WithLatents if "network" in given else _autoencoder
+                network = read(path, image_channels, **given).to(device, memory_format=memory_format)
+            found[name] = Codec(network.eval(), str(path), image_channels)
             _try(found[name], device)
-        except Exception as error:  # whatever is in the files
-            problems[name] = " ".join(str(reason(error)).split())
-    if problems:
-        lines = [f"{name!r}: {problem}" for name, problem in problems.items()]
-        raise ValueError("\n  ".join([f"{len(lines)} of {len(codecs)} `codecs` cannot be used:", *lines]))
-    for name, codec in found.items():
-        size = f"{codec.latent_channels} values for {by(codec.total_downsample_factor)} voxels"
-        logger.info(f"{name}: {codec.weights}, {size}")
+        except Exception as error:  # whatever is in the file
+            raise ValueError(f"the codec {name!r} cannot be used: {' '.join(str(error).split())}") from error
     return found
-
-
-def _read(entry: Any, image_channels: int, device: str | torch.device, memory_format: torch.memory_format) -> Codec:
-    given = dict(entry) if isinstance(entry, Mapping) else {"weights": entry}
-    weights = given.pop("weights", None)
-    if not isinstance(weights, (str, Path)):
-        raise ValueError(f"its `weights` are {weights!r}; they must be the path of a file or of a folder with model.pt.")
-    path = Path(weights) / "model.pt" if Path(weights).is_dir() else Path(weights)
-    if not path.is_file():
-        raise ValueError(
-            f"there is no file {path}. Give the path of weights, of a folder with model.pt, or of an exported file."
-        )
-    if path.suffix in SUFFIXES:
-        return _exported(path, given, image_channels, device)
-    if "network" in given:
-        network = _with_weights(given.pop("network"), path, image_channels)
-        _refuse(given, "its `network` is complete")
-    else:
-        network = _autoencoder(path, given, image_channels)
-    network = network.eval().to(device, memory_format=memory_format)  # type: ignore[call-overload]
-    return Codec(network, network.total_downsample_factor, network.latent_channels, image_channels, str(path))
-
-
-def _refuse(given: Mapping[str, Any], why: str) -> None:
-    if given:
-        raise ValueError(f"{why}; leave out {', '.join(f'`{key}`' for key in given)}.")
 
 
 class _Exported(nn.Module):
     """An exported file, in float32 as it was exported."""
 
-    def __init__(self, path: Path, device: str | torch.device) -> None:
+    def __init__(self, path: Path, device: Any, total_downsample_factor: Any = None, latent_channels: Any = None) -> None:
         super().__init__()
         self.network = ExportedNetwork(str(path), str(device))
+        known: Any = self.network.run  # TorchScript keeps both
+        if not hasattr(known, "latent_channels") and (description := read_description(path)):
+            with torch.device("meta"):
+                known = AutoencoderKL(**description.network)
+        factor = total_downsample_factor or getattr(known, "total_downsample_factor", None)
+        channels = latent_channels or getattr(known, "latent_channels", None)
+        if factor is None or channels is None:
+            raise ValueError(f"{path} does not say `total_downsample_factor` and `latent_channels`: give both.")
+        self.total_downsample_factor = per_axis("total_downsample_factor", factor, SPATIAL_DIMS)
+        self.latent_channels = channels
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -116,8 +118,10 @@ class _Exported(nn.Module):
 class _WithLatents(nn.Module):
     """A network with ``encode`` and ``decode`` for volumes of any size, which are padded and cropped."""
 
-    def __init__(self, network: Any, image_channels: int) -> None:
+    def __init__(self, path: Path, image_channels: int, network: Any) -> None:
         super().__init__()
+        content, _ = read_weights(path)
+        network.load_state_dict(named_for(network, content, path))
         self.network = network
         with fake_tensors(), torch.no_grad():
             (z_mu, *_) = fake_copy(network).encode(torch.empty(1, image_channels, *(PROBE,) * SPATIAL_DIMS))  # type: ignore[operator]
@@ -132,75 +136,94 @@ class _WithLatents(nn.Module):
         return self.network.decode(z_mu)[:, :, :height, :width, :depth]
 
 
-def _with_weights(network: Any, path: Path, image_channels: int) -> Any:
-    if not (callable(getattr(network, "encode", None)) and callable(getattr(network, "decode", None))):
-        raise ValueError(
-            f"its `network` is {type(network).__name__}; it needs `encode` and `decode`, as MONAI's AutoencoderKL."
-        )
-    content, _ = read_weights(path)
-    network.load_state_dict(named_for(network, content, path))
-    return network if isinstance(network, AutoencoderKL) else _WithLatents(network, image_channels)
-
-
-def _autoencoder(path: Path, given: dict[str, Any], image_channels: int) -> AutoencoderKL:
+def _autoencoder(path: Path, image_channels: int, preset: str | None = None, **keys: Any) -> AutoencoderKL:
     content, arguments = read_weights(path)
     if arguments is None:
-        arguments = _arguments_of_another_program(path, content, given, image_channels)
-    else:
-        _refuse(given, f"{path.with_suffix('.json').name} beside {path} says which network it is")
+        arguments = _arguments_of_another_program(autoencoder_in(content, path), image_channels, preset, keys)
+    elif preset or keys:
+        raise ValueError(f"{path.with_suffix('.json')} says which network it is; give `weights` alone.")
     network = AutoencoderKL(**{**arguments, "use_flash_attention": True})
     load_weights(network, path)
     return network
 
 
-def _arguments_of_another_program(path: Path, content: Any, given: dict[str, Any], image_channels: int) -> dict[str, Any]:
-    state = autoencoder_in(content, path)
-    if not given and not is_maisi(state):
-        presets = ", ".join(sorted(file.stem for file in (CONFIGS / "presets").glob("*.json")))
-        raise ValueError(
-            f"{path} has no {path.with_suffix('.json').name} beside it, so its network is not known. Add `preset` "
-            f"({presets}), keys such as `channels`, or `network`, as in {{'weights': {str(path)!r}, 'preset': '4x'}}."
-        )
-    keys = {**given} if is_of_this_bundle(state) else {"norm": "group", **given}
-    preset = keys.pop("preset", "maisi" if is_maisi(state) else None)
-    files = [CONFIGS / "inference.json"]
+def _arguments_of_another_program(
+    state: dict[str, torch.Tensor], image_channels: int, preset: str | None, keys: dict[str, Any]
+) -> dict[str, Any]:
+    files = [str(CONFIGS / "inference.json")]
+    preset = preset or ("maisi" if is_maisi(state) else None)
     if preset is not None:
-        files.append(Path(preset) if Path(preset).suffix else CONFIGS / "presets" / f"{preset}.json")
-    plan = read_plan([str(file) for file in files], **{"image_channels": image_channels, **keys})
-    return plan.network.arguments
-
-
-def _exported(path: Path, given: dict[str, Any], image_channels: int, device: str | torch.device) -> Codec:
-    codec = _Exported(path, device).eval()
-    known = {name: getattr(codec.network.run, name, None) for name in SIZE_OF_LATENT}  # TorchScript keeps them
-    if None in known.values():
-        described = read_description(path)
-        if described is not None:
-            with torch.device("meta"):
-                network = AutoencoderKL(**described.network)
-            known = {name: getattr(network, name) for name in SIZE_OF_LATENT}
-    known |= {name: given.pop(name) for name in SIZE_OF_LATENT if name in given}
-    _refuse(given, f"{path} is a whole network")
-    if None in known.values():
-        raise ValueError(
-            f"{path} does not say how large its latents are. Add them, as in {{'weights': {str(path)!r}, "
-            "'total_downsample_factor': 8, 'latent_channels': 24}."
-        )
-    factors = per_axis("total_downsample_factor", known["total_downsample_factor"], SPATIAL_DIMS)
-    (channels,) = per_axis("latent_channels", known["latent_channels"], 1)
-    return Codec(codec, factors, channels, image_channels, str(path))
+        files.append(preset if Path(preset).suffix else str(CONFIGS / "presets" / f"{preset}.json"))
+    norm = {} if is_of_this_bundle(state) else {"norm": "group"}
+    return read_plan(files, **{"image_channels": image_channels, **norm, **keys}).network.arguments
 
 
 @torch.no_grad()
-def _try(codec: Codec, device: str | torch.device) -> None:
-    """Reconstruct a volume of two latent values along each axis."""
-    if len(codec.total_downsample_factor) != SPATIAL_DIMS:
-        raise ValueError(f"it is for {len(codec.total_downsample_factor)} axes, and volumes have {SPATIAL_DIMS}.")
-    volume = torch.zeros(1, codec.image_channels, *(2 * factor for factor in codec.total_downsample_factor), device=device)
-    what = f"a volume of {codec.image_channels} channels (`image_channels`) and {by(volume.shape[2:])} voxels"
-    try:
-        result = codec.network.reconstruct(volume)  # type: ignore[operator]
-    except Exception as error:  # of any type
-        raise ValueError(f"{codec.weights} cannot reconstruct {what}: {error}") from error
+def _try(codec: Codec, device: Any) -> None:
+    """Reconstruct a small volume."""
+    size = [2 * max(codec.network.total_downsample_factor)] * SPATIAL_DIMS
+    volume = torch.zeros(1, codec.image_channels, *size, device=device)
+    result = codec.network.reconstruct(volume)
     if result.shape != volume.shape or not result.isfinite().all():
-        raise ValueError(f"{codec.weights} makes {by(result.shape)} of {what}, or values that are not finite.")
+        raise ValueError(f"it makes {by(result.shape)} of {by(volume.shape)} values, or values that are not finite.")
+
+
+def block_dct_reconstruction(image: torch.Tensor, factors: Sequence[int], count: int) -> torch.Tensor:
+    """
+    Keep the same ``count`` coefficients of every block, those with the most energy over this volume.
+
+    Args:
+        image: ``1xCxHxWxD``; sizes that the factors do not divide are padded as the network pads them, and cropped back.
+        factors: size of a block along each axis.
+        count: coefficients per block, of all channels together.
+
+    Returns:
+        the same shape on the CPU, clipped to [0, 1].
+    """
+    shape = image.shape[2:]
+    padded = pad_to_multiple(image, factors)[0].cpu().numpy()
+    grid = [n // f for n, f in zip(padded.shape[1:], factors)]
+    blocks = padded.reshape(-1, grid[0], factors[0], grid[1], factors[1], grid[2], factors[2]).transpose(1, 3, 5, 0, 2, 4, 6)
+    spectrum = dctn(blocks, axes=(4, 5, 6), norm="ortho")
+    energy = (spectrum**2).sum((0, 1, 2))
+    spectrum *= energy >= sorted(energy.ravel())[-min(count, energy.size)]
+    restored = idctn(spectrum, axes=(4, 5, 6), norm="ortho").transpose(3, 0, 4, 1, 5, 2, 6).reshape(padded.shape)
+    return torch.from_numpy(restored[:, : shape[0], : shape[1], : shape[2]].copy())[None].clamp(0, 1)
+
+
+class BlockDCT(nn.Module):
+    """
+    :py:func:`block_dct_reconstruction` in the place of an autoencoder.
+
+    Args:
+        total_downsample_factor: size of a block along each axis.
+        latent_channels: coefficients per block.
+    """
+
+    def __init__(self, total_downsample_factor: Sequence[int], latent_channels: int) -> None:
+        super().__init__()
+        self.total_downsample_factor, self.latent_channels = tuple(total_downsample_factor), latent_channels
+
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: one volume, ``1xCxHxWxD``.
+
+        Returns:
+            the same shape on the same device.
+        """
+        return block_dct_reconstruction(x, self.total_downsample_factor, self.latent_channels).to(x.device)
+
+
+def block_dct_of(codec: Codec) -> str:
+    """The name of the block-wise cosine transform that keeps as many values as a codec, in blocks of its factor."""
+    return f"block DCT, {codec.network.latent_channels} of {by(codec.network.total_downsample_factor)}"
+
+
+def with_block_dcts(codecs: Mapping[str, Codec]) -> dict[str, Codec]:
+    """Codecs, and behind them the block-wise cosine transforms of their sizes, each size once."""
+    transforms = {
+        block_dct_of(codec): Codec(BlockDCT(codec.network.total_downsample_factor, codec.network.latent_channels))
+        for codec in codecs.values()
+    }
+    return {**codecs, **transforms}

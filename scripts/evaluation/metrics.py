@@ -17,7 +17,6 @@ from scripts.data.intensity_window import intensity_window, unscaled
 __all__ = [
     "EdgePSNRMetric",
     "ForegroundPSNRMetric",
-    "GridEnergyByFactorsMetric",
     "GridEnergyMetric",
     "LargeVolumeMSSSIMMetric",
     "LargeVolumeSSIMMetric",
@@ -28,12 +27,14 @@ __all__ = [
     "trilinear_reconstruction",
 ]
 
+AIR = 0.05  # its highest intensity
+EDGES = 0.1  # share of the voxels
+
 
 class _PSNROfSomeVoxels(PSNRMetric):
-    """Peak signal-to-noise ratio over the voxels that :py:meth:`_voxels` finds in the target."""
+    """Peak signal-to-noise ratio over the voxels that ``_voxels`` finds in a target ``CxHxWxD``."""
 
-    def _voxels(self, target: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    _voxels: Callable[[torch.Tensor], torch.Tensor]
 
     def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         pairs = [(p[found], t[found]) for p, t, found in zip(y_pred, y, map(self._voxels, y))]
@@ -42,52 +43,41 @@ class _PSNROfSomeVoxels(PSNRMetric):
 
 class ForegroundPSNRMetric(_PSNROfSomeVoxels):
     """
-    Peak signal-to-noise ratio over the voxels of the target that are not air. Volumes are mostly air, which is easy to
+    Peak signal-to-noise ratio over the voxels of the target above 0.05. Volumes are mostly air, which is easy to
     reconstruct, so the ratio over all voxels is higher.
 
     Args:
-        threshold: voxels of the target above it are foreground.
         kwargs: arguments of MONAI's ``PSNRMetric``.
     """
 
-    def __init__(self, threshold: float = 0.05, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.threshold = threshold
-
     def _voxels(self, target: torch.Tensor) -> torch.Tensor:
-        return target > self.threshold
+        return target > AIR
 
 
 class EdgePSNRMetric(_PSNROfSomeVoxels):
     """
-    Peak signal-to-noise ratio over the voxels of the target at edges: those with the largest gradients. There the eye sees
-    whether a reconstruction is blurred, while the ratio over all voxels is mostly that of smooth regions.
+    Peak signal-to-noise ratio over the tenth of the target's voxels with the largest gradients. There the eye sees whether a
+    reconstruction is blurred, while the ratio over all voxels is mostly that of smooth regions.
 
     Args:
-        share: of the voxels that counts as edges.
         kwargs: arguments of MONAI's ``PSNRMetric``.
     """
-
-    def __init__(self, share: float = 0.1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.share = share
 
     def _voxels(self, target: torch.Tensor) -> torch.Tensor:
         strength = torch.zeros_like(target)
         for axis in range(1, target.ndim):
             if target.shape[axis] > 1:
                 strength += torch.gradient(target, dim=axis)[0].square_()
-        count = strength.numel() - round(self.share * strength.numel())
-        return strength >= strength.flatten().kthvalue(min(count + 1, strength.numel())).values
+        rank = strength.numel() - round(EDGES * strength.numel()) + 1
+        return strength >= strength.flatten().kthvalue(rank).values
 
 
 class _DefinedForLargeVolumes(RegressionMetric):
-    """A metric that is NaN for a volume of less than ``least_size`` along an axis, where MONAI's raises an error."""
-
-    least_size: tuple[int, ...]
+    """A metric that is NaN for a volume that is too small for its kernel, where MONAI's raises an error."""
 
     def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if any(size < least for size, least in zip(y.shape[2:], self.least_size)):
+        shrunk = max(1, len(getattr(self, "weights", ())) - 1) ** 2  # MONAI's formula, also where it is not 2 ** halvings
+        if any(size < kernel * shrunk for size, kernel in zip(y.shape[2:], self.kernel_size)):  # type: ignore[attr-defined]
             return torch.full((len(y), 1), torch.nan, device=y.device)
         return super()._compute_metric(y_pred, y)  # type: ignore[safe-super]
 
@@ -97,55 +87,20 @@ class _DefinedForLargeVolumes(RegressionMetric):
 
 
 class LargeVolumeSSIMMetric(_DefinedForLargeVolumes, SSIMMetric):
-    """
-    MONAI's structural similarity, which is NaN, instead of an error, for a volume smaller than its kernel (11 voxels along
-    each axis).
-
-    Args:
-        kwargs: arguments of MONAI's ``SSIMMetric``.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.least_size = tuple(self.kernel_size)
+    """MONAI's structural similarity; NaN for a volume smaller than its kernel (11 voxels along each axis)."""
 
 
 class LargeVolumeMSSSIMMetric(_DefinedForLargeVolumes, MultiScaleSSIMMetric):
     """
-    MONAI's multi-scale structural similarity, which is NaN, instead of an error, for a volume that is too small. With the
-    defaults a volume needs 176 voxels along each axis: it is halved four times and must still hold the kernel of 11 voxels.
-
-    Args:
-        kwargs: arguments of MONAI's ``MultiScaleSSIMMetric``.
+    MONAI's multi-scale structural similarity; NaN for a volume that is too small. With the defaults a volume needs 176
+    voxels along each axis: it is halved four times and must still hold the kernel of 11 voxels.
     """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        shrunk = max(1, len(self.weights) - 1) ** 2  # MONAI's formula, also where it is not 2 ** halvings
-        self.least_size = tuple(kernel * shrunk for kernel in self.kernel_size)
 
 
 class GridEnergyMetric(RegressionMetric):
     """
-    :py:func:`grid_energy` of the prediction.
-
-    Args:
-        factors: size of a block along each axis.
-        kwargs: arguments of MONAI's ``RegressionMetric``.
-    """
-
-    def __init__(self, factors: Sequence[int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.factors = factors
-
-    def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([[grid_energy(image[None], self.factors)] for image in y_pred], device=y_pred.device)
-
-
-class GridEnergyByFactorsMetric(RegressionMetric):
-    """
-    :py:func:`grid_energy` of predictions of several autoencoders. In the place of the image, each has the size of its blocks
-    along each axis, a tensor of integers.
+    :py:func:`grid_energy` of predictions. In the place of the image, each has the size of its blocks along each axis, a
+    tensor of integers.
 
     Args:
         kwargs: arguments of MONAI's ``RegressionMetric``.
@@ -220,21 +175,16 @@ def trilinear_reconstruction(image: torch.Tensor, factors: Sequence[int]) -> tor
     return F.interpolate(small, size=shape, mode="trilinear")
 
 
-def in_file_units(output: Sequence[dict[str, MetaTensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def in_file_units(output: Sequence[dict[str, MetaTensor]]) -> list[list[torch.Tensor]]:
     """An ``output_transform`` that gives a metric predictions and images in the units of their files, HU for CT."""
     windows = [intensity_window(item[Keys.IMAGE]) for item in output]
-    preds, images = (
+    return [
         [unscaled(item[key], window["low"], window["high"]) for item, window in zip(output, windows)]
         for key in (Keys.PRED, Keys.IMAGE)
-    )
-    return preds, images
+    ]
 
 
-def shrunk_and_image(factors: Sequence[int]) -> Callable[[Any], tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """An ``output_transform`` that gives a metric :py:func:`trilinear_reconstruction` in place of the prediction."""
-
-    def transform(output: list[dict[str, torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        images = [item[Keys.IMAGE] for item in output]
-        return [trilinear_reconstruction(image[None], factors)[0] for image in images], images
-
-    return transform
+def shrunk_and_image(output: Sequence[Any], factors: Sequence[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """For an ``output_transform``: :py:func:`trilinear_reconstruction` in place of the predictions, and the images."""
+    images = [item[Keys.IMAGE] for item in output]
+    return [trilinear_reconstruction(image[None], factors)[0] for image in images], images

@@ -1,7 +1,8 @@
-"""Pictures of a reconstruction: image, reconstruction and error in three planes, as one figure or as nine panels."""
+"""Pictures of volumes side by side in three planes: as one figure, or as single panels."""
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from ignite.engine import Events
 from matplotlib.figure import Figure
 from monai.engines import Evaluator
@@ -24,13 +24,12 @@ __all__ = [
     "POSITION",
     "ReconstructionPicture",
     "draw_columns",
-    "draw_panels",
     "draw_reconstruction",
     "overlaid",
     "panels_of",
 ]
 
-Panels = dict[str, dict[str, bytes]]  # PNG files by plane and by title
+Panels = dict[str, dict[str, str]]  # PNG files, as addresses with data, by plane and by title
 PLANES = ("sagittal", "coronal", "axial")
 POSITION = 0.45  # of each plane along its axis: in the middle of a head there is the gap between its halves
 ERROR_GAIN = 5  # the error is shown this many times larger
@@ -40,71 +39,50 @@ MAX_PIXELS = 320  # along an edge of a panel, of which three in a row must fit o
 
 def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spacing: tuple[float, ...]) -> Figure:
     """
-    Draw one channel in three planes near the middle of the volume, all at the window [0, 1].
+    Draw image, reconstruction and the error times 5 of one channel.
 
     Args:
         image: ``HxWxD`` in RAS orientation, values in [0, 1].
         reconstruction: the same shape.
         spacing: voxel size in mm.
-
-    Returns:
-        a figure with a row per plane; the columns are image, reconstruction, and the error times 5.
     """
-    return draw_columns(_columns(image, reconstruction), spacing)
+    error = (reconstruction - image).abs() * ERROR_GAIN
+    return draw_columns({"image": image, "reconstruction": reconstruction, f"error x {ERROR_GAIN}": error}, spacing)
 
 
 def draw_columns(columns: Mapping[str, torch.Tensor], spacing: Sequence[float]) -> Figure:
     """
-    Draw volumes side by side, all at the window [0, 1].
+    Draw volumes side by side near their middle, at the window [0, 1].
 
     Args:
-        columns: ``HxWxD``, or ``HxWxDx3`` in colours, in RAS orientation by title, at least two.
+        columns: ``HxWxD``, or ``HxWxDx3`` in colours, in RAS orientation by title.
         spacing: voxel size in mm, of all of them.
 
     Returns:
         a figure with a row per plane and a column per volume.
     """
     figure = Figure(figsize=(3 * len(columns), 9), layout="constrained")
-    axes = figure.subplots(len(PLANES), len(columns))
+    axes = figure.subplots(len(PLANES), len(columns), squeeze=False)
     for row, plane in enumerate(PLANES):
-        across = [axis for axis in range(3) if axis != row]
-        for column, (title, volume) in enumerate(columns.items()):
-            panel = axes[row, column]
-            aspect = spacing[across[1]] / spacing[across[0]]
+        right, up = (axis for axis in range(3) if axis != row)
+        axes[row, 0].set_ylabel(plane)
+        for panel, (title, volume) in zip(axes[row], columns.items()):
+            aspect = spacing[up] / spacing[right]
             panel.imshow(_slice(volume, row), origin="lower", cmap="gray", vmin=0, vmax=1, aspect=aspect)
-            panel.set_xticks([])
-            panel.set_yticks([])
-            if row == 0:
-                panel.set_title(title)
-            if column == 0:
-                panel.set_ylabel(plane)
+            panel.set(xticks=[], yticks=[], title=title if row == 0 else "")
     return figure
-
-
-def draw_panels(image: torch.Tensor, reconstruction: torch.Tensor) -> Panels:
-    """
-    What :py:func:`draw_reconstruction` draws, as single pictures without text.
-
-    Args:
-        image: ``HxWxD`` in RAS orientation, values in [0, 1].
-        reconstruction: the same shape.
-
-    Returns:
-        for each plane, and for each column in it, a grayscale PNG file. A pixel is a voxel, unless there are more than 320
-        along an edge. Pictures of voxels that are not cubes must be stretched when they are shown.
-    """
-    return panels_of(_columns(image, reconstruction))
 
 
 def panels_of(columns: Mapping[str, torch.Tensor]) -> Panels:
     """
-    Volumes side by side, as single pictures without text.
+    The slices of :py:func:`draw_columns` as single pictures without text.
 
     Args:
         columns: ``HxWxD``, or ``HxWxDx3`` in colours, in RAS orientation by title, values in [0, 1].
 
     Returns:
-        as :py:func:`draw_panels`.
+        a PNG file, as an address with data, for each plane and volume. A pixel is a voxel, unless there are more than 320
+        along an edge. Pictures of voxels that are not cubes must be stretched when they are shown.
     """
     return {
         plane: {title: _png(_slice(volume, axis)) for title, volume in columns.items()} for axis, plane in enumerate(PLANES)
@@ -130,23 +108,17 @@ def overlaid(volume: torch.Tensor, labels: torch.Tensor, classes: Sequence[int])
     return found
 
 
-def _columns(image: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, torch.Tensor]:
-    error = (reconstruction - image).abs() * ERROR_GAIN
-    return {"image": image, "reconstruction": reconstruction, f"error x {ERROR_GAIN}": error}
-
-
 def _slice(volume: torch.Tensor, axis: int) -> np.ndarray:
     """A slice across ``axis``. Its rows run along the later one of the two other axes, upwards."""
     return np.asarray(volume.select(axis, int(volume.shape[axis] * POSITION)).cpu(), dtype=np.float32).swapaxes(0, 1)
 
 
-def _png(values: np.ndarray) -> bytes:
-    pixels = torch.from_numpy(np.atleast_3d(values[::-1]).copy()).movedim(-1, 0)[None]
-    size = [min(n, MAX_PIXELS) for n in values.shape[:2]]
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].movedim(0, -1).squeeze(-1).clamp(0, 1)
+def _png(values: np.ndarray) -> str:
+    picture = Image.fromarray((255 * values[::-1].clip(0, 1)).round().astype(np.uint8))
+    picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
     file = io.BytesIO()
-    Image.fromarray((255 * pixels).round().byte().numpy()).save(file, "PNG", optimize=True)
-    return file.getvalue()
+    picture.save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 class ReconstructionPicture:
@@ -154,7 +126,7 @@ class ReconstructionPicture:
     Evaluator handler that draws the first volume of each run, to a PNG file and to TensorBoard.
 
     Args:
-        path: of the PNG file.
+        path: path of the PNG file.
         summary_writer: where to add the picture as well, at the epoch as step.
     """
 
@@ -168,8 +140,7 @@ class ReconstructionPicture:
     def __call__(self, engine: Evaluator) -> None:
         output = engine.state.output[0]
         image = output[Keys.IMAGE]
-        spacing = tuple(float(size) for size in image.pixdim)
-        figure = draw_reconstruction(image[0], output[Keys.PRED][0], spacing)
+        figure = draw_reconstruction(image[0], output[Keys.PRED][0], image.pixdim.tolist())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.path, dpi=100)
         if self.summary_writer is not None:

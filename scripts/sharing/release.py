@@ -47,6 +47,7 @@ CONTENT = (
     "docs/*.txt",
     "scripts/**/*.py",
     "scripts/**/*.jinja",
+    "scripts/**/*.json",
     "scripts/**/*.js",
 )
 AUTOENCODERS = ("models", "models/16x")

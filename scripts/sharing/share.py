@@ -39,6 +39,13 @@ class _Kind:
     latents: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is read of an evaluation of reconstructions."""
+
+    codecs: dict[str, AutoencoderMetrics]
+
+
 def share(run_dir: str, data_source: str = "", license: str = "", half: bool = True) -> str:
     """
     Check a run of ``configs/train.json`` or ``configs/train_diffusion.json`` and write its autoencoder to ``models`` or its
@@ -74,7 +81,7 @@ def share(run_dir: str, data_source: str = "", license: str = "", half: bool = T
         known, folder = read_dataclass(beside, AutoencoderDescription), AUTOENCODER
         network: Any = AutoencoderKL(**known.network)
         load_weights(network, weights)
-        metrics = _metrics(evaluation, AutoencoderMetrics, known.sha256)
+        metrics = _metrics(evaluation, _Evaluation, known.sha256)
     else:
         known, folder = read_dataclass(beside, GeneratorDescription), FOLDER
         network = load_generator(str(weights)).network
@@ -121,6 +128,7 @@ def _metrics(path: Path, kind: Any, sha256: str) -> Any:
         logger.warning(f"there is no {path}: the card will have no scores.")
         return None
     found = read_dataclass(path, kind, MAX_METRICS)
+    found = found.codecs["reconstruction"] if isinstance(found, _Evaluation) else found
     if found.weights_sha256 != sha256:
         logger.warning(f"{path} is of other weights and is left out. Evaluate again to have scores in the card.")
         return None

@@ -15,10 +15,10 @@ import torch
 from ignite.engine import Events
 
 from scripts.bundle.errors import reason
-from scripts.evaluation.html_pages import render_report
+from scripts.evaluation.codec_evaluation import worst
 from scripts.evaluation.pictures import panels_of
+from scripts.evaluation.reports import render
 from scripts.evaluation.viewer import view_of
-from scripts.evaluation.worst_volumes import WorstVolumes
 from tests.conftest import head_like, save_volume
 from tests.diffusion.runs import AUTOENCODER, make_weights, workflow
 
@@ -225,7 +225,8 @@ def test_a_single_volume_is_shown_without_a_difference(browser, folder, report, 
     volumes = {"sample": torch.rand(8, 9, 10, generator=torch.manual_seed(0))}
     view = view_of(volumes, "difference", np.diag([1.0, 2.0, 3.0, 1.0]).tolist())
     page = tmp_path / "page.html"
-    page.write_text(render_report(evaluation, {VIEWED: panels_of(volumes)}, {VIEWED: view}))
+    shown = {"pictures": {VIEWED: panels_of(volumes)}, "views": {VIEWED: view}, "order": [VIEWED]}
+    page.write_text(render("report.html.jinja", evaluation=evaluation, **shown))
     viewer_page.open_page(browser, page)
     viewer = viewer_page.ViewerPage(browser, VIEWED)
     viewer.point_at("coronal", "sample", (0.3, 0.7))
@@ -237,7 +238,7 @@ def test_a_single_volume_is_shown_without_a_difference(browser, folder, report, 
 def test_packed_levels_are_those_of_the_volume():
     volume = torch.rand(5, 6, 7, generator=torch.manual_seed(0))
     view = view_of({"a": volume}, "", np.eye(4).tolist())
-    packed = np.frombuffer(zlib.decompress(base64.b64decode(view.voxels[0])), np.uint8).reshape(7, 6, 5)
+    packed = np.frombuffer(zlib.decompress(base64.b64decode(view["voxels"][0])), np.uint8).reshape(7, 6, 5)
     levels = packed.cumsum(2, dtype=np.uint8).cumsum(1, dtype=np.uint8).transpose(2, 1, 0)
     assert abs(levels / 255 - volume.numpy()).max() <= 0.5 / 255 + 1e-6
 
@@ -247,26 +248,19 @@ def test_part_is_where_volumes_differ_most():
     other = image.clone()
     other[30:36, 2:6, 10:14] += 0.5
     view = view_of({"a": image, "b": other}, "difference", np.eye(4).tolist(), max_voxels=1000)
-    assert view.shape == [10, 10, 10] and view.whole == [40, 30, 20]
-    for start, (first, last) in zip(view.start, ((30, 36), (2, 6), (10, 14))):
+    assert view["about"]["shape"] == [10, 10, 10] and view["whole"] == [40, 30, 20]
+    for start, (first, last) in zip(view["about"]["start"], ((30, 36), (2, 6), (10, 14))):
         assert start <= first and last <= start + 10
-    assert view_of({"a": image}, "", np.eye(4).tolist(), max_voxels=40 * 30 * 20).shape == [40, 30, 20]
+    assert view_of({"a": image}, "", np.eye(4).tolist(), max_voxels=40 * 30 * 20)["about"]["shape"] == [40, 30, 20]
 
 
-def test_worst_and_named_volumes_are_kept_and_others_are_not_made():
-    made = []
-    kept: WorstVolumes[str] = WorstVolumes(2, ["named"])
-    for name, error in (("b", 2), ("named", 0), ("a", 1), ("d", 4), ("c", 3)):
-        kept.add(name, error, lambda name=name: made.append(name) or name.upper())
-    assert kept.of_all_processes() == {"d": "D", "c": "C", "named": "NAMED"}
-    kept.add("e", 0.5, lambda: made.append("e") or "E")
-    assert "e" not in made
-    none: WorstVolumes[str] = WorstVolumes(0, [])
-    none.add("a", 1, lambda: "A")
-    assert none.of_all_processes() == {}
+def test_worst_and_named_volumes_are_shown():
+    errors = {"b": 2.0, "named": 0.0, "a": 1.0, "d": 4.0, "c": 3.0}
+    assert worst(errors, 2, ["named"]) == ["d", "c", "named"]
+    assert worst(errors, 0, []) == []
 
 
 def test_name_that_no_volume_has_is_refused_before_the_first_volume(folder, tmp_path):
     with pytest.raises(RuntimeError) as error:
         evaluating(folder, tmp_path, view_volumes=["viewd.nii.gz"]).run()
-    assert "`view_volumes` has 'viewd.nii.gz'" in str(reason(error.value)) and "'viewed.nii.gz'" in str(reason(error.value))
+    assert "`view_volumes` names viewd.nii.gz;" in str(reason(error.value))

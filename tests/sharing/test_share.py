@@ -271,7 +271,8 @@ def test_autoencoder_is_shared_with_a_card(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(release, "_torchscript", TORCHSCRIPT)
     weights = make_weights(tmp_path / "run/checkpoints", seed=2)
     known = json.loads(weights.with_suffix(".json").read_text())
-    means = {"weights_sha256": known["sha256"], "mean": {"psnr": 31.25, "ssim": None}, "volumes": {"sub-1/T1w.nii.gz": {}}}
+    means = {"weights_sha256": known["sha256"], "mean": {"psnr": 31.25, "ssim": None}}
+    means = {"codecs": {"reconstruction": means}, "volumes": {"sub-1/T1w.nii.gz": {}}}
     (tmp_path / "run/evaluation").mkdir()
     (tmp_path / "run/evaluation/metrics.json").write_text(json.dumps(means))
     said = share(str(tmp_path / "run"), data_source="seven ellipsoids", license="CC0-1.0")

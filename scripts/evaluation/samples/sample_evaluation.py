@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,42 +13,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from scripts.bundle.files import file_hash, write_atomically
+from scripts.bundle.files import write_atomically
 from scripts.bundle.progress import ProgressBar
+from scripts.bundle.text_table import summary_table
 from scripts.data.latents import read_description
 from scripts.diffusion.conditions import ClassCondition
 from scripts.diffusion.training_data import learn_statistics
 from scripts.evaluation.metrics import grid_energy
 from scripts.evaluation.pictures import Panels, draw_columns, panels_of
-from scripts.evaluation.results import finite, mean_of_finite
-from scripts.evaluation.samples.sample_features import (
+from scripts.evaluation.reports import mean_of_finite, rounded, write_results
+from scripts.evaluation.samples.features import (
+    NearestClass,
     Standardised,
     channel_statistics,
     coarse_latent,
+    load_slice_features,
     local_statistics,
-    nearest_class,
 )
 from scripts.evaluation.samples.sample_metrics import (
     NUM_BANDS,
-    Nearest,
     NearestLatents,
     kernel_mmd,
-    median_distance,
     pairwise_ms_ssim,
     power_spectrum,
     shrunk,
 )
-from scripts.evaluation.samples.sample_report import write_report
 from scripts.evaluation.samples.sample_sets import (
+    COVARIANCE,
+    GAUSSIAN,
     HELD_OUT,
     SAMPLES,
     TRAINING,
+    CovarianceGaussian,
+    Latent,
     LatentReader,
-    VolumeSet,
     draw_samples,
-    gaussians,
+    plain_gaussian,
 )
-from scripts.evaluation.samples.slice_features import ADVICE, load_slice_features
 from scripts.evaluation.samples.spatial_evaluation import SpatialEvaluation
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 from scripts.inference.inferers import SampleInferer
@@ -57,32 +58,14 @@ __all__ = ["SampleEvaluation"]
 
 CLOSE = 0.05  # quantile of held-out distances below which a sample counts as close to a training volume
 FEW = 20  # held-out volumes
-SAMPLES_DRAWN, HELD_OUT_DRAWN, PAIRS_DRAWN = 4, 2, 2
+MAX_PICTURES = 12  # of samples in the report
 SAME_SPLIT = 1e-6  # difference of the channels' means over one training half, from rounding
 NEAREST, DIFFERENCE = "nearest training volume", "difference"
+Found = list[tuple[float, str]]  # distance and path of the nearest training latents; infinite without one
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """
-    What is kept of a decoded volume.
-
-    Args:
-        numbers: numbers by column.
-        spectrum: ``B``, dB.
-        small: the volume with at most 64 voxels along an axis.
-        local: its ``local_statistics``.
-        slices: features of its slices; None without the network that they need.
-    """
-
-    numbers: dict[str, float]
-    spectrum: torch.Tensor
-    small: torch.Tensor
-    local: torch.Tensor
-    slices: torch.Tensor | None
-
-
+@dataclass(eq=False)
 class SampleEvaluation:
     """
     Draws samples with the sizes, spacings, conditions and spatial conditions of held-out volumes, and measures them beside
@@ -97,21 +80,18 @@ class SampleEvaluation:
     written below a folder: ``metrics.json``, ``metrics.csv`` (a row for each set), ``report.html`` and ``samples.png``. A
     number that is not defined, because there are too few volumes or they are too small, is null, empty or a dash.
 
-    In memory lie the latents of all sets, and of each decoded volume what :py:class:`Decoded` holds.
-
     Args:
-        inferer: that makes samples and decodes.
+        inferer: inferer that makes samples and decodes.
         weights: path of the generator's weights.
-        datalist: of the training, ``{"training": [{"image": path}, ...], "validation": [...]}``.
+        datalist: lists of the training, ``{"training": [{"image": path}, ...], "validation": [...]}``.
         output_dir: the folder; it is made.
-        num_samples: how many samples.
-        seed: of samples, Gaussians, choices and permutations.
+        num_samples: number of samples, at least two.
+        seed: seed of samples, Gaussians, choices and permutations.
         settings: config keys that the numbers depend on, for the report.
         spatial_keys: names of the spatial conditions that samples are given, where their held-out volume has them.
         segmenter_steps: steps for which a network is trained on pairs of decoded training volumes and label maps, whose Dice
             is measured; 0 for none.
-        max_pictures: of how many samples to show pictures, those nearest to a training volume.
-        view_nearest: of how many of them to show every slice.
+        view_nearest: of how many samples to show every slice, those nearest to a training volume.
         view_samples: numbers of further samples to show every slice of.
         view_max_voxels: of larger volumes only a part is shown in this way.
 
@@ -120,272 +100,214 @@ class SampleEvaluation:
             the generator does not have or was trained with otherwise.
     """
 
-    def __init__(
-        self,
-        inferer: SampleInferer,
-        weights: str,
-        datalist: Mapping[str, Sequence[Mapping[str, str]]],
-        output_dir: str,
-        num_samples: int,
-        seed: int,
-        settings: Mapping[str, Any],
-        spatial_keys: Sequence[str] = (),
-        segmenter_steps: int = 0,
-        max_pictures: int = 12,
-        view_nearest: int = 3,
-        view_samples: Sequence[int] = (),
-        view_max_voxels: int = MAX_VOXELS,
-    ) -> None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 2:
-            raise ValueError(f"`num_samples` is {num_samples!r}; it must be an integer from 2 on.")
-        for index in view_samples:
-            if index not in range(num_samples):
-                raise ValueError(f"`view_samples` has {index!r}; samples have the numbers 0 to {num_samples - 1}.")
-        self.inferer, self.sampler, self.weights = inferer, inferer.sampler, weights
-        self.training = [item["image"] for item in datalist["training"]]
-        self.held_out = [item["image"] for item in datalist["validation"]]
-        self.output_dir, self.num_samples, self.seed = Path(output_dir), num_samples, seed
-        self.settings, self.max_pictures = {**self.sampler.settings, **settings}, max(max_pictures, view_nearest)
-        self.view_nearest, self.view_samples, self.view_max_voxels = view_nearest, view_samples, view_max_voxels
-        self.kinds = self.sampler.generator.statistics.spatial_kinds(spatial_keys)
-        self.segmenter_steps = segmenter_steps
+    inferer: SampleInferer
+    weights: str
+    datalist: Mapping[str, Sequence[dict[str, str]]]
+    output_dir: str
+    num_samples: int
+    seed: int
+    settings: Mapping[str, Any]
+    spatial_keys: Sequence[str] = ()
+    segmenter_steps: int = 0
+    view_nearest: int = 3
+    view_samples: Sequence[int] = ()
+    view_max_voxels: int = MAX_VOXELS
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2:
+            raise ValueError(f"`num_samples` is {self.num_samples}; it must be at least 2.")
+        if not {*self.view_samples} <= {*range(self.num_samples)}:
+            raise ValueError(f"`view_samples` is {self.view_samples}; samples have the numbers 0 to {self.num_samples - 1}.")
+        self.sampler, self.generator = self.inferer.sampler, self.inferer.sampler.generator
+        self.kinds = self.generator.statistics.spatial_kinds(self.spatial_keys)
         self.slice_features = load_slice_features()
-        self.notes: list[str] = []
 
     def run(self) -> None:
         """Draw, measure and write."""
-        self.descriptions = [read_description(Path(path)) for path in self.training]
-        self.statistics = learn_statistics([{"image": path} for path in self.training], latent_gamma=1.0)
-        self.reader = LatentReader(self.statistics)
-        self.spatial = SpatialEvaluation(self.kinds, self.reader, self._decode)
-        self._note_limits()
-        held_out = self.reader.chosen(self.held_out, self.num_samples, self.seed)
-        samples = draw_samples(self.sampler, self.reader, held_out, self.kinds, self.num_samples, self.seed)
-        training = self.reader.chosen(self.training, self.num_samples, self.seed)
-        drawn, training_features = gaussians(self.reader, self.training, samples.latents, self.seed)
-        sets = {SAMPLES: samples, HELD_OUT: held_out, TRAINING: training}
-        sets |= self.spatial.baselines(held_out, training) | drawn
-        if self.segmenter_steps:
-            self.spatial.train_segmenters(training, self.segmenter_steps, self.seed)
-        nearest = self._nearest({name: sets[name] for name in (SAMPLES, HELD_OUT, TRAINING)})
-        limit = _limit(nearest[HELD_OUT])
-        decoded = {name: self._measured(name, each) for name, each in sets.items()}
-        kept = ("numbers", "spectrum", "small", "local", "slices")
-        numbers, spectra, small, local, slices = (
-            {name: [getattr(volume, kind) for volume in each] for name, each in decoded.items()} for kind in kept
-        )
-        channels = {name: [channel_statistics(z, self.statistics.amplitude) for z in s.latents] for name, s in sets.items()}
-        columns: list[dict[str, dict[str, Any]]] = [
-            {name: {"number": len(each.latents)} for name, each in sets.items()},
-            self._distances("coarse", {name: map(coarse_latent, s.latents) for name, s in sets.items()}, training_features),
-            self._distances("channels", channels, channels[TRAINING]),
-            self._distances("local", local, local[TRAINING]),
-            self._distances("slices", slices, slices[TRAINING]) if self.slice_features else {name: {} for name in sets},
-            {name: {"ms_ssim": pairwise_ms_ssim(each, self.seed)} for name, each in small.items()},
-            {name: _closeness(nearest.get(name, []), limit) for name in sets},
-            {name: _spectral(each, spectra[HELD_OUT]) for name, each in spectra.items()},
-            _means(numbers),
-            self._obeyed(sets, training_features),
-        ]
-        rows = {name: {k: _rounded(v) for column in columns for k, v in column[name].items()} for name in sets}
-        described = self._described(samples, nearest[SAMPLES], limit)
-        pictures, views = self._shown(samples, described)
-        evaluation = {**self._configuration(), "close": _rounded(limit), "sets": rows}
-        evaluation["spectra"] = {name: list(map(_rounded, _spectrum(each))) for name, each in spectra.items()}
-        write_report({**evaluation, "samples": described}, pictures, views, self.output_dir)
-        self._draw(samples, held_out)
-
-    def _draw(self, samples: VolumeSet, held_out: VolumeSet) -> None:
-        """Some samples, and some held-out volumes of the same size and spacing, or samples beside the volumes whose spatial
-        conditions they have, in ``samples.png``."""
-        first, columns = samples.volumes[0], {}
-        drawn = [("sample", samples, SAMPLES_DRAWN), ("held out", held_out, HELD_OUT_DRAWN)]
-        for title, found, count in [("sample", samples, PAIRS_DRAWN)] if self.kinds else drawn:
-            alike = [i for i, v in enumerate(found.volumes) if (v.size, v.spacing) == (first.size, first.spacing)]
-            for i in alike[:count]:
-                known = ", ".join(str(value) for value in found.volumes[i].conditions.values())
-                volume = self._decode(found.latents[i])[0]
-                columns[f"{title} {i}" + f" ({known})" * bool(known)] = volume
-                columns |= {f"{other} {i}": each for other, each in self.spatial.beside(volume, found.paths[i]).items()}
-        file = io.BytesIO()
-        draw_columns(columns, first.spacing).savefig(file, format="png", dpi=60)
-        path = self.output_dir / "samples.png"
-        write_atomically(file.getvalue(), path)
-        logger.info(f"picture: {path}")
-
-    def _note_limits(self) -> None:
-        """Note what limits the numbers."""
-        trained, here = self.sampler.generator.statistics, self.statistics
-        means = trained.own_mean, here.own_mean
-        if trained.volumes != here.volumes or not np.allclose(*means, rtol=SAME_SPLIT, atol=SAME_SPLIT):
-            self.notes.append(
-                f"The training half here ({here.volumes} latents) is not the one that the generator was trained on "
-                f"({trained.volumes} latents): held-out volumes may be among those. Give dataset_dir, val_fraction and "
-                "seed as in training."
-            )
-        if len(self.held_out) < FEW:
-            self.notes.append(
-                f"Few volumes are held out: {len(self.held_out)}. With fewer than {FEW}, distances between distributions "
-                "are rough, the test finds only large differences, and no limit tells which samples are close to a training "
-                "volume; with one, distances are not defined. A larger val_fraction in training and here holds out more."
-            )
-        for key in self.kinds:
-            missing = sum(key not in read_description(Path(path)).spatial for path in self.held_out)
-            if missing:
-                self.notes.append(
-                    f"{missing} of {len(self.held_out)} held-out volumes do not have the spatial condition {key!r}: samples "
-                    "like them are made without it."
-                )
-        if len({each.preprocessed_shape for each in self.descriptions}) > 1:
-            self.notes.append(
-                "Volumes differ in size. A latent is compared only with training latents of its own size, and there is no "
-                "Gaussian with the covariance of a size that fewer than two training latents have."
-            )
-        for note in self.notes:
+        paths = {name: [item["image"] for item in items] for name, items in self.datalist.items()}
+        self.descriptions = [read_description(Path(path)) for path in paths["training"]]
+        self.statistics = learn_statistics(self.datalist["training"], latent_gamma=1.0)
+        self.reader = LatentReader(self.statistics, lambda z: self.inferer.decoder(z, self.inferer.autoencoder))
+        self.spatial = SpatialEvaluation(self.kinds, self.reader)
+        notes = self._notes(paths["validation"])
+        for note in notes:
             logger.warning(note)
+        held_out = self.reader.chosen(paths["validation"], self.num_samples, self.seed)
+        training = self.reader.chosen(paths["training"], self.num_samples, self.seed)
+        samples = draw_samples(self.sampler, self.reader, held_out, self.kinds, self.num_samples, self.seed)
+        sets = {SAMPLES: samples, HELD_OUT: held_out, TRAINING: training}
+        nearest, gaussian, coarse = self._compare_with_training(sets, paths["training"])
+        sets |= self.spatial.baselines(held_out, training)
+        if gaussian:
+            sets[COVARIANCE] = gaussian
+        sets[GAUSSIAN] = plain_gaussian([each.z.shape for each in samples], self.statistics.amplitude, self.seed)
+        if self.segmenter_steps:
+            device = str(next(self.inferer.autoencoder.parameters()).device)
+            self.spatial.train_segmenters(training, self.segmenter_steps, self.seed, device)
+        rows, spectra = self._rows(sets, coarse)
+        limit = _limit(nearest[HELD_OUT])
+        for name, row in rows.items():
+            row["nearest"], row["close"] = _closeness(nearest.get(name, []), limit)
+        described, pictures, views = self._shown(samples, nearest[SAMPLES], limit)
+        settings = {"num_samples": self.num_samples, "seed": self.seed, **self.sampler.settings, **self.settings}
+        evaluation = {
+            "weights": self.weights,
+            "weights_sha256": self.generator.sha256,
+            "autoencoder_sha256": self.generator.statistics.autoencoder.sha256,
+            "network": self.generator.network.arguments,
+            "settings": settings,
+            "training_volumes": len(paths["training"]),
+            "held_out_volumes": len(paths["validation"]),
+            "notes": notes,
+            "close": limit,
+            "sets": rows,
+            "spectra": spectra,
+            "samples": described,
+        }
+        logger.info(f"samples beside real volumes and Gaussians:\n{summary_table(rounded(rows))}")
+        table, folder = [{"set": name, **row} for name, row in rows.items()], Path(self.output_dir)
+        write_results(folder, table, evaluation, "sample_report.html.jinja", pictures=pictures, views=views)
+        write_atomically(self._picture(samples, held_out), folder / "samples.png")
 
-    def _nearest(self, sets: Mapping[str, VolumeSet]) -> dict[str, list[Nearest | None]]:
-        """The nearest training latent of each latent, other than itself."""
-        latents = [z for each in sets.values() for z in each.latents]
-        paths = [path for each in sets.values() for path in each.paths]
-        search = NearestLatents(latents, paths)
-        for path in ProgressBar(self.training, desc="nearest training latents", unit="latent", leave=False):
-            search.add(path, self.reader.read(path)[0])
-        found = iter(search.found)
-        return {name: [next(found) for _ in each.latents] for name, each in sets.items()}
+    def _notes(self, held_out: Sequence[str]) -> list[str]:
+        """What limits the numbers."""
+        trained, here, count = self.generator.statistics, self.statistics, len(held_out)
+        notes = []
+        if trained.volumes != here.volumes or not np.allclose(trained.own_mean, here.own_mean, SAME_SPLIT, SAME_SPLIT):
+            notes.append(
+                f"The training half here ({here.volumes} latents) is not the one that the generator was trained on "
+                f"({trained.volumes} latents): held-out volumes may be among those."
+            )
+        if count < FEW:
+            notes.append(f"Few volumes are held out: {count}. With fewer than {FEW}, all comparisons are rough.")
+        for key in self.kinds:
+            missing = sum(key not in read_description(Path(path)).spatial for path in held_out)
+            if missing:
+                notes.append(f"{missing} of {count} held-out volumes do not have the spatial condition {key!r}.")
+        if len({each.preprocessed_shape for each in self.descriptions}) > 1:
+            notes.append("Volumes differ in size: a latent is compared only with training latents of its own size.")
+        if self.slice_features is None:
+            notes.append('Slices are not compared: pip install ".[features]" brings their network (17 MB).')
+        return notes
 
-    def _decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """A normalised latent to a volume ``CxHxWxD`` in [0, 1], as samples are written."""
-        return self.inferer.decoder(self.statistics.denormalised(latent[None]), self.inferer.autoencoder)[0].clamp(0, 1)
+    def _compare_with_training(
+        self, sets: Mapping[str, Sequence[Latent]], training: Sequence[str]
+    ) -> tuple[dict[str, Found], list[Latent], list[torch.Tensor]]:
+        """Nearest training latent of each latent, Gaussians like the samples, and coarse training latents, in one pass."""
+        channels, factors = self.statistics.latent_channels, self.statistics.factors
+        shapes = [(channels, *(-(-n // f) for n, f in zip(each.preprocessed_shape, factors))) for each in self.descriptions]
+        gaussian = CovarianceGaussian([latent.z.shape for latent in sets[SAMPLES]], shapes, self.seed)
+        search, coarse = NearestLatents(sets), []
+        for path in ProgressBar(training, desc="training latents", unit="latent", leave=False):
+            z = self.reader.read(path).z
+            search.add(path, z)
+            gaussian.add(z)
+            coarse.append(coarse_latent(z))
+        return search.found, gaussian.samples, coarse
 
-    def _measured(self, name: str, volumes: VolumeSet) -> list[Decoded]:
+    def _rows(
+        self, sets: Mapping[str, Sequence[Latent]], coarse: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
+        """The numbers of each set, and its power spectrum."""
+        self.nearest_classes = {
+            key: NearestClass(coarse, [str(each.conditions.get(key)) for each in self.descriptions], condition.classes)
+            for key, condition in self.generator.statistics.conditions.keys.items()
+            if isinstance(condition, ClassCondition) and len(condition.classes) > 1
+        }
+        measured = {name: self._measured(name, latents) for name, latents in sets.items()}
+        rows: dict[str, dict[str, float]] = {name: {"number": len(latents)} for name, latents in sets.items()}
+        for kind in measured[HELD_OUT][0]["features"]:
+            features = {name: [each["features"][kind] for each in found] for name, found in measured.items()}
+            standardised = Standardised(coarse if kind == "coarse" else features[TRAINING])
+            held_out = standardised(features[HELD_OUT])
+            for name, row in rows.items():
+                distance = kernel_mmd(standardised(features[name]), held_out, standardised.bandwidth, self.seed)
+                row[f"mmd2_{kind}"], row[f"p_{kind}"] = distance if name != HELD_OUT else (math.nan, math.nan)
+        spectra = {name: torch.stack([each["spectrum"] for each in found]).nanmean(0) for name, found in measured.items()}
+        columns = dict.fromkeys(column for found in measured.values() for each in found for column in each["numbers"])
+        for name, row in rows.items():
+            row["ms_ssim"] = pairwise_ms_ssim([each["small"] for each in measured[name]], self.seed)
+            difference = (spectra[name] - spectra[HELD_OUT]).tolist()
+            row["spectrum"] = mean_of_finite(map(abs, difference))
+            row["fine_detail"] = mean_of_finite(difference[NUM_BANDS // 2 :])
+            for column in columns:
+                row[column] = mean_of_finite(each["numbers"].get(column, math.nan) for each in measured[name])
+        return rows, {name: spectrum.tolist() for name, spectrum in spectra.items()}
+
+    def _measured(self, name: str, latents: Sequence[Latent]) -> list[dict[str, Any]]:
+        """Features, spectrum and numbers of each volume of a set, and the volume itself, small."""
         found = []
-        for index, latent in enumerate(ProgressBar(volumes.latents, desc=f"decoding: {name}", unit="volume", leave=False)):
-            volume = self._decode(latent)
+        for index, latent in enumerate(ProgressBar(latents, desc=f"decoding: {name}", unit="volume", leave=False)):
+            volume = self.reader.decode(latent.z)
+            features = {
+                "coarse": coarse_latent(latent.z),
+                "channels": channel_statistics(latent.z, self.statistics.amplitude),
+                "local": local_statistics(volume),
+            }
+            if self.slice_features is not None:
+                features["slices"] = self.slice_features(volume)
             energy = grid_energy(volume[None], self.statistics.factors)
-            numbers = {"grid_energy": energy, **self.spatial.measured(volume, name, volumes, index)}
-            slices = None if self.slice_features is None else self.slice_features(volume)
-            found.append(Decoded(numbers, power_spectrum(volume), shrunk(volume), local_statistics(volume), slices))
+            numbers = {"grid_energy": energy, **self.spatial.measured(volume, name, latents, index)}
+            for key, nearest_class in self.nearest_classes.items():
+                asked = str(latent.volume.conditions.get(key)) if latent.volume else None
+                if asked in nearest_class.classes:
+                    numbers[f"obeyed_{key}"] = float(nearest_class(features["coarse"]) == asked)
+            spectrum, small = power_spectrum(volume), shrunk(volume)
+            found.append({"features": features, "spectrum": spectrum, "small": small, "numbers": numbers})
         return found
 
-    def _distances(
-        self, kind: str, features: Mapping[str, Iterable[torch.Tensor]], training: Sequence[torch.Tensor]
-    ) -> dict[str, dict[str, float | None]]:
-        """MMD² to the held-out set and its p, in features that are standardised by the training's."""
-        standardised = Standardised(training)
-        found = {name: standardised(list(each)) for name, each in features.items()}
-        names = [f"{metric}_{kind}" for metric in ("mmd2", "p")]
-        rows: dict[str, dict[str, float | None]] = {name: dict.fromkeys(names) for name in found}
-        bandwidth = median_distance(standardised(training)) if len(training) > 1 else 0
-        for name, each in found.items():
-            if name != HELD_OUT and min(len(each), len(found[HELD_OUT])) > 1 and bandwidth > 0:
-                rows[name] = dict(zip(names, kernel_mmd(each, found[HELD_OUT], bandwidth, self.seed)))
-        return rows
-
-    def _obeyed(
-        self, sets: Mapping[str, VolumeSet], training_features: Sequence[torch.Tensor]
-    ) -> dict[str, dict[str, float | None]]:
-        """For each condition with classes, the share of volumes that are nearest to the mean of their class."""
-        rows: dict[str, dict[str, float | None]] = {name: {} for name in sets}
-        standardised = Standardised(training_features)
-        for key, condition in self.sampler.generator.statistics.conditions.keys.items():
-            if not isinstance(condition, ClassCondition) or len(condition.classes) < 2:
-                continue
-            labels = [str(each.conditions.get(key)) for each in self.descriptions]
-            for name, each in sets.items():
-                asked = {i: str(v.conditions[key]) for i, v in enumerate(each.volumes) if key in v.conditions}
-                asked = {i: label for i, label in asked.items() if label in labels}
-                latents = [coarse_latent(each.latents[i]) for i in asked]
-                given = nearest_class(latents, training_features, labels, condition.classes, standardised) if asked else []
-                hits = [one == other for one, other in zip(given, asked.values())]
-                rows[name][f"obeyed_{key}"] = mean_of_finite(hits)
-        return rows
-
-    def _described(self, samples: VolumeSet, nearest: Sequence[Nearest | None], limit: float | None) -> list[dict[str, Any]]:
-        """What is known of each sample, the one nearest to a training volume first."""
-        rows = []
-        for index, (volume, path, other) in enumerate(zip(samples.volumes, samples.paths, nearest)):
-            row = {"index": index, "like": path, **asdict(volume), "nearest": None, "distance": None, "close": None}
-            if other is not None:
-                row |= {"nearest": other.path, "distance": _rounded(other.distance)}
-                row["close"] = None if limit is None else other.distance < limit
-            rows.append(row)
-        return sorted(rows, key=lambda row: math.inf if row["distance"] is None else row["distance"])
-
     def _shown(
-        self, samples: VolumeSet, described: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[int, Panels], dict[int, View]]:
+        self, samples: Sequence[Latent], nearest: Found, limit: float
+    ) -> tuple[list[dict[str, Any]], dict[int, Panels], dict[int, View]]:
         """
-        Pictures of samples beside the volumes whose spatial conditions they have and their nearest training volumes in three
-        planes, and all slices of some, by index.
+        What is known of each sample, the one nearest to a training volume first; by its number, pictures of some beside the
+        volumes whose spatial conditions they have and their nearest training volumes; and all slices of fewer.
         """
-        pictures, views = {}, {}
-        for rank, each in enumerate(described):
-            index, named = each["index"], each["index"] in self.view_samples
-            if rank < self.max_pictures or named:
-                volumes, difference = {"sample": self._decode(samples.latents[index])[0]}, {}
-                beside = self.spatial.beside(volumes["sample"], samples.paths[index])
-                if each["nearest"] is not None:
-                    volumes[NEAREST] = self._decode(self.reader.read(each["nearest"])[0])[0]
-                    difference[DIFFERENCE] = (volumes[NEAREST] - volumes["sample"]).abs()
-                pictures[index] = panels_of({"sample": volumes["sample"], **beside, **volumes, **difference})
-            if rank < self.view_nearest or named:
-                affine = np.diag([*each["spacing"], 1.0]).tolist()
+        described, pictures, views = [], {}, {}
+        for rank, index in enumerate(sorted(range(len(samples)), key=lambda i: nearest[i][0])):
+            sample, (distance, path) = samples[index], nearest[index]
+            row = {"index": index, "like": sample.path, **asdict(sample.volume), "nearest": path or None}
+            close = distance < limit if path and math.isfinite(limit) else None
+            described.append({**row, "distance": distance, "close": close})
+            viewed = rank < self.view_nearest or index in self.view_samples
+            if rank >= MAX_PICTURES and not viewed:
+                continue
+            volumes, difference = {"sample": self.reader.decode(sample.z)[0]}, {}
+            beside = self.spatial.beside(volumes["sample"], sample)
+            if path:
+                volumes[NEAREST] = self.reader.decode(self.reader.read(path).z)[0]
+                difference[DIFFERENCE] = (volumes[NEAREST] - volumes["sample"]).abs()
+            pictures[index] = panels_of({"sample": volumes["sample"], **beside, **volumes, **difference})
+            if viewed:
+                affine = np.diag([*sample.volume.spacing, 1.0]).tolist()
                 views[index] = view_of(volumes, DIFFERENCE, affine, gain=1, max_voxels=self.view_max_voxels)
-        return pictures, views
+        return described, pictures, views
 
-    def _configuration(self) -> dict[str, Any]:
-        generator = self.sampler.generator
-        return {
-            "weights": self.weights,
-            "weights_sha256": file_hash(self.weights),
-            "autoencoder_sha256": generator.statistics.autoencoder.sha256,
-            "network": generator.network.arguments,
-            "settings": {"num_samples": self.num_samples, "seed": self.seed, **self.settings},
-            "training_volumes": len(self.training),
-            "held_out_volumes": len(self.held_out),
-            "notes": self.notes,
-            "left_out": ADVICE if self.slice_features is None else None,
-        }
-
-
-def _limit(held_out: Sequence[Nearest | None]) -> float | None:
-    """Distance below which 5 % of held-out volumes are from a training volume, if there are enough to tell."""
-    distances = [each.distance for each in held_out if each is not None]
-    return float(np.quantile(distances, CLOSE)) if len(distances) >= FEW else None
+    def _picture(self, samples: Sequence[Latent], held_out: Sequence[Latent]) -> bytes:
+        """A PNG file of four samples and two held-out volumes, or of two samples beside the volumes whose spatial conditions
+        they have. Those of other sizes and spacings than the first one are left out."""
+        first, columns = samples[0].volume, {}
+        drawn = {"sample": samples[:4], "held out": held_out[:2]} if not self.kinds else {"sample": samples[:2]}
+        for title, latents in drawn.items():
+            for i, latent in enumerate(latents):
+                if (latent.volume.size, latent.volume.spacing) == (first.size, first.spacing):
+                    known = ", ".join(map(str, latent.volume.conditions.values()))
+                    volume = self.reader.decode(latent.z)[0]
+                    columns[f"{title} {i}" + f" ({known})" * bool(known)] = volume
+                    columns |= {f"{name} {i}": each for name, each in self.spatial.beside(volume, latent).items()}
+        file = io.BytesIO()
+        draw_columns(columns, first.spacing).savefig(file, format="png", dpi=60)
+        return file.getvalue()
 
 
-def _closeness(nearest: Sequence[Nearest | None], limit: float | None) -> dict[str, float | None]:
+def _limit(held_out: Found) -> float:
+    """Distance below which 5 % of held-out volumes are from a training volume; NaN if there are too few to tell."""
+    distances = [distance for distance, path in held_out if path]
+    return float(np.quantile(distances, CLOSE)) if len(distances) >= FEW else math.nan
+
+
+def _closeness(nearest: Found, limit: float) -> tuple[float, float]:
     """Median distance to the nearest training volume, and the share of those that are closer than the limit."""
-    distances = [each.distance for each in nearest if each is not None]
-    return {
-        "nearest": float(np.median(distances)) if distances else None,
-        "close": mean_of_finite([distance < limit for distance in distances]) if limit is not None else None,
-    }
-
-
-def _spectrum(spectra: Sequence[torch.Tensor]) -> list[float]:
-    return torch.stack(list(spectra)).nanmean(0).tolist()
-
-
-def _spectral(spectra: Sequence[torch.Tensor], real: Sequence[torch.Tensor]) -> dict[str, float | None]:
-    """How far the mean spectrum is from the real ones' in all bands, and whether the upper half has more or less, in dB."""
-    difference = np.array(_spectrum(spectra)) - np.array(_spectrum(real))
-    return {
-        "spectrum": mean_of_finite(abs(difference).tolist()),
-        "fine_detail": mean_of_finite(difference[NUM_BANDS // 2 :].tolist()),
-    }
-
-
-def _means(numbers: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float | None]]:
-    """Over the volumes of each set that have a number; all sets have the same columns."""
-    columns = dict.fromkeys(column for each in numbers.values() for volume in each for column in volume)
-    return {
-        name: {column: mean_of_finite([volume[column] for volume in each if column in volume]) for column in columns}
-        for name, each in numbers.items()
-    }
-
-
-def _rounded(value: float | None) -> float | None:
-    """Counts stay whole."""
-    return value if value is None or isinstance(value, int) else finite(value)
+    distances = [distance for distance, path in nearest if path]
+    close = mean_of_finite([distance < limit for distance in distances]) if math.isfinite(limit) else math.nan
+    return float(np.median(distances)) if distances else math.nan, close

@@ -11,7 +11,6 @@ import torch
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
-from monai.networks import one_hot
 from monai.networks.nets import UNet
 from monai.transforms import (
     Compose,
@@ -75,10 +74,9 @@ class Segmenter:
         Returns:
             a row for each pair and a column for each class; NaN where a label map does not have the class.
         """
-        metric, count = DiceMetric(include_background=False, reduction="none"), len(self.classes) + 1
+        metric = DiceMetric(include_background=False, reduction="none", num_classes=len(self.classes) + 1)
         for image, labels in pairs:
-            found, truth = self(image).cpu(), _numbers(labels, self.classes).cpu()
-            metric(one_hot(found[None], count), one_hot(truth[None], count))
+            metric(self(image)[None].cpu(), _numbers(labels, self.classes)[None].cpu())
         dice: Any = metric.aggregate()
         return dice
 

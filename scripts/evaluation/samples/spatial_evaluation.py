@@ -1,22 +1,23 @@
-"""Measures volumes by the spatial conditions that they belong to."""
+"""How volumes follow their spatial conditions: a label map, a volume that they should be like, a hole that they fill."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from monai.metrics import PSNRMetric
 
 from scripts.bundle.progress import ProgressBar
-from scripts.data.latents import LatentDescription, read_description, read_labels
+from scripts.data.latents import read_labels
 from scripts.data.spatial_kinds import SpatialKind
+from scripts.evaluation.metrics import LargeVolumeSSIMMetric
 from scripts.evaluation.pictures import overlaid
-from scripts.evaluation.samples.sample_sets import CONDITION, HELD_OUT, TRAINING, TRAINING_MEAN, LatentReader, VolumeSet
-from scripts.evaluation.samples.segmentation import Pair, Segmenter, train_segmenter
-from scripts.evaluation.samples.spatial_metrics import border_step, explained_share, fidelity, inside_mae
+from scripts.evaluation.samples.sample_sets import CONDITION, HELD_OUT, TRAINING, TRAINING_MEAN, Latent, LatentReader
+from scripts.evaluation.samples.segmentation import Segmenter, train_segmenter
 
-__all__ = ["SpatialEvaluation"]
+__all__ = ["SpatialEvaluation", "border_step", "explained_share", "fidelity", "inside_mae"]
 
 MOST_CLASSES = 6  # that have a column each for their Dice
 
@@ -28,33 +29,30 @@ class SpatialEvaluation:
     Args:
         kinds: these conditions by key.
         reader: reader of the latents.
-        decode: from a normalised latent ``CxHxWxD`` to a volume in [0, 1], which may be padded at its end.
     """
 
-    def __init__(
-        self, kinds: Mapping[str, SpatialKind], reader: LatentReader, decode: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        self.reader, self.decode = reader, decode
+    def __init__(self, kinds: Mapping[str, SpatialKind], reader: LatentReader) -> None:
+        self.reader = reader
         self.images = {key: kind for key, kind in kinds.items() if not kind.is_label_map}
         self.label_maps = {key: kind for key, kind in kinds.items() if kind.is_label_map}
         self.segmenters: dict[str, Segmenter] = {}
 
-    def baselines(self, held_out: VolumeSet, training: VolumeSet) -> dict[str, VolumeSet]:
+    def baselines(self, held_out: Sequence[Latent], training: Sequence[Latent]) -> dict[str, list[Latent]]:
         """
         Sets that samples with image conditions must be nearer to the held-out volumes than: each condition as it is, and the
         means of the training volumes of the same size. Empty without image conditions.
         """
-        sets = {name: VolumeSet() for name in [*(CONDITION + key for key in self.images), TRAINING_MEAN]}
-        for latent, volume, path in zip(held_out.latents, held_out.volumes, held_out.paths):
-            alike = [z for z in training.latents if z.shape == latent.shape]
-            conditions = self.reader.spatial(path, self.images)
+        sets: dict[str, list[Latent]] = defaultdict(list)
+        for latent in held_out:
+            conditions = self._image_conditions(latent)
             for key, condition in conditions.items():
-                sets[CONDITION + key].add(self.reader.statistics.normalised(condition)[0], volume, path)
+                sets[CONDITION + key].append(condition)
+            alike = [other.z for other in training if other.z.shape == latent.z.shape]
             if conditions and alike:
-                sets[TRAINING_MEAN].add(torch.stack(alike).mean(0), volume, path)
-        return {name: each for name, each in sets.items() if each.latents}
+                sets[TRAINING_MEAN].append(latent._replace(z=torch.stack(alike).mean(0)))
+        return sets
 
-    def train_segmenters(self, training: VolumeSet, steps: int, seed: int) -> None:
+    def train_segmenters(self, training: Sequence[Latent], steps: int, seed: int, device: str) -> None:
         """
         Train a network for each label map. It learns from decoded volumes, which lack what the autoencoder does not show, as
         samples do: what is then between the Dice of held-out volumes and that of samples is up to the generator.
@@ -63,94 +61,165 @@ class SpatialEvaluation:
             training: training volumes; those with a label map are kept in memory, decoded.
             steps: see :py:func:`scripts.evaluation.samples.segmentation.train_segmenter`.
             seed: ditto.
+            device: ditto.
         """
-        pairs: dict[str, list[Pair]] = defaultdict(list)
-        for path in ProgressBar(training.paths, desc="volumes to segment", unit="volume", leave=False):
-            known = read_description(Path(path))
-            for key in self.label_maps.keys() & known.spatial:
-                volume = self._volume(path, known)
-                pairs[key].append((volume.cpu(), read_labels(Path(path), known, key)))
-        for key, found in pairs.items():
-            self.segmenters[key] = train_segmenter([found], self.label_maps[key].classes, steps, seed, str(volume.device))
+        for key, kind in self.label_maps.items():
+            labelled = [latent for latent in training if key in latent.known.spatial]
+            decoding = ProgressBar(labelled, desc=f"volumes with {key}", unit="volume", leave=False)
+            pairs = [(self._decoded(latent).cpu(), _labels(latent, key)) for latent in decoding]
+            if pairs:
+                self.segmenters[key] = train_segmenter([pairs], kind.classes, steps, seed, device)
 
-    def measured(self, volume: torch.Tensor, name: str, volumes: VolumeSet, index: int) -> dict[str, float]:
+    def measured(self, volume: torch.Tensor, name: str, latents: Sequence[Latent], index: int) -> dict[str, float]:
         """
         Args:
             volume: decoded, ``CxHxWxD`` in [0, 1].
             name: name of its set. Those of ``held_out`` and ``training`` are the real ones, which others are compared with.
-            volumes: its set.
+            latents: its set.
             index: its place in the set.
 
         Returns:
-            numbers by column, see :py:mod:`scripts.evaluation.samples.spatial_metrics`; none for Gaussians.
+            numbers by column; none for Gaussians.
         """
-        if not volumes.paths:
-            return {}
-        path = volumes.paths[index]
+        latent = latents[index]
         found: dict[str, float] = {}
-        known, truth = read_description(Path(path)), None
-        volume = cropped(volume, known)
-        has_image = not self.images.keys().isdisjoint(known.spatial)
-        if has_image and name not in (HELD_OUT, TRAINING):
-            truth = self._volume(path, known)
+        if latent.known is None:
+            return found
+        volume = _cropped(volume, latent)
+        has_image = not self.images.keys().isdisjoint(latent.known.spatial)
+        truth = self._decoded(self.reader.read(latent.path)) if has_image and name not in (HELD_OUT, TRAINING) else None
+        if truth is not None:
             found |= fidelity(volume, truth)
-        for key in (key for key in self.label_maps if key in known.spatial):
-            labels = read_labels(Path(path), known, key).to(volume.device)
-            if len(self.label_maps[key].classes) > 1:
+        for key, kind in self.label_maps.items():
+            if key not in latent.known.spatial:
+                continue
+            labels = _labels(latent, key).to(volume.device)
+            if len(kind.classes) > 1:
                 found[f"explained_{key}"] = explained_share(volume, labels)
-                other = self._next_labels(key, volumes.paths[index + 1 :] + volumes.paths[:index], known)
-                if other is not None:
-                    found[f"explained_by_other_{key}"] = explained_share(volume, other.to(volume.device))
+                others = [each for each in (*latents[index + 1 :], *latents[:index]) if _may_be_exchanged(key, latent, each)]
+                if others:
+                    found[f"explained_by_other_{key}"] = explained_share(volume, _labels(others[0], key).to(volume.device))
             elif has_image:
                 found[f"step_{key}"] = border_step(volume, labels)
                 if truth is not None:
                     found[f"inside_mae_{key}"] = inside_mae(volume, truth, labels)
             if key in self.segmenters and name != TRAINING:
-                found |= self._dice(key, volume, labels)
+                dice = self.segmenters[key].dice([(volume, labels)])[0]
+                found[f"dice_{key}"] = float(dice.nanmean())
+                if 1 < len(kind.classes) <= MOST_CLASSES:
+                    found |= {f"dice_{key}_{label}": float(value) for label, value in zip(kind.classes, dice)}
         return found
 
-    def _dice(self, key: str, volume: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        """The mean over the classes and, of few, that of each."""
-        classes, dice = self.label_maps[key].classes, self.segmenters[key].dice([(volume, labels)])[0]
-        single = {f"dice_{key}_{label}": float(value) for label, value in zip(classes, dice)}
-        return {f"dice_{key}": float(dice.nanmean()), **(single if 1 < len(classes) <= MOST_CLASSES else {})}
-
-    def _next_labels(self, key: str, paths: Sequence[str], known: LatentDescription) -> torch.Tensor | None:
-        """The label map of the next other volume of the same size."""
-        for path in paths:
-            other = read_description(Path(path))
-            is_another = other.source != known.source and other.preprocessed_shape == known.preprocessed_shape
-            if is_another and key in other.spatial:
-                return read_labels(Path(path), other, key)
-        return None
-
-    def beside(self, sample: torch.Tensor, path: str) -> dict[str, torch.Tensor]:
+    def beside(self, sample: torch.Tensor, latent: Latent) -> dict[str, torch.Tensor]:
         """
         What a sample is shown beside: itself with each label map, image conditions, and the volume whose conditions it has.
 
         Args:
             sample: decoded, ``HxWxD``.
-            path: path of the latent of that volume.
+            latent: its latent.
 
         Returns:
             volumes as :py:func:`scripts.evaluation.pictures.panels_of` takes them; none without spatial conditions.
         """
-        known = read_description(Path(path))
         columns = {
-            f"sample with {key}": overlaid(cropped(sample, known), read_labels(Path(path), known, key)[0], kind.classes)
+            f"sample with {key}": overlaid(_cropped(sample, latent), _labels(latent, key)[0], kind.classes)
             for key, kind in self.label_maps.items()
-            if key in known.spatial
+            if key in latent.known.spatial
         }
-        for key, z in self.reader.spatial(path, self.images).items():
-            columns[key] = cropped(self.decode(self.reader.statistics.normalised(z)[0])[0], known)
-        return {**columns, "held-out volume": self._volume(path, known)[0]} if columns else {}
+        images = self._image_conditions(latent)
+        if columns or images:
+            images["held-out volume"] = self.reader.read(latent.path)
+        return columns | {title: self._decoded(each)[0] for title, each in images.items()}
 
-    def _volume(self, path: str, known: LatentDescription) -> torch.Tensor:
-        """The real volume, decoded."""
-        return cropped(self.decode(self.reader.read(path)[0]), known)
+    def _image_conditions(self, latent: Latent) -> dict[str, Latent]:
+        """The images that a volume has as conditions, in its place."""
+        found = self.reader.spatial(latent, self.images)
+        return {key: latent._replace(z=self.reader.statistics.normalised(z)[0]) for key, z in found.items()}
+
+    def _decoded(self, latent: Latent) -> torch.Tensor:
+        return _cropped(self.reader.decode(latent.z), latent)
 
 
-def cropped(volume: torch.Tensor, known: LatentDescription) -> torch.Tensor:
+def _cropped(volume: torch.Tensor, latent: Latent) -> torch.Tensor:
     """A decoded volume without its padding."""
-    height, width, depth = known.preprocessed_shape
+    height, width, depth = latent.known.preprocessed_shape
     return volume[..., :height, :width, :depth]
+
+
+def _labels(latent: Latent, key: str) -> torch.Tensor:
+    return read_labels(Path(latent.path), latent.known, key)
+
+
+def _may_be_exchanged(key: str, latent: Latent, other: Latent) -> bool:
+    """Whether another volume of the same size has a label map too."""
+    one, another = latent.known, other.known
+    return one.source != another.source and one.preprocessed_shape == another.preprocessed_shape and key in another.spatial
+
+
+def explained_share(volume: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    Share of a volume's variance that a label map explains (R² of the class means), over the voxels whose label is not 0:
+    1 - variance around the means of the classes / variance.
+
+    Args:
+        volume: ``CxHxWxD``; the variances are sums over the channels.
+        labels: ``1xHxWxD``, integers.
+
+    Returns:
+        0 to 1; NaN where the volume is constant over these voxels.
+    """
+    inside = labels[0] != 0
+    values = volume[:, inside].double()
+    _, member = labels[0][inside].unique(return_inverse=True)
+    count = member.bincount()
+    means = values.new_zeros(len(values), len(count)).index_add_(1, member, values) / count
+    within, total = (values - means[:, member]).square().sum(), (values - values.mean(1, keepdim=True)).square().sum()
+    return float(1 - within / total)
+
+
+def fidelity(volume: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """
+    Peak signal-to-noise ratio, dB, and structural similarity.
+
+    Args:
+        volume: ``CxHxWxD`` in [0, 1].
+        truth: of the same shape.
+
+    Returns:
+        ``psnr`` and ``ssim``; the latter is NaN for less than 11 voxels along an axis.
+    """
+    metrics = {"psnr": PSNRMetric(max_val=1.0), "ssim": LargeVolumeSSIMMetric(spatial_dims=3)}
+    return {name: float(torch.as_tensor(metric(volume[None], truth[None]))) for name, metric in metrics.items()}
+
+
+def inside_mae(volume: torch.Tensor, truth: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    Mean absolute difference of two volumes where the label is not 0.
+
+    Args:
+        volume: ``CxHxWxD``.
+        truth: of the same shape.
+        labels: ``1xHxWxD``.
+
+    Returns:
+        in units of the volumes; NaN without such voxels.
+    """
+    return float((volume - truth)[:, labels[0] != 0].abs().mean())
+
+
+def border_step(volume: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    Step across the border of a region: mean absolute difference of neighbouring voxels of which one has the label 0 and the
+    other has not.
+
+    Args:
+        volume: ``CxHxWxD``.
+        labels: ``1xHxWxD``.
+
+    Returns:
+        in units of the volume; NaN without a border.
+    """
+    inside = labels[0] != 0
+    # the difference of booleans is whether they differ
+    steps = [volume.diff(dim=axis + 1)[:, inside.diff(dim=axis)].abs().flatten() for axis in range(3)]
+    return float(torch.cat(steps).mean())

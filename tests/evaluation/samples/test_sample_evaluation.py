@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ from PIL import Image
 from scripts.bundle.errors import reason
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.generator import describe
+from scripts.evaluation.samples.features import load_slice_features
 from scripts.evaluation.samples.sample_evaluation import _closeness, _limit
 from scripts.evaluation.samples.sample_metrics import NearestLatents
-from scripts.evaluation.samples.slice_features import load_slice_features
+from scripts.evaluation.samples.sample_sets import Latent
 from tests.conftest import save_volume
 from tests.diffusion.runs import encode, leave_start, make_weights, workflow
-from tests.evaluation.test_evaluation_saver import Page
+from tests.evaluation.test_codec_evaluation import Page
 
 OVERLAY = ("train_diffusion.json", "evaluate_diffusion.json")
 KEYS = {"device": "cpu", "amp": False, "num_samples": 3, "num_inference_steps": 2}
@@ -34,28 +36,27 @@ def test_memorised_volumes_are_found():
     latents = torch.randn(12, 4, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     training, held_out = latents[:6], latents[6:]
     samples = [training[1] + 1e-3, torch.zeros(4, 1, 1, 1)]
-    search = NearestLatents([*samples, *held_out], [""] * 8)
+    search = NearestLatents({"all": [Latent(z) for z in (*samples, *held_out)]})
     for i, z in enumerate(training):
         search.add(f"training {i}", z)
-    copy, other_size, *real = search.found
-    assert copy.path == "training 1" and copy.distance == pytest.approx(1e-3, rel=1e-3)
-    assert other_size is None
+    copy, other_size, *real = search.found["all"]
+    assert copy == (pytest.approx(1e-3, rel=1e-3), "training 1")
+    assert other_size == (math.inf, "")
     differences = (training - held_out[0]).flatten(1).square().mean(1).sqrt()
-    assert real[0].distance == pytest.approx(float(differences.min()), rel=1e-5)
+    assert real[0][0] == pytest.approx(float(differences.min()), rel=1e-5)
     limit = _limit(real * 4)
-    assert _closeness([copy, copy, max(real, key=lambda each: each.distance), other_size], limit)["close"] == pytest.approx(
-        2 / 3
-    )
-    assert _closeness([copy], limit)["close"] == 1
-    assert _closeness([copy], _limit([*real * 3, None, None]))["close"] is None  # 18 do not tell where 5 % of them begin
+    assert _closeness([copy, copy, max(real), other_size], limit)[1] == pytest.approx(2 / 3)
+    assert _closeness([copy], limit)[1] == 1
+    too_few = _limit([*real * 3, other_size, other_size])  # 18 do not tell where 5 % of them begin
+    assert math.isnan(_closeness([copy], too_few)[1])
 
 
 def test_training_volume_is_not_compared_with_itself():
     latents = list(torch.randn(3, 4, 2, 3, 4, generator=torch.Generator().manual_seed(0)))
-    search = NearestLatents(latents, ["0", "1", "2"])
+    search = NearestLatents({"all": [Latent(z, path=str(i)) for i, z in enumerate(latents)]})
     for i, z in enumerate(latents):
         search.add(str(i), z)
-    assert all(each.path != str(i) and each.distance > 0.1 for i, each in enumerate(search.found))
+    assert all(path != str(i) and distance > 0.1 for i, (distance, path) in enumerate(search.found["all"]))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_samples_have_sizes_and_conditions_of_held_out_volumes(evaluation):
         assert sample["conditions"]["sex"] in "FM" and Path(sample["nearest"]).is_file()
     assert any("held out: 2" in note for note in evaluation["notes"])
     assert not any("not the one" in note for note in evaluation["notes"])
-    assert (evaluation["left_out"] is None) == bool(SLICES)
+    assert any("pip install" in note for note in evaluation["notes"]) != bool(SLICES)
 
 
 def test_table_has_the_numbers_of_the_json(folder, evaluation):
@@ -177,7 +178,7 @@ def test_viewer_shows_a_sample_and_its_nearest_training_volume(folder, evaluatio
 
 
 def test_another_split_is_noted_and_what_one_held_out_volume_does_not_tell_is_empty(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.evaluation.samples.slice_features.PACKAGE", "nowhere")
+    monkeypatch.setattr("scripts.evaluation.samples.features.PACKAGE", "nowhere")
     evaluate(folder, tmp_path, val_fraction=0.1, num_samples=2, view_nearest=0, view_samples=[1])
     html = (tmp_path / "report.html").read_text()
     [viewed] = [article for article in html.split("<article") if 'class="viewer"' in article]
@@ -187,18 +188,18 @@ def test_another_split_is_noted_and_what_one_held_out_volume_does_not_tell_is_em
     assert found["held_out_volumes"] == found["sets"]["held_out"]["number"] == 1
     for name in ("mmd2_coarse", "p_local", "mmd2_local"):
         assert found["sets"]["samples"][name] is None
-    assert "mmd2_slices" not in found["sets"]["samples"] and "pip install" in found["left_out"]
-    assert "features of slices are left out: pip install" in (tmp_path / "report.html").read_text()
+    assert "mmd2_slices" not in found["sets"]["samples"]
+    assert "Slices are not compared: pip install" in (tmp_path / "report.html").read_text()
     assert found["sets"]["held_out"]["ms_ssim"] is None and found["sets"]["samples"]["ms_ssim"] is not None
 
 
 def test_a_sample_that_is_not_made_cannot_be_viewed(folder, tmp_path):
     with pytest.raises(RuntimeError) as error:
         evaluate(folder, tmp_path, view_samples=[3])
-    assert "`view_samples` has 3; samples have the numbers 0 to 2" in str(reason(error.value))
+    assert "`view_samples` is [3]; samples have the numbers 0 to 2" in str(reason(error.value))
 
 
 def test_a_single_sample_is_refused(folder, tmp_path):
     with pytest.raises(RuntimeError) as error:
         evaluate(folder, tmp_path, num_samples=1)
-    assert "`num_samples` is 1; it must be an integer from 2 on" in str(reason(error.value))
+    assert "`num_samples` is 1; it must be at least 2" in str(reason(error.value))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.evaluation.samples import slice_features
-from scripts.evaluation.samples.slice_features import IMAGE_SIZE, NUM_SLICES, SliceFeatures, images, load_slice_features
+from scripts.evaluation.samples import features as slice_features
+from scripts.evaluation.samples.features import IMAGE_SIZE, NUM_SLICES, SliceFeatures, images, load_slice_features
 
 installed = pytest.mark.skipif(load_slice_features() is None, reason="the extra `features` is not installed")
 

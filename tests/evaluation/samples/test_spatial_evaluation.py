@@ -19,7 +19,7 @@ from scripts.bundle.weights import save_weights
 from scripts.diffusion.generator import describe
 from tests.diffusion.runs import encode, leave_start, make_weights, workflow
 from tests.evaluation.samples.test_sample_evaluation import SHARE, evaluate, evaluating
-from tests.evaluation.test_evaluation_saver import Page
+from tests.evaluation.test_codec_evaluation import Page
 
 SIZE = (18, 15, 16)  # of which the latents hold more
 SPATIAL = ["label", "t2", "hole"]
@@ -66,7 +66,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def evaluation(folder) -> dict:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scripts.evaluation.samples.slice_features.PACKAGE", "nowhere")
+        patch.setattr("scripts.evaluation.samples.features.PACKAGE", "nowhere")
         evaluate(folder, folder / "evaluation", val_fraction=SHARE, segmenter_steps=1, view_nearest=1)
     return json.loads((folder / "evaluation" / "metrics.json").read_text())
 

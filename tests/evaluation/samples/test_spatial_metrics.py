@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from scripts.evaluation.samples.spatial_metrics import border_step, explained_share, fidelity, inside_mae
+from scripts.evaluation.samples.spatial_evaluation import border_step, explained_share, fidelity, inside_mae
 
 LABELS = torch.zeros(1, 6, 6, 6, dtype=torch.int32)
 LABELS[0, 1:5, 1:5, 1:3], LABELS[0, 1:5, 1:5, 3:5] = 2, 7

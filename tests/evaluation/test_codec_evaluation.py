@@ -19,7 +19,7 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.bundle.files import file_hash
 from scripts.bundle.weights import save_weights
-from scripts.evaluation.html_pages import render_report
+from scripts.evaluation.reports import render
 from tests.conftest import ROOT, head_like, save_volume
 
 CONFIGS = ("configs/train.json", "configs/evaluate.json")
@@ -46,6 +46,14 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     save_weights(flow.parser.get_parsed_content("network_def"), folder / "weights" / "model.pt")
     return folder
+
+
+def metrics_of(volume: dict) -> dict[str, float | None]:
+    return volume["metrics"]["reconstruction"]
+
+
+def mean_of(evaluation: dict) -> dict[str, float | None]:
+    return evaluation["codecs"]["reconstruction"]["mean"]
 
 
 @pytest.fixture(scope="module")
@@ -121,20 +129,21 @@ def test_csv_and_json_have_the_same_numbers_and_the_json_their_means(folder, eva
     metrics.add("image_grid_energy")
     assert metrics <= set(rows[0])
     for row, volume in zip(rows, evaluated["volumes"].values()):
-        assert {name: float(value) if value else None for name, value in row.items()} == volume["metrics"]
+        assert row.pop("codec") == "reconstruction"
+        assert {name: float(value) if value else None for name, value in row.items()} == metrics_of(volume)
     for name in metrics - {"ms_ssim"}:
-        found = [volume["metrics"][name] for volume in evaluated["volumes"].values()]
+        found = [metrics_of(volume)[name] for volume in evaluated["volumes"].values()]
         defined = [value for value in found if value is not None]
-        assert evaluated["mean"][name] == pytest.approx(np.mean(defined), rel=1e-5)
+        assert mean_of(evaluated)[name] == pytest.approx(np.mean(defined), rel=1e-5)
         assert len(defined) == (2 if name == "ssim" else 3)
     names = sorted(path.name for path in (folder / "out/evaluation").iterdir())
     assert names == ["metrics.csv", "metrics.json", "report.html"]
 
 
 def test_volumes_too_small_for_a_metric_have_none(evaluated, report):
-    assert [v["metrics"]["ssim"] is None for v in evaluated["volumes"].values()] == [False, False, True]
-    assert evaluated["mean"]["ms_ssim"] is None
-    assert all(volume["metrics"]["ms_ssim"] is None for volume in evaluated["volumes"].values())
+    assert [metrics_of(volume)["ssim"] is None for volume in evaluated["volumes"].values()] == [False, False, True]
+    assert mean_of(evaluated)["ms_ssim"] is None
+    assert all(metrics_of(volume)["ms_ssim"] is None for volume in evaluated["volumes"].values())
     assert "needs at least 176 voxels along each axis" in report
 
 
@@ -144,7 +153,7 @@ def test_error_in_the_units_of_the_file_is_that_of_its_window(folder, evaluated)
     assert [*ct["intensity_low"], *ct["intensity_high"]] == pytest.approx(np.percentile(voxels, [0, 99.9]), rel=1e-3)
     width = ct["intensity_high"][0] - ct["intensity_low"][0]
     assert width > 500
-    assert ct["metrics"]["mae_file_units"] == pytest.approx(width * ct["metrics"]["mae"], rel=1e-4)
+    assert metrics_of(ct)["mae_file_units"] == pytest.approx(width * metrics_of(ct)["mae"], rel=1e-4)
 
 
 def test_report_needs_no_other_file_and_no_network(report):
@@ -160,11 +169,11 @@ def test_report_needs_no_other_file_and_no_network(report):
 
 def test_report_shows_the_worst_volume_first_in_three_planes(report, evaluated):
     page = Page(report)
-    by_psnr = sorted(VALIDATION, key=lambda name: evaluated["volumes"][name]["metrics"]["psnr"])
-    body = [row for row in page.rows if row and "data-value" in row[0]]
+    by_psnr = sorted(VALIDATION, key=lambda name: metrics_of(evaluated["volumes"][name])["psnr"])
+    body = [row for row in page.rows if row and row[0].get("data-value") in VALIDATION]
     assert [row[0]["data-value"] for row in body] == by_psnr
     assert [float(row[2]["data-value"] or "nan") for row in body] == [
-        evaluated["volumes"][name]["metrics"]["psnr"] for name in by_psnr
+        metrics_of(evaluated["volumes"][name])["psnr"] for name in by_psnr
     ]
     assert report.index(f"<h3>{by_psnr[0]}".replace("<b>&", "&lt;b&gt;&amp;")) < report.index('id="case-2"')
     panels = [f"{plane}, {column}" for plane in ("sagittal", "coronal", "axial") for column in ("image", "reconstruction")]
@@ -175,15 +184,18 @@ def test_report_shows_the_worst_volume_first_in_three_planes(report, evaluated):
 def test_report_says_what_was_evaluated(folder, report):
     text = " ".join(" ".join(Page(report).words).split()).replace("\N{MULTIPLICATION SIGN}", "x")
     assert file_hash(str(folder / "weights" / "model.pt")) in text
-    for words in ("total factor 8 x 8 x 8", "latent channels 8", "compression 64 voxels per number", "latent_channels 8"):
+    for words in ("reconstruction 8 x 8 x 8 8 64", "latent_channels 8", "downsample_factors"):
         assert words in text, words
     assert "deep/<b>&.nii.gz" in text  # not as bold text
     assert "21 x 26 x 9 voxels of 1 x 1 x 3 mm" in text
 
 
 def test_report_takes_a_metric_that_it_does_not_know(evaluated):
-    volumes = {name: {**volume, "metrics": {"new": 0.123456}} for name, volume in evaluated["volumes"].items()}
-    report = render_report({**evaluated, "mean": {"new": 0.123456}, "volumes": volumes}, {}, {})
+    new = {"new": 0.123456}
+    volumes = {name: {**volume, "metrics": {"reconstruction": new}} for name, volume in evaluated["volumes"].items()}
+    codecs = {"reconstruction": {**evaluated["codecs"]["reconstruction"], "mean": new}}
+    evaluation = {**evaluated, "codecs": codecs, "volumes": volumes}
+    report = render("report.html.jinja", evaluation=evaluation, order=list(volumes), pictures={}, views={})
     assert "new" in Page(report).words and "0.1235" in Page(report).words
 
 
@@ -210,7 +222,7 @@ def test_two_processes_measure_the_same_and_one_writes(folder, evaluated):
     assert found["volumes"].keys() == evaluated["volumes"].keys()
     for name, volume in evaluated["volumes"].items():
         assert found["volumes"][name]["shape"] == volume["shape"]
-        assert alike(found["volumes"][name]["metrics"], volume["metrics"])
-    assert alike(found["mean"], evaluated["mean"])
+        assert alike(metrics_of(found["volumes"][name]), metrics_of(volume))
+    assert alike(mean_of(found), mean_of(evaluated))
     page = Page((out / "evaluation" / "report.html").read_text())
     assert page.ids.count("case-1") == 1 and "case-2" not in page.ids and len(page.images) == 9
