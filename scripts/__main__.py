@@ -6,7 +6,7 @@
     python -m scripts recommend --spatial_size "[256,256,64]" --spacing "[0.8,0.8,3]" --memory_gb 8 [--output my.json]
     python -m scripts check
 
-Exit code 0; 1 when a check fails or nothing fits; 2 for a bad request, with one line on stderr that says what is wrong.
+Exit code 0; 1 when a check fails or nothing fits; 2 for a bad request, which stderr says in one line.
 """
 
 from __future__ import annotations
@@ -15,28 +15,25 @@ import json as jsonlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import fire
+from monai.bundle import ConfigParser
 
-from scripts.bundle.errors import is_of_user
+from scripts.bundle.errors import is_of_user, reason
+from scripts.bundle.files import write_atomically
+from scripts.bundle.json_files import PositiveFloat, checked
 from scripts.planning import tables
 from scripts.planning.costs import Estimate
-from scripts.planning.estimates import estimate_plan, what_would_fit
+from scripts.planning.estimates import TRAIN, estimate_changes, estimate_memory, read_plan
 from scripts.planning.generator_estimates import estimate_generator, plan_generator
-from scripts.planning.plans import TRAIN, is_generator, positive, read_plan
-from scripts.planning.recommendations import (
-    FACTOR_KEYS,
-    Recommendation,
-    leanest,
-    recommend_downsample_factors,
-    write_overlay,
-)
+from scripts.planning.recommendations import NothingFits, Recommendation, recommend_downsample_factors
 from scripts.planning.self_test import check_all
 
 
 def estimate(
-    *unexpected: Any,
+    *,
     config_file: str | Sequence[str] = TRAIN,
     spatial_size: int | Sequence[int] | None = None,
     volume_size: int | Sequence[int] | None = None,
@@ -53,51 +50,44 @@ def estimate(
 
     Args:
         config_file: a config, or a list of a config and its overlays, as monai.bundle run takes them.
-        spatial_size: of the training patch, voxels; one number for a cube. Without it, the config's patch_size. For a
+        spatial_size: size of the training patch, voxels; one number for a cube. Without it, the config's patch_size. For a
             generator, of the volumes; without it, that of the largest latent in dataset_dir.
-        volume_size: of the volume that is reconstructed, voxels. Without it, spatial_size.
-        autoencoder: for a generator, the config or preset of the autoencoder that makes the latents. Without it, that of the
-            latents in dataset_dir, or train.json where spatial_size is set.
-        num_classes: for a generator with spatial_size and --spatial_keys "['label']", number of classes of the label map,
-            without the background; other keys are images. Without spatial_size, the latents say what they are.
-        memory_gb: also print whether it fits into this many GiB, and if not, which changes would make it fit; with a config
+        volume_size: size of the volume that an autoencoder reconstructs, voxels. Without it, spatial_size.
+        memory_gb: also print whether it fits into this many GiB, and if not, which options would need less; with a config
             that only infers, also what slabs hold within it on a GPU.
+        autoencoder: for a generator with spatial_size, the config or preset of the autoencoder that makes the latents.
+            Without it, train.json.
+        num_classes: for a generator with spatial_size and --spatial_keys "['label']", number of classes of the label map,
+            without the background; other keys are images.
         device: cuda or cpu, whose memory rules apply. No such device is needed.
         json: print JSON.
         overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
     """
-    _refuse(unexpected)
-    budget = None if memory_gb is None else positive("memory_gb", memory_gb)
-    for_generator = is_generator(config_file)
-    if for_generator and volume_size is not None:
-        raise ValueError("`volume_size` is for an autoencoder; the size of a generator's volumes is `spatial_size`.")
-    for name, value in (("autoencoder", autoencoder), ("num_classes", num_classes)):
-        if value is not None and not for_generator:
-            raise ValueError(f"`{name}` is for the config of a generator, such as configs/train_diffusion.json.")
-    if for_generator:
+    checked(memory_gb, PositiveFloat | None, "memory_gb")
+    slabs, changes = "", {}
+    if "flow" in ConfigParser.load_config_files(config_file):  # a generator
         generator = plan_generator(config_file, spatial_size, autoencoder, num_classes, device=device, **overrides)
         found = estimate_generator(generator, device)
     else:
-        plan = read_plan(config_file, device=device, **overrides)
-        found = estimate_plan(plan, spatial_size, volume_size, device)
-    fits = None if budget is None else found.fits(budget)
-    trains = not for_generator and plan.patch_size is not None
-    changes = []
-    if budget is not None and not fits and trains:
-        changes = what_would_fit(plan, found.spatial_size, found.volume_size, budget, device)
+        asked: Any = {"config_file": config_file, "device": device, **overrides}
+        found = estimate_memory(spatial_size, volume_size=volume_size, **asked)
+        trains = "training" in found.costs
+        if memory_gb and trains and not found.fits(memory_gb):
+            changes = estimate_changes(found, **asked)
+        if not (trains or json) and device == "cuda":
+            plan = read_plan(**asked)
+            slabs = tables.slab_table(plan.network, found.volume_size, memory_gb, plan.amp_dtype)
     if json:
-        _print_json({**found.as_dict(), "fits": fits, "changes": [asdict(change) for change in changes]})
+        fits = found.fits(memory_gb) if memory_gb else None
+        print(jsonlib.dumps({**asdict(found), "fits": fits, "changes": changes}, indent=2))
         return
-    print(tables.estimate_table(found))
-    if budget is not None:
-        print("\n" + tables.verdict(found, budget, changes))
-    if not (for_generator or trains) and device == "cuda":
-        print("\n" + tables.slab_table(plan.network, found.volume_size, budget, plan.amp_dtype))
+    verdict = tables.verdict(found, memory_gb, changes) if memory_gb else ""
+    print("\n\n".join(filter(None, [tables.estimate_table(found), verdict, slabs])))
 
 
 def recommend(
-    *unexpected: Any,
-    spatial_size: int | Sequence[int] | None = None,
+    *,
+    spatial_size: int | Sequence[int],
     target_latent_size: int = 32,
     memory_gb: float | None = None,
     spacing: Sequence[float] | None = None,
@@ -114,7 +104,7 @@ def recommend(
     fits too.
 
     Args:
-        spatial_size: of the volumes, voxels, in the order of the axes after orientation to RAS.
+        spatial_size: size of the volumes, voxels, in the order of the axes after orientation to RAS.
         target_latent_size: wanted size of the latent along its longest axis.
         memory_gb: limit in GiB for training and for reconstruction.
         spacing: mm per voxel along each axis.
@@ -126,80 +116,45 @@ def recommend(
         json: print JSON.
         overrides: any config key, e.g. --channels "[16,32,64]" --batch_size 2.
     """
-    _refuse(unexpected)
-    if spatial_size is None:
-        raise ValueError('recommend needs the size of the volumes, e.g. --spatial_size "[256,256,64]".')
-    found = recommend_downsample_factors(
-        spatial_size,
-        target_latent_size,
-        memory_gb,
-        spacing=spacing,
-        voxels_per_latent=voxels_per_latent,
-        count=count,
-        device=device,
-        **overrides,
-    )
-    generators = [_generator_of(item, device) for item in found]
+    request: Any = {"spacing": spacing, "voxels_per_latent": voxels_per_latent, "count": count, **overrides}
+    try:
+        found = recommend_downsample_factors(spatial_size, target_latent_size, memory_gb, device=device, **request)
+    except NothingFits as error:
+        sys.exit(f"{error}:\n{tables.verdict(error.least.estimate, memory_gb or 0, error.changes)}")
+    pairs = [(item, _generator_of(item, device)) for item in found]
     if memory_gb is not None:
-        order = sorted(range(len(found)), key=lambda i: not generators[i].fits(memory_gb))
-        found, generators = [found[i] for i in order], [generators[i] for i in order]
+        pairs.sort(key=lambda pair: not pair[1].fits(memory_gb))
     if json:
-        _print_json(
-            [
-                {**vars(item), "estimate": item.estimate.as_dict(), "generator": generator.as_dict()}
-                for item, generator in zip(found, generators)
-            ]
-        )
-    elif found:
-        print(tables.recommendations_table(found, generators))
-    if not found:
-        sys.exit(_what_would_fit(spatial_size, positive("memory_gb", memory_gb), device, overrides))
+        print(jsonlib.dumps([{**asdict(item), "generator": asdict(generator)} for item, generator in pairs], indent=2))
+    else:
+        print(tables.recommendations_table(pairs))
     if output is not None:
-        if rank not in range(1, len(found) + 1):
-            raise ValueError(f"`rank` is {rank!r}; it must be one of 1 to {len(found)}.")
-        write_overlay(found[rank - 1], output)
+        if rank not in range(1, len(pairs) + 1):
+            raise ValueError(f"`rank` is {rank!r}; it must be one of 1 to {len(pairs)}.")
+        best = pairs[rank - 1][0]
+        write_atomically(jsonlib.dumps({"_desc_": best.reason, **best.overlay}, indent=4).encode(), Path(output))
         print(f"{output}: --config_file \"['configs/train.json','{output}']\"", file=sys.stderr)
 
 
-def check(*unexpected: Any, json: bool = False, **unknown: Any) -> None:
+def check(*, json: bool = False, **overrides: Any) -> None:
     """
     Build the default configuration and every preset, train it for two steps on a small volume, encode and decode.
 
     Args:
         json: print JSON.
+        overrides: any config key, e.g. --amp false.
     """
-    _refuse([*unexpected, *(f"--{key}" for key in unknown)])
-    results = check_all()
-    if json:
-        _print_json([asdict(result) for result in results])
-    else:
-        print(tables.checks_table(results))
+    results = check_all(**overrides)
+    print(jsonlib.dumps([asdict(result) for result in results], indent=2) if json else tables.checks_table(results))
     if any(result.error is not None for result in results):
         sys.exit(1)
 
 
-def _refuse(unexpected: Sequence[Any]) -> None:
-    if unexpected:
-        raise ValueError(f"unexpected argument: {unexpected[0]}.")
-
-
-def _what_would_fit(spatial_size: Any, memory_gb: float, device: str, overrides: dict[str, Any]) -> str:
-    """The message for a budget that no configuration fits, with changes that would fit."""
-    least, changes = leanest(spatial_size, memory_gb, device, **overrides)
-    factors = ", ".join(f"{key} {least.overlay[key]}" for key in FACTOR_KEYS)
-    return f"nothing fits, not even with {factors}:\n{tables.verdict(least.estimate, memory_gb, changes)}"
-
-
 def _generator_of(recommendation: Recommendation, device: str) -> Estimate:
     """What the generator of ``train_diffusion.json`` needs on the latents of a recommended autoencoder."""
-    overlay = {key: value for key, value in recommendation.overlay.items() if key != "patch_size"}
-    autoencoder = read_plan(device=device, **overlay).network
-    plan = plan_generator(spatial_size=recommendation.padded_size, autoencoder=autoencoder, device=device)
-    return estimate_generator(plan, device)
-
-
-def _print_json(content: Any) -> None:
-    print(jsonlib.dumps(content, indent=2))
+    autoencoder = read_plan(device=device, **recommendation.overlay).network
+    size = recommendation.overlay["patch_size"]
+    return estimate_generator(plan_generator(spatial_size=size, autoencoder=autoencoder, device=device), device)
 
 
 COMMANDS = {"estimate": estimate, "recommend": recommend, "check": check}
@@ -207,22 +162,15 @@ COMMANDS = {"estimate": estimate, "recommend": recommend, "check": check}
 
 def main(arguments: Sequence[str]) -> None:
     """Run one command; see the module's docstring for the exit codes."""
-    first = arguments[0] if arguments else "--help"
-    if not first.startswith("-") and first not in COMMANDS:
-        sys.exit(_bad_request(f"there is no command {first!r}; it must be one of {', '.join(COMMANDS)}."))
     if "--help" in arguments[1:]:
-        arguments = [first, "--", "--help"]  # fire would take it for a config key
+        arguments = [arguments[0], "--", "--help"]  # fire would take it for a config key
     try:
         fire.Fire(COMMANDS, command=list(arguments), name="python -m scripts")
     except Exception as error:
         if not is_of_user(error):
             raise
-        sys.exit(_bad_request(str(error)))
-
-
-def _bad_request(message: str) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
-    return 2
+        print(" ".join(str(reason(error)).split()), file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from scripts.bundle.weights import load_weights, named_for, read_description, re
 from scripts.inference.exported_networks import SUFFIXES, ExportedNetwork
 from scripts.layers.factors import by, per_axis
 from scripts.layers.resampling import pad_to_multiple
+from scripts.planning.estimates import read_plan
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
-from scripts.planning.plans import read_plan
 
 __all__ = ["BlockDCT", "Codec", "block_dct_of", "block_dct_reconstruction", "read_codecs", "with_block_dcts"]
 

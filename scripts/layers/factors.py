@@ -17,7 +17,7 @@ def per_axis(name: str, factor: Any, spatial_dims: int) -> tuple[int, ...]:
             f"`{name}` has {len(values)} values ({factor!r}); it needs one integer, or one per axis of {spatial_dims}."
         )
     if any(isinstance(v, bool) or not isinstance(v, Integral) or v < 1 for v in values):
-        raise ValueError(f"`{name}` is {factor!r}; every factor must be an integer of at least 1.")
+        raise ValueError(f"`{name}` is {factor!r}; it needs integers of at least 1.")
     return tuple(int(v) for v in values)
 
 

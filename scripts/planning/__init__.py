@@ -1,9 +1,9 @@
 """The planner: what a configuration needs in memory before it runs, and which factors suit a volume and a GPU.
 
-- ``plans`` reads a config into a plan: a new key that affects memory is read there.
-- ``training_costs`` runs one step of the trainer on fake tensors, ``inference_costs`` one reconstruction, ``slab_costs`` a
-  run in slabs; ``allocations`` and ``saved_tensors`` count what they allocate and keep, ``costs`` adds the margin.
-- ``estimates`` is for autoencoders, ``generator_estimates`` for generators; ``recommendations`` ranks factors.
+- ``costs`` counts what an operation allocates, keeps and computes on ``fake_tensors``, and adds the margin.
+- ``training_costs`` makes one step of the trainer, ``inference_costs`` one reconstruction, in one pass or in slabs.
+- ``estimates`` reads the config of an autoencoder: a new key that affects memory is read there.
+- ``generator_estimates`` is for generators, ``recommendations`` ranks factors.
 - ``self_test`` runs every preset, ``tables`` prints; the command line is ``scripts/__main__.py``.
 """
 

@@ -1,30 +1,120 @@
-"""What an autoencoder needs in memory and operations, and which changes would need less."""
+"""What an autoencoder's config needs in memory and operations, and which changes would need less."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from scripts.bundle.machine import GIB
-from scripts.layers.factors import padded_size
+import torch
+from monai.bundle import ConfigParser
+
+from scripts.autoencoderkl import AutoencoderKL
+from scripts.bundle.config import ROOT, check_parser
+from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
+from scripts.layers.factors import padded_size, per_axis
 from scripts.planning.costs import Estimate
 from scripts.planning.inference_costs import inference_cost
-from scripts.planning.plans import TRAIN, Plan, read_plan, voxels
 from scripts.planning.training_costs import training_cost
 
-__all__ = ["Change", "estimate_memory", "estimate_plan", "what_would_fit"]
+__all__ = ["TRAIN", "Plan", "amp_dtype_of", "estimate_changes", "estimate_memory", "read_config", "read_plan"]
 
-LAST_RESORT_INITIAL = 8
+TRAIN = str(ROOT / "configs" / "train.json")
+MAX_INITIAL = 8
+MADE_LATER = ("network_def", "optimizer")  # components of real or of fake parameters
 
 
 @dataclass(frozen=True)
-class Change:
-    """A change that saves memory: ``what`` to change, and the bytes that training or reconstruction then needs."""
+class Plan:
+    """
+    What a config says about an autoencoder.
 
-    what: str
-    nbytes: int
+    Args:
+        build: makes the network.
+        network: what it makes, on the ``meta`` device.
+        amp_dtype: data type of mixed precision, None for none.
+        patch_size: spatial size of a training patch, voxels; None in a config that does not train.
+        training: further arguments of :py:func:`scripts.planning.training_costs.training_cost`; empty without training.
+    """
+
+    build: Callable[[], AutoencoderKL]
+    network: AutoencoderKL
+    amp_dtype: torch.dtype | None
+    patch_size: tuple[int, ...] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def read_config(config_file: str | Sequence[str], device: str, later: Sequence[str], **overrides: Any) -> ConfigParser:
+    """
+    Read a config as ``monai.bundle run`` does, and check it.
+
+    Args:
+        config_file: a config, or a list of a config and its overlays.
+        device: device that is planned for. Where the config does not set the precision, it is bfloat16 for ``"cuda"``, which
+            need not be present, and this machine's default for ``"cpu"``.
+        later: keys of components of which the parser is to return what makes them.
+        overrides: further config keys.
+
+    Raises:
+        OSError: for a config that cannot be read.
+        ValueError: for a config that is damaged, an unknown key, or a value that makes no sense.
+    """
+    try:
+        parser = ConfigParser(ConfigParser.load_config_files(config_file))
+    except ValueError as error:
+        raise ValueError(f"{config_file} cannot be read: {error}") from error
+    parser.update(pairs=overrides)
+    on_gpu = Precision(device, True, "bfloat16", "the GPU that is planned for is assumed to have units for it")
+    parser["precision"] = choose_precision(device) if device == "cpu" else on_gpu
+    for key in later:
+        if key in parser:
+            parser[key] = {**{k: v for k, v in parser[key].items() if k != "params"}, "_mode_": "callable"}
+    parser.parse(reset=True)
+    check_parser(parser)
+    return parser
+
+
+def amp_dtype_of(parser: ConfigParser) -> torch.dtype | None:
+    """Data type of a config's mixed precision, None for none."""
+    return autocast_dtype(parser.get_parsed_content("amp_dtype")) if parser.get_parsed_content("amp") else None
+
+
+def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda", **overrides: Any) -> Plan:
+    """
+    Read the config of an autoencoder, and build its network on the ``meta`` device.
+
+    Args:
+        config_file: see :py:func:`read_config`.
+        device: ditto.
+        overrides: ditto.
+
+    Raises:
+        OSError: as :py:func:`read_config`.
+        ValueError: ditto; also for a config of another network.
+        RuntimeError: MONAI's, for a value that a component refuses.
+    """
+    parser = read_config(config_file, device, MADE_LATER, **overrides)
+    get = parser.get_parsed_content
+    build = get("network_def")
+    if not issubclass(made := getattr(build, "func", build), AutoencoderKL):
+        raise ValueError(f"`network_def` is {made.__name__}; the planner needs scripts.autoencoderkl.AutoencoderKL.")
+    with torch.device("meta"):
+        network = build()
+        plan = Plan(build, network, amp_dtype_of(parser))
+        if "patch_size" not in parser:
+            return plan
+        discriminator = get("discriminator_def") if get("adv_weight") > 0 else None
+    training = {
+        "batch_size": get("batch_size"),
+        "accumulation_steps": get("gradient_accumulation_steps"),
+        "loss_function": get("loss"),
+        "loss_terms": get("loss_terms"),
+        "optimizer": get("optimizer"),
+        "discriminator": discriminator,
+        "averaged": "average" in parser,
+    }
+    patch_size = per_axis("patch_size", get("patch_size"), network.arguments["spatial_dims"])
+    return replace(plan, patch_size=patch_size, training=training)
 
 
 def estimate_memory(
@@ -53,80 +143,56 @@ def estimate_memory(
         overrides: further config keys, such as ``initial_downsample_factor``, ``amp`` or ``gradient_accumulation_steps``.
 
     Raises:
-        ValueError: for sizes that do not fit the network, unknown keys, and configs of another network.
-        FileNotFoundError: for a config that does not exist.
+        OSError: as :py:func:`read_plan`.
+        ValueError: ditto; also for sizes that do not fit the network.
+        RuntimeError: ditto.
     """
     given = {"channels": channels, "downsample_factors": downsample_factors, "batch_size": batch_size}
     overrides.update({key: value for key, value in given.items() if value is not None})
-    return estimate_plan(read_plan(config_file, device=device, **overrides), spatial_size, volume_size, device)
-
-
-def estimate_plan(
-    plan: Plan,
-    spatial_size: int | Sequence[int] | None = None,
-    volume_size: int | Sequence[int] | None = None,
-    device: str = "cuda",
-) -> Estimate:
-    """:py:func:`estimate_memory` of a :py:class:`Plan`."""
-    network, trains = plan.network, plan.patch_size is not None
-    axes, factors = network.arguments["spatial_dims"], network.total_downsample_factor
-    if spatial_size is None:
-        spatial_size = plan.patch_size or volume_size
-    if spatial_size is None:
+    plan = read_plan(config_file, device=device, **overrides)
+    network, axes = plan.network, plan.network.arguments["spatial_dims"]
+    size = (plan.patch_size or volume_size) if spatial_size is None else spatial_size
+    if size is None:
         raise ValueError("this config does not train, so it has no `patch_size`: set `spatial_size`.")
-    size = voxels("spatial_size", spatial_size, axes)
-    volume = size if volume_size is None else voxels("volume_size", volume_size, axes)
-    latent = network.latent_shape(size if trains else padded_size(size, factors))
+    size = per_axis("spatial_size", size, axes)
+    volume = size if volume_size is None else per_axis("volume_size", volume_size, axes)
     precision: dict[str, Any] = {"amp_dtype": plan.amp_dtype, "device": device}
-    costs = {"training": training_cost(network, size, **precision, **plan.training)} if trains else {}
-    return Estimate(
-        spatial_size=size,
-        volume_size=volume,
-        batch_size=plan.training.get("batch_size", 1),
-        downsample_factor=factors,
-        latent_shape=latent,
-        voxels_per_latent=math.prod(factors) * network.arguments["in_channels"] / latent[0],
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        costs={**costs, "reconstruction": inference_cost(network, volume, **precision, in_slabs=not trains)},
-    )
+    costs = {"training": training_cost(network, size, **precision, **plan.training)} if plan.training else {}
+    costs["reconstruction"] = inference_cost(network, volume, **precision, in_slabs=not plan.training)
+    batch_size = plan.training.get("batch_size", 1)
+    return Estimate.of(network, network, size, volume_size=volume, batch_size=batch_size, costs=costs)
 
 
-def what_would_fit(
-    plan: Plan, spatial_size: Sequence[int], volume_size: Sequence[int], memory_gb: float, device: str = "cuda"
-) -> list[Change]:
+def estimate_changes(
+    estimate: Estimate, config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda", **overrides: Any
+) -> dict[str, int]:
     """
-    Changes of a plan that needs too much memory, each estimated.
+    Options of the command line with which a training needs less memory.
 
     Args:
-        plan: the plan, of a config that trains.
-        spatial_size: size of the training patch, voxels.
-        volume_size: size of the volume that is reconstructed, voxels.
-        memory_gb: the budget, GiB.
-        device: ``"cuda"`` or ``"cpu"``.
+        estimate: what it needs.
+        config_file: its config, see :py:func:`estimate_memory`.
+        device: ditto.
+        overrides: ditto.
 
     Returns:
-        the changes that fit; if none does, those that save memory, the smallest need first.
+        the bytes that are needed with each of them.
     """
-    needed = estimate_plan(plan, spatial_size, volume_size, device).needed
-    changes = [
-        Change(what, estimate_plan(changed, patch, volume_size, device).needed)
-        for what, changed, patch in _changes(plan, tuple(spatial_size))
+    size, factors = estimate.spatial_size, estimate.downsample_factor
+    initial = read_plan(config_file, device=device, **overrides).network.initial_downsample_factor
+    larger = [min(2 * factor, MAX_INITIAL) for factor in initial]
+    multiples = [factor * after // before for factor, before, after in zip(factors, initial, larger)]
+    changes: list[dict[str, Any]] = [
+        {"batch_size": 1, "gradient_accumulation_steps": estimate.batch_size},
+        {"use_checkpoint": True},
+        *({"patch_size": [max(n // divisor // f, 1) * f for n, f in zip(size, factors)]} for divisor in (2, 4)),
+        {"initial_downsample_factor": larger, "patch_size": list(padded_size(size, multiples))},
     ]
-    fitting = [change for change in changes if change.nbytes <= memory_gb * GIB]
-    return fitting or sorted((each for each in changes if each.nbytes < needed), key=lambda change: change.nbytes)
-
-
-def _changes(plan: Plan, size: tuple[int, ...]) -> Iterator[tuple[str, Plan, tuple[int, ...]]]:
-    batch_size, factors = plan.training["batch_size"], plan.network.total_downsample_factor
-    if batch_size > 1:
-        accumulating = replace(plan, training={**plan.training, "batch_size": 1, "accumulates": True})
-        yield f"batch_size 1 with gradient_accumulation_steps {batch_size}", accumulating, size
-    if not plan.network.use_checkpoint:
-        yield "activation checkpointing (use_checkpoint true)", plan.with_network(use_checkpoint=True), size
-    for divisor in (2, 4):
-        patch = tuple(max(n // divisor // f, 1) * f for n, f in zip(size, factors))
-        yield f"patch_size {list(patch)}", plan, patch
-    initial = [min(2 * f, LAST_RESORT_INITIAL) for f in plan.network.initial_downsample_factor]
-    if max(initial) > max(plan.network.initial_downsample_factor):
-        larger = plan.with_network(initial_downsample_factor=initial)
-        yield f"initial_downsample_factor {initial}", larger, padded_size(size, larger.network.total_downsample_factor)
+    found = {}
+    for change in changes:
+        keys = {**overrides, "patch_size": list(size), **change}
+        changed = estimate_memory(config_file=config_file, volume_size=estimate.volume_size, device=device, **keys)
+        if changed.needed < estimate.needed:
+            options = (f"--{key} {value}".replace(", ", ",") for key, value in change.items())
+            found[" ".join(options)] = changed.needed
+    return found

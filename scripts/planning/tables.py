@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from monai.utils import ensure_tuple
 
 from scripts.bundle.machine import GIB, MIB
 from scripts.bundle.text_table import table
 from scripts.layers.factors import by
 from scripts.planning.costs import Cost, Estimate
-from scripts.planning.estimates import Change
+from scripts.planning.inference_costs import least_slab_cost, slab_cost
 from scripts.planning.recommendations import Recommendation
 from scripts.planning.self_test import CheckResult
-from scripts.planning.slab_costs import OPERATIONS, least_slab_cost, slab_cost
 
 __all__ = ["checks_table", "estimate_table", "recommendations_table", "slab_table", "verdict"]
 
-IN_SLABS = "; with less it works in slabs, with the same result"
+OPERATIONS = ("reconstruct", "decode")  # in slabs
 
 
 def memory(nbytes: int | None) -> str:
@@ -27,48 +28,39 @@ def memory(nbytes: int | None) -> str:
 
 
 def estimate_table(estimate: Estimate) -> str:
-    """The whole estimate: a table for each cost."""
-    latent = f"{estimate.latent_shape[0]} channels x {by(estimate.latent_shape[1:])}"
-    factor, ratio = by(estimate.downsample_factor), f"{estimate.voxels_per_latent:.3g} voxels per value"
-    facts = f"total factor {factor}, latent {latent}, {ratio}, {estimate.parameters / 1e6:.3g} million parameters"
-    headings = {
-        "training": f"training step, {by(estimate.spatial_size)}, batch {estimate.batch_size}",
-        "reconstruction": f"reconstruction of {by(estimate.volume_size)}",
-        "sampling": "one step of sampling, with guidance",
-        "encoding": "encoding a plane of a spatial condition in one pass",
-        "decoding": "decoding in one pass",
-    }
-    tables = [table([headings[name], cost.device], _rows(cost)) for name, cost in estimate.costs.items()]
-    return "\n\n".join([facts, *tables])
-
-
-def _rows(cost: Cost) -> list[tuple[str, str]]:
-    trained = [
-        ("gradients", memory(cost.gradients)),
-        ("optimizer state", memory(cost.optimizer_state)),
-        ("saved activations", memory(cost.saved_activations)),
-        *((f"  {level.part} {by(level.spatial_shape)}".rstrip(), memory(level.saved)) for level in cost.levels),
+    """The whole estimate, with a column for each cost."""
+    facts = [
+        f"training on {by(estimate.spatial_size)} with batch {estimate.batch_size}, volumes of {by(estimate.volume_size)}",
+        f"total factor {by(estimate.downsample_factor)}, {estimate.parameters / 1e6:.3g} million parameters",
+        f"latent {estimate.latent_shape[0]} channels x {by(estimate.latent_shape[1:])}",
+        f"{estimate.voxels_per_latent:.3g} voxels per value",
     ]
-    return [
-        ("parameters", memory(cost.parameters)),
-        *(trained if cost.gradients else []),
-        (f"peak (in the {cost.peak_phase} pass)", memory(cost.peak)),
-        ("with margin", memory(cost.needed)),
-        ("operations", f"{cost.flops / 1e12:.3g} TFLOP"),
-    ]
+    columns = {name: _column(cost) for name, cost in estimate.costs.items()}
+    rows = dict.fromkeys(name for column in columns.values() for name in column)
+    cells = [[row, *(column.get(row, "") for column in columns.values())] for row in rows]
+    return f"{', '.join(facts)}\n\n{table(['', *columns], cells)}"
 
 
-def verdict(estimate: Estimate, memory_gb: float, changes: Sequence[Change] = ()) -> str:
-    """Whether each part of an estimate fits into a budget, and which changes would make it fit."""
+def _column(cost: Cost) -> dict[str, str]:
+    sizes = {"parameters": cost.parameters}
+    if cost.gradients:
+        sizes |= {"gradients": cost.gradients, "optimizer state": cost.optimizer_state}
+        sizes |= {"saved activations": cost.saved_activations}
+        sizes |= {f"  {level}": nbytes for level, nbytes in cost.levels.items()}
+    sizes |= {"peak": cost.peak, f"with margin, {cost.device}": cost.needed}
+    return {**{name: memory(nbytes) for name, nbytes in sizes.items()}, "operations": f"{cost.flops / 1e12:.3g} TFLOP"}
+
+
+def verdict(estimate: Estimate, memory_gb: float, changes: Mapping[str, int]) -> str:
+    """Whether each part of an estimate fits into a budget, and which options need less."""
     lines = []
     for name, cost in estimate.costs.items():
         fits = cost.needed <= memory_gb * GIB
-        says = f"{name} {'fits' if fits else 'does not fit'} into {memory_gb:g} GiB{' in one pass' * cost.in_slabs}: "
-        lines.append(f"{says}it needs {memory(cost.needed)}, margin included{'' if fits or not cost.in_slabs else IN_SLABS}")
-    if changes:
-        enough = changes[0].nbytes <= memory_gb * GIB
-        lines.append("what would fit:" if enough else "no single change is enough; what helps:")
-        lines += [f"  {change.what}: {memory(change.nbytes)}" for change in changes]
+        says = f"{name} {'fits' if fits else 'does not fit'} into {memory_gb:g} GiB{' in one pass' * cost.in_slabs}"
+        less = "" if fits or not cost.in_slabs else "; with less it works in slabs, with the same result"
+        lines.append(f"{says}: it needs {memory(cost.needed)}, margin included{less}")
+    for options, nbytes in changes.items():
+        lines.append(f"  with {options}: {memory(nbytes)}, which {'fits' if nbytes <= memory_gb * GIB else 'does not fit'}")
     return "\n".join(lines)
 
 
@@ -77,33 +69,31 @@ def slab_table(network: Any, spatial_size: Sequence[int], memory_gb: float | Non
     The smallest budget for reconstructing and for decoding in slabs on a GPU, and what a given one holds.
 
     Args:
-        network: see :py:func:`scripts.planning.slab_costs.slab_cost`.
+        network: see :py:func:`scripts.planning.inference_costs.slab_cost`.
         spatial_size: ditto.
         memory_gb: the given budget in GiB; None for none.
         amp_dtype: data type of mixed precision, None for none.
     """
-    least = [least_slab_cost(network, spatial_size, operation=operation, amp_dtype=amp_dtype) for operation in OPERATIONS]
+    least = [least_slab_cost(network, spatial_size, operation=name, amp_dtype=amp_dtype) for name in OPERATIONS]
     rows = [
-        ("smallest memory_gb", *(memory(cost.budget) for cost in least)),
-        ("  slabs", *(str(cost.slabs) for cost in least)),
+        ["smallest memory_gb", *(memory(cost.budget) for cost in least)],
+        ["  slabs", *(str(cost.slabs) for cost in least)],
     ]
     if memory_gb is not None:
         given = [slab_cost(network, spatial_size, memory_gb, operation=name, amp_dtype=amp_dtype) for name in OPERATIONS]
-        rows += [
-            (f"peak with memory_gb {memory_gb:g}", *(memory(cost.peak) for cost in given)),
-            ("  slabs", *(str(cost.slabs) for cost in given)),
-        ]
+        rows.append([f"peak with memory_gb {memory_gb:g}", *(memory(cost.peak) for cost in given)])
+        rows.append(["  slabs", *(str(cost.slabs) for cost in given)])
     return table([f"in slabs, {by(spatial_size)}", *OPERATIONS], rows)
 
 
-def recommendations_table(recommendations: Sequence[Recommendation], generators: Sequence[Estimate]) -> str:
-    """Recommendations in their order, each with what a generator needs to be trained on its latents."""
+def recommendations_table(pairs: Sequence[tuple[Recommendation, Estimate]]) -> str:
+    """Recommendations in their order, each with what a generator needs on its latents."""
     header = ["rank", "initial", "per level", "latent", "voxels/value", "training", "reconstruction", "TFLOP/step"]
     rows = [
         [
             str(rank),
-            by(item.initial_downsample_factor),
-            ", ".join(by(factor) for factor in item.downsample_factors),
+            by(ensure_tuple(item.overlay["initial_downsample_factor"])),
+            ", ".join(by(ensure_tuple(factor)) for factor in item.overlay["downsample_factors"]),
             f"{item.estimate.latent_shape[0]} x {by(item.estimate.latent_shape[1:])}",
             f"{item.estimate.voxels_per_latent:.3g}",
             *(memory(item.estimate.costs[name].needed) for name in ("training", "reconstruction")),
@@ -111,26 +101,22 @@ def recommendations_table(recommendations: Sequence[Recommendation], generators:
             memory(generator.costs["training"].needed),
             item.reason,
         ]
-        for rank, (item, generator) in enumerate(zip(recommendations, generators), start=1)
+        for rank, (item, generator) in enumerate(pairs, start=1)
     ]
     return table([*header, "generator", "why"], rows)
 
 
 def checks_table(results: Sequence[CheckResult]) -> str:
     """Results of the self-test."""
+    rows = []
+    for result in results:
+        cells = ["-"] * 7
+        if result.estimate is not None:
+            found = result.estimate
+            cost = found.costs.get("training")
+            sizes = (cost.saved_activations, result.saved, cost.peak, result.peak) if cost else (None,) * 4
+            cells = [by(found.downsample_factor), by(found.latent_shape), f"{found.parameters / 1e6:.2f} M"]
+            cells += map(memory, sizes)
+        rows.append([result.name, *cells, result.error or "good"])
     header = ["configuration", "factor", "latent", "parameters", "saved, estimated", "counted", "peak, estimated", "counted"]
-    rows = [
-        [
-            result.name,
-            by(result.downsample_factor),
-            by(result.latent_shape),
-            f"{result.parameters / 1e6:.2f} M",
-            memory(result.saved_estimated),
-            memory(result.saved_counted),
-            memory(result.peak_estimated),
-            memory(result.peak_counted),
-            result.error or "good",
-        ]
-        for result in results
-    ]
     return table([*header, "verdict"], rows)

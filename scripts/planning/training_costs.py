@@ -1,4 +1,4 @@
-"""The memory and operations that a training step needs, found by running it on fake tensors.
+"""What a training step needs, found by making it on fake tensors.
 
 The trainer makes the step with the real network, loss and optimizer under PyTorch's ``FakeTensorMode``: every operation is
 run, in the order and the data types of the real step, but tensors have no values. So a volume of any size takes a second and
@@ -7,7 +7,6 @@ no memory, and the result follows the training code when that changes.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,30 +15,19 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from ignite.engine import Events
-from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_map_only
 
 from scripts.bundle.machine import GIB, total_memory
-from scripts.planning.allocations import AllocationTracker, nbytes_of
-from scripts.planning.costs import Cost
+from scripts.planning.costs import AllocationTracker, Cost, SavedTensors, nbytes_of
 from scripts.planning.fake_tensors import casting_rules, fake_copy, fake_image, fake_tensors
-from scripts.planning.saved_tensors import LevelListener, SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
-from scripts.training.losses import Adversary, LossTerm
+from scripts.training.losses import Adversary
 from scripts.training.resumable_trainer import ResumableTrainer
 
-__all__ = ["FakeStep", "log_estimate", "step_cost", "training_cost"]
+__all__ = ["log_estimate", "step_cost", "training_cost"]
 
-PHASES = {
-    IterationEvents.FORWARD_COMPLETED: "loss",
-    IterationEvents.LOSS_COMPLETED: "backward",
-    IterationEvents.BACKWARD_COMPLETED: "optimizer",
-}
 logger = logging.getLogger(__name__)
 
 
@@ -48,14 +36,12 @@ def training_cost(
     spatial_size: Sequence[int],
     *,
     batch_size: int = 1,
-    amp_dtype: torch.dtype | None = torch.bfloat16,
     device: str = "cuda",
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.l1_loss,
-    loss_terms: dict[str, LossTerm] | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
-    accumulates: bool = False,
+    accumulation_steps: int = 1,
     discriminator: nn.Module | None = None,
     averaged: bool = False,
+    **kwargs: Any,
 ) -> Cost:
     """
     Cost of a step of :py:class:`scripts.training.AutoencoderTrainer`. Nothing is computed or allocated.
@@ -65,133 +51,84 @@ def training_cost(
             returning the reconstruction, ``z_mu`` and ``z_sigma``). It is not changed, and may be on the ``meta`` device.
         spatial_size: size of the volume or patch, voxels.
         batch_size: volumes per step.
-        amp_dtype: data type of mixed precision, None for none.
         device: ``"cuda"`` or ``"cpu"``, whose casting rules, optimizer and allocator are imitated. No such device is needed.
-        loss: function of reconstruction and image, ``BxCxHxWxD`` in float32.
-        loss_terms: further terms of the loss, by name.
         optimizer: makes an optimizer from parameters. The discriminator's is AdamW.
-        accumulates: gradients of an earlier batch are in memory while the batch runs (gradient accumulation).
+        accumulation_steps: batches of one step; with several, gradients of an earlier one are in memory during the last.
         discriminator: for adversarial training, MONAI's ``PatchDiscriminator`` or one with its interface.
-        averaged: an average of the weights, PyTorch's ``AveragedModel``, is kept.
+        averaged: whether an average of the weights, PyTorch's ``AveragedModel``, is kept.
+        kwargs: ``amp_dtype`` (bfloat16; None for none), ``loss_function`` and ``loss_terms`` of
+            :py:meth:`scripts.training.AutoencoderTrainer.of_images`.
 
     Raises:
         ValueError: for another device.
     """
     with fake_tensors():
-        network = fake_copy(network)
-        batches = 2 if accumulates else 1
-        image = fake_image(network, batch_size, spatial_size)
-        trainer = _FakeAutoencoderTrainer.of_images(
+        network, adversary = fake_copy(network), None
+        if discriminator is not None:
+            adversary = Adversary(fake_copy(discriminator), torch.optim.AdamW, num_steps=1, weight=1.0, warmup_epochs=0)
+        image, batches = fake_image(network, batch_size, spatial_size), min(2, accumulation_steps)
+        trainer = AutoencoderTrainer.of_images(
             [image] * batches,
             network,
             optimizer(network.parameters()),
-            amp_dtype=amp_dtype,
-            loss_function=loss,
-            loss_terms=loss_terms,
-            adversary=None if discriminator is None else _fake_adversary(discriminator),
+            adversary=adversary,
             accumulation_steps=batches,
+            **{"amp_dtype": torch.bfloat16, **kwargs},
         )
-        return step_cost(trainer, {Keys.IMAGE: image}, device, averaged, by_level=True)
+        return step_cost(trainer, {Keys.IMAGE: image}, device, averaged)
 
 
-def step_cost(trainer: FakeStep, batch: Mapping[str, Any], device: str, averaged: bool, by_level: bool = False) -> Cost:
+def step_cost(trainer: ResumableTrainer, batch: Mapping[str, Any], device: str, averaged: bool) -> Cost:
     """
-    Cost of a step of any trainer on fake tensors. To be called inside :py:func:`scripts.planning.fake_tensors.fake_tensors`.
+    Cost of a step of any trainer, which is made. To be called inside :py:func:`scripts.planning.fake_tensors.fake_tensors`.
 
     Args:
         trainer: trainer whose networks are fake.
         batch: batch that the step is made with, fake.
         device: see :py:func:`training_cost`.
         averaged: ditto.
-        by_level: whether to tell the levels of the trainer's network apart.
     """
-    tracker = AllocationTracker(device)
-    trainer.make_optimizer_states(device)
-    modules = [*trainer.modules, *([fake_copy(trainer.network)] if averaged else [])]
-    saved = SavedTensors(trainer.parameters)
-    levels = LevelListener(trainer.network, saved) if by_level else None
+    trainer.are_finite = lambda values: True  # type: ignore[method-assign]  # nothing else in a step reads values
+    trainer.scaler = torch.amp.GradScaler(enabled=False)  # an enabled one reads whether gradients are finite
+    trainer.state.epoch, trainer.state.iteration = 1, trainer.state.epoch_length  # whose end is a step of the optimizers
+    modules, optimizers, _ = zip(*trainer.trained_parts())
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    _make_states(optimizers, parameters, device)
+    if trainer.accumulation_steps == 1:
+        for parameter in parameters:
+            parameter.grad = None
+    held = [module.state_dict() for module in (*modules, *([fake_copy(trainer.network)] if averaged else []))]
+    states = [list(optimizer.state.values()) for optimizer in optimizers]
+
+    tracker, saved = AllocationTracker(device), SavedTensors(parameters)
+    if isinstance(trainer, AutoencoderTrainer):
+        saved.watch(trainer.network)
     saved.attach(trainer)
-    for event, phase in PHASES.items():
-        trainer.add_event_handler(event, setattr, tracker, "phase", phase)
-    with tracker, casting_rules(device), saved, levels.listening() if levels else contextlib.nullcontext():
-        tracker.track([module.state_dict() for module in modules], trainer.gradients, trainer.optimizer_states, batch)
-        trainer.make_last_step(batch)
+    with tracker, casting_rules(device), saved:
+        tracker.track(held, states, [parameter.grad for parameter in parameters], batch)
+        trainer.fire_event(Events.ITERATION_STARTED)
+        trainer._iteration(trainer, dict(batch))
     return tracker.cost(
-        sum(nbytes_of(module.state_dict()) for module in modules),
-        gradients=nbytes_of(trainer.gradients),
-        optimizer_state=nbytes_of(trainer.optimizer_states),
+        nbytes_of(held),
+        gradients=nbytes_of([parameter.grad for parameter in parameters]),
+        optimizer_state=nbytes_of(states),
         saved_activations=saved.nbytes,
-        levels=levels.costs() if levels else (),
+        levels=saved.levels if saved.level_of else {},
     )
 
 
-def _fake_adversary(discriminator: nn.Module) -> Adversary:
-    return Adversary(fake_copy(discriminator), torch.optim.AdamW, num_steps=1, weight=1.0, warmup_epochs=0)
+def _make_states(optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[nn.Parameter], device: str) -> None:
+    """Give optimizers the state that they have after a step."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if group.get("foreach", True) is None:  # left to PyTorch, which cannot tell the device of fake tensors
+                group["foreach"] = device == "cuda" and not group.get("fused")
+        optimizer.step()
 
 
-class FakeStep(ResumableTrainer):
-    """A trainer for a single step on fake tensors: it reads no values."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.scaler = torch.amp.GradScaler(enabled=False)  # an enabled one reads whether gradients are finite
-        self.state.epoch = 1
-
-    @staticmethod
-    def are_finite(values: list[torch.Tensor]) -> bool:
-        return True
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [module for module, _, _ in self.trained_parts()]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for module in self.modules for p in module.parameters() if p.requires_grad]
-
-    @property
-    def gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
-
-    @property
-    def optimizer_states(self) -> list[Any]:
-        return [dict(optimizer.state) for _, optimizer, _ in self.trained_parts()]
-
-    def make_optimizer_states(self, device: str) -> None:
-        """
-        Give the optimizers their state by a first step of one parameter of each shape; that of the others is alike.
-        Gradients remain where batches accumulate.
-        """
-        for _, optimizer, _ in self.trained_parts():
-            alike: dict[Any, list[nn.Parameter]] = {}
-            for index, group in enumerate(optimizer.param_groups):
-                if group.get("foreach", True) is None:  # left to PyTorch, which cannot tell the device of fake tensors
-                    group["foreach"] = device == "cuda" and not group.get("fused")
-                for parameter in group["params"]:
-                    alike.setdefault((index, parameter.shape), []).append(parameter)
-            for first, *_ in alike.values():
-                first.grad = torch.zeros_like(first)
-            optimizer.step()
-            for first, *others in alike.values():
-                for other in others:
-                    optimizer.state[other] = tree_map_only(torch.Tensor, torch.clone, optimizer.state[first])
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter) if self.accumulation_steps > 1 else None
-
-    def make_last_step(self, batch: Mapping[str, Any]) -> None:
-        """The last iteration of the epoch, which ends with a step of the optimizers."""
-        self.state.iteration = self.state.epoch_length
-        self.fire_event(Events.ITERATION_STARTED)
-        self._iteration(self, dict(batch))
-
-
-class _FakeAutoencoderTrainer(FakeStep, AutoencoderTrainer):
-    """The autoencoder's trainer for a single step on fake tensors."""
-
-
-def log_estimate(
-    trainer: AutoencoderTrainer, patch_size: Sequence[int], batch_size: int, average: AveragedModel | None = None
-) -> None:
+def log_estimate(trainer: AutoencoderTrainer, patch_size: Sequence[int], batch_size: int) -> None:
     """
     Log in one line the memory that a training step will need, and warn when the device has less.
 
@@ -199,22 +136,23 @@ def log_estimate(
         trainer: its network, losses, types of optimizers and mixed precision are used; it is not changed.
         patch_size: spatial size of a training patch, voxels.
         batch_size: patches per batch.
-        average: average of the weights, which takes as much memory as they do.
     """
-    device = trainer.state.device
+    device, optimizer = trainer.state.device, trainer.optimizer
+    accepted = inspect.signature(type(optimizer)).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
     try:
         cost = training_cost(
             _unwrapped(trainer.network),
             patch_size,
             batch_size=batch_size,
-            amp_dtype=trainer.autocast["dtype"] if trainer.amp else None,
             device="cpu" if device.type == "cpu" else "cuda",
-            loss=trainer.loss_function,
-            loss_terms=trainer.loss_terms,
-            optimizer=_maker(trainer.optimizer),
-            accumulates=trainer.accumulation_steps > 1,
+            optimizer=partial(type(optimizer), **settings),
+            accumulation_steps=trainer.accumulation_steps,
             discriminator=_unwrapped(trainer.adversary.discriminator) if trainer.adversary else None,
-            averaged=average is not None,
+            averaged=trainer.average is not None,
+            amp_dtype=trainer.autocast["dtype"] if trainer.amp else None,
+            loss_function=trainer.loss_function,
+            loss_terms=trainer.loss_terms,
         )
     except Exception as error:  # of any type, from private parts of PyTorch; training must start without an estimate too
         logger.warning(f"no estimate of the memory: {type(error).__name__}: {error}")
@@ -225,17 +163,8 @@ def log_estimate(
     )
     available = total_memory(device)
     if available is not None and cost.needed > available:
-        logger.warning(
-            f"{device} has {available / GIB:.1f} GiB, and training is estimated to need {cost.needed / GIB:.1f} GiB. "
-            f"`python -m scripts estimate --memory_gb {available / GIB:.0f}` with this configuration shows what would fit."
-        )
+        logger.warning(f"{device} has {available / GIB:.1f} GiB; training is estimated to need {cost.needed / GIB:.1f} GiB")
 
 
 def _unwrapped(network: nn.Module) -> nn.Module:
     return network.module if isinstance(network, DistributedDataParallel) else network
-
-
-def _maker(optimizer: torch.optim.Optimizer) -> Callable[..., torch.optim.Optimizer]:
-    """A function that makes optimizers of the same type, with the same settings."""
-    accepted = inspect.signature(type(optimizer)).parameters
-    return partial(type(optimizer), **{key: value for key, value in optimizer.defaults.items() if key in accepted})

@@ -9,41 +9,34 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import fire
-import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
-from scripts.bundle.files import content_hash, serialise, write_atomically
-from scripts.bundle.json_files import read_dataclass
-from scripts.bundle.machine import MIB
-from scripts.bundle.weights import load_weights
-from scripts.diffusion.generator import FOLDER, GeneratorDescription, load_generator
-from scripts.sharing.model_card import AutoencoderDescription, AutoencoderMetrics, GeneratorMetrics, write_card
+from scripts.bundle.files import write_atomically
+from scripts.bundle.text_table import summary_table
+from scripts.bundle.weights import load_weights, save_weights
+from scripts.diffusion.generator import FOLDER, load_autoencoder, load_generator
+from scripts.diffusion.statistics import ranges
 
-__all__ = ["AUTOENCODER", "share"]
+__all__ = ["share"]
 
 AUTOENCODER = "models"
-MAX_METRICS = 2**26  # bytes; an evaluation describes each sample
+# what is shared of an evaluation; the rest has paths and describes held-out volumes
+OF_RECONSTRUCTIONS = ("weights_sha256", "mean")
+OF_SAMPLES = ("weights_sha256", "training_volumes", "held_out_volumes", "notes", "sets")
+SETTINGS = (
+    *("num_samples", "seed", "val_fraction", "num_inference_steps", "solver"),
+    *("guidance_scale", "guidance_interval", "guide_sha256", "amp_dtype"),
+)
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What tells a generator's JSON file from an autoencoder's."""
-
-    latents: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """What is read of an evaluation of reconstructions."""
-
-    codecs: dict[str, AutoencoderMetrics]
 
 
 def share(run_dir: str, data_source: str = "", license: str = "", half: bool = True) -> str:
@@ -68,70 +61,65 @@ def share(run_dir: str, data_source: str = "", license: str = "", half: bool = T
             generator was trained for another autoencoder than that in ``models``.
     """
     weights = Path(run_dir, "checkpoints", "model.pt")
-    beside = weights.with_suffix(".json")
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"there are no weights at {weights}. `run_dir` is {run_dir}; set it to a training's `output_dir`."
-        )
-    if not beside.is_file():
-        raise FileNotFoundError(f"{weights} has no {beside.name} beside it, without which it is useless.")
-    evaluation = Path(run_dir, "evaluation", "metrics.json")
-    known: AutoencoderDescription | GeneratorDescription
-    if read_dataclass(beside, _Kind).latents is None:
-        known, folder = read_dataclass(beside, AutoencoderDescription), AUTOENCODER
-        network: Any = AutoencoderKL(**known.network)
-        load_weights(network, weights)
-        metrics = _metrics(evaluation, _Evaluation, known.sha256)
+    known = json.loads(weights.with_suffix(".json").read_text())
+    network: Any
+    if "latents" in known:
+        generator = load_generator(str(weights))
+        load_autoencoder(str(ROOT / AUTOENCODER / "model.pt"), generator.statistics)  # refuses another one
+        folder, network, statistics = FOLDER, generator.network, generator.statistics
     else:
-        known, folder = read_dataclass(beside, GeneratorDescription), FOLDER
-        network = load_generator(str(weights)).network
-        _refuse_other_autoencoder(known.latents.autoencoder.sha256)
-        metrics = _metrics(evaluation, GeneratorMetrics, known.sha256)
-    stored = _in_half_precision(network, weights) if half else weights.read_bytes()
-    known = replace(known, sha256=content_hash(stored), sha256_before=content_hash(weights.read_bytes()))
-    card = write_card(network, known, metrics, str(data_source), str(license))
-    content = {"model.json": json.dumps(asdict(known), indent=2).encode(), "README.md": card.encode(), "model.pt": stored}
-    if metrics is not None:
-        content["metrics.json"] = json.dumps(asdict(metrics), indent=2).encode()
+        folder, network, statistics = AUTOENCODER, AutoencoderKL(**known["network"]), None
+        load_weights(network, weights)
+    if half and not all(value.isfinite().all() for value in network.half().state_dict().values()):
+        raise ValueError(f"{weights} has weights above 65504, which half precision cannot hold. Set `half` to false.")
+    metrics = _metrics(Path(run_dir, "evaluation", "metrics.json"), known["sha256"])
     target = ROOT / folder
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "metrics.json").unlink(missing_ok=True)  # those of other weights
-    for name, each in content.items():
-        write_atomically(each, target / name)
+    for name in ("README.md", "metrics.json"):  # of other weights
+        (target / name).unlink(missing_ok=True)
+    save_weights(network, target / "model.pt", known)
+    if metrics is not None:
+        write_atomically(json.dumps(metrics, indent=2).encode(), target / "metrics.json")
+    card = TEMPLATES.get_template("autoencoder_card.md.jinja" if statistics is None else "generator_card.md.jinja")
+    text = card.render(
+        data_source=data_source,
+        example=_example(statistics) if statistics else {},
+        factors=statistics.factors if statistics else network.total_downsample_factor,
+        known=json.loads((target / "model.json").read_text()),
+        latents=statistics,
+        license=license,
+        metrics=metrics,
+        parameters=sum(each.numel() for each in network.parameters()),
+        ranges=ranges,
+        summary_table=summary_table,
+    )
+    write_atomically(f"{text}\n".encode(), target / "README.md")
     for name, value in (("data_source", data_source), ("license", license)):
         if not value:
             logger.warning(f"`{name}` is not given, and the card says so. Set --{name} before others use the weights.")
-    evaluated = "with its scores" if metrics else "not evaluated"
-    return f"{target}: {', '.join(sorted(content))}; {len(stored) / MIB:.1f} MiB of weights, {evaluated}"
+    return f"{target}: {', '.join(sorted(path.name for path in target.iterdir() if path.is_file()))}"
 
 
-def _in_half_precision(network: torch.nn.Module, weights: Path) -> bytes:
-    state = {name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()}
-    if not all(value.isfinite().all() for value in state.values()):
-        raise ValueError(f"{weights} has weights above 65504, which half precision cannot hold. Set `half` to false.")
-    return serialise(state)
-
-
-def _refuse_other_autoencoder(expected: str) -> None:
-    path = ROOT / AUTOENCODER / "model.pt"
-    found = content_hash(path.read_bytes()) if path.is_file() else "nothing"
-    if found != expected:
-        raise ValueError(
-            f"the generator needs the autoencoder whose SHA-256 begins with {expected[:12]}; that of {path} begins with "
-            f"{found[:12]}. Put model.pt and model.json of the autoencoder that encoded the training volumes into models/."
-        )
-
-
-def _metrics(path: Path, kind: Any, sha256: str) -> Any:
+def _metrics(path: Path, sha256: str) -> dict[str, Any] | None:
     """What may be shared of an evaluation; None without one of these weights."""
     if not path.is_file():
         logger.warning(f"there is no {path}: the card will have no scores.")
         return None
-    found = read_dataclass(path, kind, MAX_METRICS)
-    found = found.codecs["reconstruction"] if isinstance(found, _Evaluation) else found
-    if found.weights_sha256 != sha256:
+    found = json.loads(path.read_text())
+    found = found["codecs"]["reconstruction"] if "codecs" in found else found
+    if found["weights_sha256"] != sha256:
         logger.warning(f"{path} is of other weights and is left out. Evaluate again to have scores in the card.")
         return None
+    if "sets" not in found:
+        return {name: found[name] for name in OF_RECONSTRUCTIONS}
+    return {**{name: found[name] for name in OF_SAMPLES}, "settings": {name: found["settings"][name] for name in SETTINGS}}
+
+
+def _example(statistics: Any) -> dict[str, str | float]:
+    """A value of each condition that can be asked for: the most frequent class, or the mean."""
+    found: dict[str, str | float] = {}
+    for key, seen in statistics.conditions.keys.items():
+        classes = getattr(seen, "classes", None)
+        found[key] = max(classes, key=classes.get) if classes else float(f"{seen.mean:.3g}")
     return found
 
 

@@ -8,8 +8,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from scripts.diffusion.preconditioning import Denoiser
+from scripts.planning.costs import SavedTensors
 from scripts.planning.generator_estimates import GeneratorPlan, latent_batch, step_trainer
-from scripts.planning.saved_tensors import SavedTensors
 from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.resumable_trainer import ResumableTrainer, moving_average
 
@@ -38,8 +38,8 @@ def saved_in_a_step(
 def saved_in_a_generator_step(plan: GeneratorPlan) -> int:
     """Bytes that the second of two iterations of a generator's training on the CPU saves, with an average of the weights."""
     network = Denoiser(**plan.network.arguments)
-    trainer = step_trainer(ResumableTrainer, plan, network, [latent_batch(plan)] * 2)
-    trainer.average = AveragedModel(network, multi_avg_fn=moving_average(0.999))
+    average = AveragedModel(network, multi_avg_fn=moving_average(0.999))
+    trainer = step_trainer(plan, network, [latent_batch(plan)] * 2, average=average)
     return _saved_by(trainer, [network])
 
 

@@ -14,7 +14,7 @@ from scripts.__main__ import main
 from scripts.data.latents import read_description
 from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.training_data import latent_lists
-from scripts.planning.allocations import nbytes_of
+from scripts.planning.costs import nbytes_of
 from scripts.planning.generator_estimates import estimate_generator, plan_generator
 from scripts.planning.inference_costs import inference_cost
 from tests.conftest import ROOT
@@ -80,7 +80,7 @@ def test_latents_in_the_folder_tell_size_autoencoder_and_spatial_conditions(volu
     latents = encode(volumes, tmp_path / "latents", weights, spatial_keys=["label"])
     plan = plan_generator(CONFIG, dataset_dir=str(latents), spatial_keys=["label"], **SMALL)
     training = [read_description(Path(item["image"])) for item in latent_lists(str(latents), 0.1, 0)["training"]]
-    assert plan.spatial_size == tuple(max(n) for n in zip(*(each.preprocessed_shape for each in training)))
+    assert plan.volume.size == tuple(max(n) for n in zip(*(each.preprocessed_shape for each in training)))
     assert plan.autoencoder.arguments == {**plan.autoencoder.arguments, **training[0].network}
     assert plan.statistics.spatial == {"label": SpatialKind(tuple(range(1, 21)))}
     assert plan.network.arguments["spatial_channels"] == 5 * 8 + 1
@@ -103,12 +103,9 @@ def test_recommendation_lists_the_memory_of_the_generator(capsys):
 @pytest.mark.parametrize(
     "request_, words",
     [
-        (["--config_file", CONFIG, "--dataset_dir", "nowhere"], "An estimate before `encoding` needs `spatial_size`"),
-        (["--config_file", CONFIG, "--autoencoder", PRESET], "set `spatial_size` too"),
-        ([*SIZED, "--volume_size", "64"], "`volume_size` is for an autoencoder"),
-        (["--autoencoder", PRESET], "`autoencoder` is for the config of a generator"),
-        (["--num_classes", "4"], "`num_classes` is for the config of a generator"),
-        (["--config_file", CONFIG, "--num_classes", "4"], "`num_classes` is set: set `spatial_size` too"),
+        (["--config_file", CONFIG, "--dataset_dir", "nowhere"], "`dataset_dir` is 'nowhere'"),
+        (["--config_file", CONFIG, "--autoencoder", PRESET], "need `spatial_size`"),
+        (["--config_file", CONFIG, "--num_classes", "4"], "need `spatial_size`"),
         ([*SIZED, "--spatial_keys", "['label']"], "label map 'label' needs a number of classes"),
         ([*SIZED, "--num_classes", "4"], "`spatial_keys` is [] and `num_classes` is 4"),
         ([*SIZED, "--batch_size", "0"], "`batch_size`"),

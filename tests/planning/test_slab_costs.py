@@ -7,8 +7,8 @@ import torch
 
 from scripts.__main__ import main
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.planning import slab_costs
-from scripts.planning.slab_costs import least_slab_cost, slab_cost
+from scripts.planning import inference_costs
+from scripts.planning.inference_costs import least_slab_cost, slab_cost
 from tests.conftest import ROOT
 from tests.test_autoencoderkl import build
 
@@ -28,7 +28,7 @@ def test_slabs_that_are_left_out_change_neither_peak_nor_number(network, operati
         run.slabs += 1
         return stop
 
-    monkeypatch.setattr(slab_costs._FakeRun, "_next_start", every)
+    monkeypatch.setattr(inference_costs._FakeRun, "_next_start", every)
     assert slab_cost(network, SIZE, 1e-3, operation=operation) == short
 
 

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from monai.bundle import ConfigParser, run
+from monai.bundle import ConfigParser, download, download_large_files, run
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from scipy.ndimage import gaussian_filter
 
-from scripts.sharing.release import NAME
+from scripts.sharing.release import NAME, build_release
 from tests.conftest import ROOT, save_volume
 from tests.inference.test_exported_networks import documented_python
 
@@ -61,9 +61,7 @@ assert flow.check_properties() == []
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    said = run_python(
-        ROOT, "-m", "scripts.sharing.release", "--output_dir", str(folder), "--url", f"file://{folder}/{NAME}/"
-    )
+    said = build_release(str(folder), f"file://{folder}/{NAME}/")
     [path] = folder.iterdir()
     assert str(path) in said and hashlib.sha256(path.read_bytes()).hexdigest() in said
     return path
@@ -73,7 +71,7 @@ def archive(tmp_path_factory) -> Path:
 def downloaded(archive, tmp_path_factory) -> Path:
     """The bundle as ``monai.bundle download`` leaves it in an empty folder."""
     folder = tmp_path_factory.mktemp("empty")
-    run_python(folder, "-m", "monai.bundle", "download", "--name", NAME, "--bundle_dir", ".", "--url", f"file://{archive}")
+    download(NAME, bundle_dir=str(folder), url=f"file://{archive}")
     return folder / NAME
 
 
@@ -185,12 +183,12 @@ def test_card_of_the_hub_is_the_model_card_with_a_header_that_the_hub_shows(uplo
 
 def test_files_that_a_zoo_keeps_out_of_git_are_downloaded(downloaded, archive, tmp_path):
     shutil.unpack_archive(archive, archive.parent)  # at the address
-    names = [line.split('"')[1] for line in (downloaded / "large_files.yml").read_text().splitlines() if "path:" in line]
+    names = [each["path"] for each in yaml.safe_load((downloaded / "large_files.yml").read_text())["large_files"]]
     assert {"models/model.pt", "models/model.ts", "models/generator/model.pt"} <= set(names)
     shutil.copytree(downloaded, tmp_path / NAME)
     for name in names:
         (tmp_path / NAME / name).unlink()
-    run_python(tmp_path, "-m", "monai.bundle", "download_large_files", "--bundle_path", NAME)
+    download_large_files(str(tmp_path / NAME))
     for name in names:
         assert (tmp_path / NAME / name).read_bytes() == (downloaded / name).read_bytes()
 

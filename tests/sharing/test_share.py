@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import verify_metadata, verify_net_in_out
+from monai.bundle import verify_net_in_out
 
 from scripts.bundle.files import content_hash
 from scripts.bundle.weights import save_weights
@@ -24,7 +24,6 @@ from scripts.sharing.share import share
 from tests.conftest import ROOT, save_volume
 from tests.diffusion.runs import KEYS, encode, generate, make_weights, workflow
 from tests.sharing.test_release import run_python
-from tests.test_model_zoo import SCHEMA
 
 TORCHSCRIPT = release._torchscript
 SHARE = 0.3  # of the volumes that are held out: two of seven
@@ -69,7 +68,7 @@ def bundle(folder, tmp_path, monkeypatch) -> Path:
     bundle = shutil.copytree(folder / "bundle", tmp_path / NAME)
     for module in (sharing, release):
         monkeypatch.setattr(module, "ROOT", bundle)
-    monkeypatch.setattr(release, "_torchscript", lambda metadata: b"")  # it takes long, and is not of the generator
+    monkeypatch.setattr(release, "_torchscript", lambda: b"")  # it takes long, and is not of the generator
     return bundle
 
 
@@ -80,10 +79,8 @@ def text_of(bundle: Path, *names: str) -> str:
 def test_shared_generator_is_released_downloaded_and_makes_the_same_samples(folder, bundle, tmp_path):
     build_release(str(tmp_path / "without"))
     assert "README.md, metrics.json, model.json, model.pt" in share(str(folder / "run"))
-    said = build_release(str(tmp_path / "dist"))
+    build_release(str(tmp_path / "dist"))
     (archive,) = (tmp_path / "dist").iterdir()
-    size = sum(path.stat().st_size for path in (bundle / "models/generator").iterdir()) / 2**20
-    assert f"; {size:.1f} MiB of it are the generator in models/generator" in said
     zipfile.ZipFile(archive).extractall(tmp_path / "downloaded")
     downloaded = tmp_path / "downloaded" / NAME
     shutil.copytree(folder / "latents", tmp_path / "downloaded" / "latents")
@@ -98,37 +95,21 @@ def test_shared_generator_is_released_downloaded_and_makes_the_same_samples(fold
     sums = dict(reversed(line.split("  ")) for line in (downloaded / "models/SHA256SUMS").read_text().splitlines())
     assert sums["generator/model.pt"] == content_hash((bundle / "models/generator/model.pt").read_bytes())
     without = zipfile.ZipFile(next((tmp_path / "without").iterdir()))
-    assert without.read(f"{NAME}/configs/metadata.json") == (ROOT / "configs/metadata.json").read_bytes()
     assert not [name for name in without.namelist() if name.startswith(f"{NAME}/models/generator")]
 
 
-def test_metadata_of_the_release_follows_the_schema_and_the_network(folder, bundle, tmp_path):
+def test_shared_network_takes_and_gives_what_monai_verifies(folder, bundle):
     share(str(folder / "run"))
-    build_release(str(tmp_path / "dist"))
-    zipfile.ZipFile(next((tmp_path / "dist").iterdir())).extractall(tmp_path / "downloaded")
-    root = tmp_path / "downloaded" / NAME
-    path = root / "configs/metadata.json"
-    metadata = json.loads(path.read_text())
-    if SCHEMA.is_file():
-        shutil.copy(SCHEMA, tmp_path / "schema.json")  # an existing file is not downloaded
-        verify_metadata(meta_file=str(path), filepath=str(tmp_path / "schema.json"))
-    sets = json.loads((folder / "run/evaluation/metrics.json").read_text())["sets"]
-    assert metadata["eval_metrics"]["generator"]["samples"]["ms_ssim"] == sets["samples"]["ms_ssim"]
-    assert (
-        metadata["eval_metrics"]["mni152_t1"]
-        == json.loads((ROOT / path.relative_to(root)).read_text())["eval_metrics"]["mni152_t1"]
-    )
-    found = metadata["generator_data_format"]
-    known = {"time": torch.tensor([0.5]), "context": torch.zeros(1, found["inputs"]["context"]["num_channels"])}
-    known["extent"] = torch.ones(1, found["inputs"]["extent"]["num_channels"])
-    keys = {"device": "cpu", "n": 2, "extra_forward_args": known, "ckpt_dir": str(root / "models/generator")}
-    keys["_meta_#network_data_format"] = found  # the tool looks at this one
-    verify_net_in_out("network_def", meta_file=str(path), config_file=str(root / "configs/generate.json"), **keys)
-    shutil.rmtree(bundle / "models/generator")  # a downloaded bundle whose generator was removed
-    shutil.copy(path, bundle / "configs/metadata.json")
-    build_release(str(tmp_path / "again"))
-    without = json.loads(zipfile.ZipFile(next((tmp_path / "again").iterdir())).read(f"{NAME}/configs/metadata.json"))
-    assert without == json.loads((ROOT / "configs/metadata.json").read_text())
+    models = bundle / "models/generator"
+    arguments = json.loads((models / "model.json").read_text())["network"]
+    latent = {"type": "latent", "format": "latent", "num_channels": arguments["latent_channels"], "dtype": "float32"}
+    latent |= {"spatial_shape": ["4*n"] * 3, "value_range": [], "is_patch_data": False, "channel_def": {"0": "latent"}}
+    given = {"time": torch.tensor([0.5]), "context": torch.zeros(1, arguments["condition_size"]), "extent": torch.ones(1, 3)}
+    keys = {"device": "cpu", "n": 2, "extra_forward_args": given, "ckpt_dir": str(models)}
+    keys["_meta_#network_data_format"] = {"inputs": {"image": latent}, "outputs": {"pred": latent}}
+    configs = bundle / "configs"
+    files = {"meta_file": str(configs / "metadata.json"), "config_file": str(configs / "generate.json")}
+    verify_net_in_out("network_def", **files, **keys)
 
 
 def test_card_says_what_the_run_recorded(folder, bundle):
@@ -217,7 +198,7 @@ def changed_run(folder: Path, to: Path, by: float = 1.0) -> Path:
 
 def test_evaluation_of_other_weights_is_left_out(folder, bundle, tmp_path, caplog):
     share(str(folder / "run"))
-    assert "not evaluated" in share(str(changed_run(folder, tmp_path / "run")), license="CC0-1.0")
+    assert "README.md, model.json, model.pt" in share(str(changed_run(folder, tmp_path / "run")), license="CC0-1.0")
     assert "is of other weights and is left out" in caplog.text
     said = caplog.text.rpartition("left out")[2]
     assert "`data_source` is not given" in said and "`license` is not given" not in said
@@ -225,32 +206,24 @@ def test_evaluation_of_other_weights_is_left_out(folder, bundle, tmp_path, caplo
     card = text_of(bundle, "README.md")
     assert "Not evaluated." in card and "has not been measured" in card and "Steps:" not in card
     assert "Source: not stated" in card and not re.search(r"\n\n\n|\bNone\b", card)
-    build_release(str(tmp_path / "dist"))
-    with zipfile.ZipFile(next((tmp_path / "dist").iterdir())) as archive:
-        assert "generator" not in json.loads(archive.read(f"{NAME}/configs/metadata.json"))["eval_metrics"]
 
 
 def test_what_does_not_belong_together_is_refused(folder, bundle, tmp_path):
     run = shutil.copytree(folder / "run", tmp_path / "run")
     (run / "checkpoints/model.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no model\.json beside it"):
+    with pytest.raises(FileNotFoundError, match=r"model\.json"):
         share(str(run))
     shutil.copytree(changed_run(folder, tmp_path / "other") / "checkpoints", run / "checkpoints", dirs_exist_ok=True)
     shutil.copy(folder / "run/checkpoints/model.json", run / "checkpoints/model.json")
     with pytest.raises(ValueError, match="is not the file that .* describes"):
         share(str(run))
-    with pytest.raises(FileNotFoundError, match=r"there are no weights at .*nowhere.*\. `run_dir` is .*nowhere;"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         share(str(tmp_path / "nowhere"))
     share(str(folder / "run"))
-    (bundle / "models/generator/README.md").rename(tmp_path / "README.md")
-    with pytest.raises(FileNotFoundError, match=r"README\.md is missing.*scripts\.sharing\.share"):
-        build_release(str(tmp_path))
-    (tmp_path / "README.md").rename(bundle / "models/generator/README.md")
     make_weights(bundle / "models", seed=1)
-    with pytest.raises(ValueError, match="was made for another autoencoder"):
-        build_release(str(tmp_path))
-    with pytest.raises(ValueError, match=r"the generator needs the autoencoder .* begins with"):
-        share(str(folder / "run"))
+    for make in (lambda: build_release(str(tmp_path)), lambda: share(str(folder / "run"))):
+        with pytest.raises(ValueError, match="is not the one that the generator was trained with"):
+            make()
 
 
 def test_half_precision_is_the_nearest_to_the_weights_unless_it_cannot_hold_them(folder, bundle, tmp_path):
@@ -259,7 +232,6 @@ def test_half_precision_is_the_nearest_to_the_weights_unless_it_cannot_hold_them
     shared, own = (load_generator(str(each)).network.state_dict() for each in (path, run))
     assert all(torch.equal(shared[name], value.half().float()) for name, value in own.items())
     assert path.stat().st_size < 0.75 * run.stat().st_size
-    assert json.loads(text_of(bundle, "model.json"))["sha256_before"] == content_hash(run.read_bytes())
     share(str(folder / "run"), half=False)
     assert path.read_bytes() == run.read_bytes()
     large = changed_run(folder, tmp_path / "large", 1e5)
@@ -276,7 +248,7 @@ def test_autoencoder_is_shared_with_a_card(bundle, tmp_path, monkeypatch):
     (tmp_path / "run/evaluation").mkdir()
     (tmp_path / "run/evaluation/metrics.json").write_text(json.dumps(means))
     said = share(str(tmp_path / "run"), data_source="seven ellipsoids", license="CC0-1.0")
-    assert "README.md, metrics.json, model.json, model.pt" in said and "with its scores" in said
+    assert "README.md, metrics.json, model.json, model.pt" in said
     shared, own = (torch.load(path, weights_only=True) for path in (bundle / "models/model.pt", weights))
     assert all(torch.equal(shared[name], value.half()) for name, value in own.items())
     stored = json.loads((bundle / "models/model.json").read_text())

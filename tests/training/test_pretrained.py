@@ -13,7 +13,7 @@ from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.weights import load_weights, save_weights
-from scripts.planning.plans import read_plan
+from scripts.planning.estimates import read_plan
 from scripts.training.pretrained import load_pretrained
 from tests.conftest import ROOT, save_volume
 from tests.test_autoencoderkl import as_generative_models
