@@ -163,9 +163,9 @@ def test_card_says_what_guided_the_samples(folder, bundle, tmp_path):
     workflow(("train_diffusion.json", "evaluate_diffusion.json"), "evaluating", "train", **paths, **keys).run()
     share(str(run))
     card, sha256 = text_of(bundle, "README.md"), json.loads((guide / "model.json").read_text())["sha256"]
-    assert "`guidance_scale` 2.0 at times from 0.0 to 0.6.\n" in card
+    assert "`guidance_scale` 2 at times from 0.0 to 0.6.\n" in card
     assert f"guided this one: its weights, of which the SHA-256 begins with {sha256[:12]}, are not in this bundle." in card
-    assert '--guidance_scale 2.0 --guidance_interval "[0.0, 0.6]" --guide GUIDE\n' in card
+    assert '--guidance_scale 2 --guidance_interval "[0.0, 0.6]" --guide GUIDE\n' in card
     assert not re.search(r"\n\n\n|\{[{%]|\bNone\b", card) and str(tmp_path) not in text_of(
         bundle, "README.md", "metrics.json"
     )
@@ -222,7 +222,7 @@ def test_what_does_not_belong_together_is_refused(folder, bundle, tmp_path):
     share(str(folder / "run"))
     make_weights(bundle / "models", seed=1)
     for make in (lambda: build_release(str(tmp_path)), lambda: share(str(folder / "run"))):
-        with pytest.raises(ValueError, match="is not the one that the generator was trained with"):
+        with pytest.raises(ValueError, match="is not that of the latents"):
             make()
 
 
