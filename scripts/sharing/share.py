@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
-from scripts.bundle.files import write_atomically
+from scripts.bundle.files import file_hash, write_atomically
 from scripts.bundle.text_table import summary_table
 from scripts.bundle.weights import load_weights, save_weights
 from scripts.diffusion.generator import FOLDER, load_autoencoder, load_generator
@@ -77,6 +77,7 @@ def share(run_dir: str, data_source: str = "", license: str = "", half: bool = T
     for name in ("README.md", "metrics.json"):  # of other weights
         (target / name).unlink(missing_ok=True)
     save_weights(network, target / "model.pt", known)
+    file_hash.cache_clear()  # the file was replaced
     if metrics is not None:
         write_atomically(json.dumps(metrics, indent=2).encode(), target / "metrics.json")
     card = TEMPLATES.get_template("autoencoder_card.md.jinja" if statistics is None else "generator_card.md.jinja")

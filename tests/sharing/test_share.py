@@ -14,7 +14,7 @@ import pytest
 import torch
 from monai.bundle import verify_net_in_out
 
-from scripts.bundle.files import content_hash
+from scripts.bundle.files import content_hash, file_hash
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.generator import describe, load_generator
 from scripts.sharing import release
@@ -221,6 +221,7 @@ def test_what_does_not_belong_together_is_refused(folder, bundle, tmp_path):
         share(str(tmp_path / "nowhere"))
     share(str(folder / "run"))
     make_weights(bundle / "models", seed=1)
+    file_hash.cache_clear()
     for make in (lambda: build_release(str(tmp_path)), lambda: share(str(folder / "run"))):
         with pytest.raises(ValueError, match="is not that of the latents"):
             make()
