@@ -25,7 +25,6 @@ from tests.conftest import ROOT, save_volume
 from tests.diffusion.runs import KEYS, encode, generate, make_weights, workflow
 from tests.sharing.test_release import run_python
 
-TORCHSCRIPT = release._torchscript
 SHARE = 0.3  # of the volumes that are held out: two of seven
 # what a user does in the downloaded bundle
 WORK = """
@@ -240,8 +239,7 @@ def test_half_precision_is_the_nearest_to_the_weights_unless_it_cannot_hold_them
         share(str(large))
 
 
-def test_autoencoder_is_shared_with_a_card(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(release, "_torchscript", TORCHSCRIPT)
+def test_autoencoder_is_shared_with_a_card(bundle, tmp_path):
     weights = make_weights(tmp_path / "run/checkpoints", seed=2)
     known = json.loads(weights.with_suffix(".json").read_text())
     means = {"weights_sha256": known["sha256"], "mean": {"psnr": 31.25, "ssim": None}}
