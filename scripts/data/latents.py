@@ -31,7 +31,7 @@ from scripts.bundle.network_arguments import NetworkArguments, total_downsample_
 from scripts.bundle.processes import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import check_arguments
-from scripts.data.file_names import output_path, stays_inside, without_ending
+from scripts.data.file_names import is_nifti, output_path, stays_inside, without_ending
 from scripts.data.restored_volumes import (
     Record,
     clipped_shares,
@@ -363,7 +363,8 @@ def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: when there are no latents.
     """
-    found = sorted(str(path) for path in visible_files(dataset_dir, EVERY_NIFTI) if not OF_CONDITION.search(path.name))
+    files = (str(path) for path in visible_files(dataset_dir, EVERY_NIFTI))
+    found = sorted(file for file in files if is_nifti(file) and not OF_CONDITION.search(file))
     if not found:
         raise FileNotFoundError(f"there is no latent below `dataset_dir` {dataset_dir!r}; encode first.")
     counts = Counter(without_ending(path.replace(OWN, ".nii.gz")) for path in found)

@@ -206,6 +206,7 @@ def test_latent_of_another_program_is_decoded_in_its_own_place(encoded, latents,
     own = nib.load(latents / f"{NAME}.nii.gz")
     for name in ("sample.nii.gz", "head.nii.gz"):
         nib.save(nib.Nifti1Image(own.get_fdata(dtype=np.float32), own.affine), latents / name)
+    (latents / "other_latent.nii.gz.unfinished").touch()  # of a run that was killed
     items = find_latents(str(latents))
     assert [(Path(item["image"]).name, item["keep_ending"]) for item in items] == [
         ("head.nii.gz", True),  # the volume of the other latent has the name already

@@ -15,6 +15,7 @@ from nibabel.processing import resample_from_to
 from scripts.data import LoadSpatiald
 from scripts.data.grids import Grid, on_grid, preprocessed_grid
 from scripts.data.restored_volumes import record_of
+from scripts.data.spatial_conditions import learn_kinds
 from scripts.data.spatial_kinds import SpatialKind, labels_in
 from tests.conftest import head_like
 
@@ -232,3 +233,24 @@ def test_what_is_no_label_map_of_the_classes_is_refused_by_name(tmp_path, values
     save(tmp_path / "label.nii", values)
     with pytest.raises(ValueError, match=rf"label\.nii {words}"):
         load(tmp_path, {"label": SpatialKind(CLASSES)}, image)
+
+
+def test_classes_are_those_of_all_label_maps_that_can_be_read(tmp_path, caplog):
+    save(tmp_path / "a.nii", labels())
+    save(tmp_path / "b.nii", np.full(SHAPE, 12, np.uint8))
+    (tmp_path / "c.nii").write_text("no volume")
+    items = [{"image": "", "spatial": {"seg": str(tmp_path / f"{name}.nii")}} for name in "abc"]
+    kinds = learn_kinds([*items, {"image": "", "spatial": {}}], ["seg", "t2"], ["seg"])
+    assert kinds == {"seg": SpatialKind((*CLASSES, 12)), "t2": SpatialKind()}
+    assert "c.nii cannot be read to its end" in caplog.text
+    with pytest.raises(ValueError, match="the label maps 'seg' have 0 labels beside 0"):
+        learn_kinds(items[2:], ["seg"], ["seg"])
+
+
+def test_keys_of_kinds_are_among_the_spatial_keys():
+    with pytest.raises(ValueError, match="`label_keys` has 'seg', which is not among `spatial_keys`"):
+        learn_kinds([], ["t2"], ["seg"])
+    with pytest.raises(ValueError, match="`spatial_ranges` has 't1'"):
+        learn_kinds([], ["t2"], spatial_ranges={"t1": [0, 1]})
+    with pytest.raises(ValueError, match="`intensity_range` is .* must be two numbers with the lower one first"):
+        learn_kinds([], ["t2"], spatial_ranges={"t2": [3, 1]})
