@@ -138,8 +138,7 @@ def test_unet_has_the_parameters_and_results_of_monais():
         assert torch.allclose(ours(x, time, context), expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", ["gain", "x", "v"])
-@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("spatial_dims, prediction", [(2, "gain"), (3, "gain"), (3, "x"), (3, "v")])
 def test_compiled_it_predicts_the_same_at_other_sizes_too(prediction, spatial_dims):
     settings = {"channels": [8, 16], "attention_levels": [True, True], "norm_num_groups": 4, "num_head_channels": 8}
     network = Denoiser(spatial_dims, 4, 5, prediction=prediction, **settings).eval()
