@@ -95,6 +95,8 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda",
     """
     parser = read_config(config_file, device, MADE_LATER, **overrides)
     get = parser.get_parsed_content
+    if "network_def" not in parser:
+        raise ValueError(f"{config_file} has no `network_def`; a preset goes after a config, in a list.")
     build = get("network_def")
     if not issubclass(made := getattr(build, "func", build), AutoencoderKL):
         raise ValueError(f"`network_def` is {made.__name__}; the planner needs scripts.autoencoderkl.AutoencoderKL.")

@@ -257,6 +257,7 @@ def test_json_holds_the_estimate(capsys):
         ("recommend --spatial_size 64 --memory_gb -1", "`memory_gb` is -1"),
         ("recommend --spatial_size 64 --spacing [1,0,1]", "`spacing[1]` is 0"),
         ("estimate --config_file nowhere.json", "nowhere.json"),
+        ("estimate --config_file configs/presets/16x.json", "has no `network_def`"),
         ("estimate --network_def#_target_ monai.networks.nets.UNet", "is UNet"),
         ("estimate --chanels [4,8]", "no config key 'chanels'"),
         ("estimate --channels [4,8]", "need 1, one between two levels"),
