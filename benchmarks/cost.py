@@ -24,7 +24,7 @@ from benchmarks.tables import described, print_table
 from scripts.bundle.machine import MIB
 from scripts.bundle.precision import autocast_dtype, choose_precision
 from scripts.planning.costs import SavedTensors
-from scripts.training.autoencoder_trainer import AutoencoderTrainer
+from scripts.training.trainer import AutoencoderTrainer
 
 REPEATS = 3
 SWITCHED = "initial 2, [4,2]"

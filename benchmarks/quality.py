@@ -53,8 +53,8 @@ from scripts.evaluation.metrics import (
 from scripts.evaluation.pictures import draw_reconstruction
 from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.training_costs import training_cost
-from scripts.training import InitialWeights, RepeatableOrder, RunState
-from scripts.training.handlers import CODE_PATCHES, NEIGHBOUR_PATCHES
+from scripts.training import InitialWeights, RepeatableOrder, TrainingSaver
+from scripts.training.initial_weights import CODE_PATCHES, NEIGHBOUR_PATCHES
 from scripts.training.repeatable_batches import training_patches
 
 RESULTS = Path("eval/quality")
@@ -116,8 +116,8 @@ def train(
     machine = described(device, computing_dtype(get("amp"), get("amp_dtype")))
     print(machine, flush=True)
     trainer = get("train#trainer")
-    state = RunState(get("network_def"), {}, evaluator=None)
-    InitialWeights(state, "", average=get("average"), fit_shortcut=True).attach(trainer)
+    saver = TrainingSaver("", get("network_def"), {}, evaluator=None)
+    InitialWeights(saver, average=get("average"), fit_shortcut=True).attach(trainer)
     RepeatableOrder().attach(trainer)
     Budget(60 * minutes, device).attach(trainer)
     trainer.run()

@@ -13,7 +13,7 @@ from scripts.inference.streaming import StreamingInferer
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock
 from scripts.planning.costs import SavedTensors
 from scripts.planning.training_costs import training_cost
-from scripts.training.autoencoder_trainer import AutoencoderTrainer
+from scripts.training.trainer import AutoencoderTrainer
 from tests.inference.test_streaming import CONFIGURATIONS, network_and_image
 from tests.layers.test_lean_blocks import pair
 

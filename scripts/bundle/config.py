@@ -14,15 +14,14 @@ from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
-from scripts.bundle.json_files import Count, Must, PositiveFloat, PositiveInt, Share, checked
+from scripts.bundle.json_files import Count, Must, PositiveInt, checked
 
-__all__ = ["ROOT", "check_config", "check_parser", "executed_config"]
+__all__ = ["CONFIGS", "ROOT", "check_config", "check_parser", "executed_config", "has_expression"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # wherever the run was started, and whatever `bundle_root` says
 CONFIGS = ROOT / "configs"
 NOT_CONFIGS = ("metadata.json", "mlflow.json")
 MLFLOW: Any = DEFAULT_MLFLOW_SETTINGS["configs"]  # keys that `--tracking` adds
-ADDED_BY_MONAI = {ConfigParser.meta_key, *MLFLOW}
 WORDS = {"true": True, "false": False, "null": None}  # JSON's, which the command line takes for text
 PATHS = (
     *("dataset_dir", "further_dir", "output_dir", "run_dir", "ckpt_dir", "cache_dir", "evaluation_dir"),
@@ -30,9 +29,6 @@ PATHS = (
 )
 FilePath = Annotated[str, Must("a path", len)]
 Amount = Annotated[float, Must("a number from 0 on", lambda x: x >= 0)]
-Range = Annotated[
-    tuple[float, float], Must("a list of two numbers with the lower one first", lambda pair: pair[0] < pair[1])
-]
 SpatialKey = Annotated[
     str,
     Must(
@@ -42,25 +38,14 @@ SpatialKey = Annotated[
 ]
 SpatialKeys = Annotated[list[SpatialKey], Must("a list of different names", lambda names: len({*names}) == len(names))]
 KINDS: dict[str, Any] = {  # of the keys of which their default does not say it
-    **dict.fromkeys(PATHS, FilePath),
-    **dict.fromkeys(("further_dir", "guide", "perceptual_weights_file"), FilePath | None),
+    **dict.fromkeys(PATHS, FilePath | None),
     "pretrained": bool | FilePath,
     "use_checkpoint": bool | list[bool],
     "amp": bool,
-    **dict.fromkeys(("num_workers", "adv_warmup_epochs", "view_worst", "view_nearest"), Count),
+    **dict.fromkeys(("adv_warmup_epochs", "view_worst", "view_nearest"), Count),
     **dict.fromkeys(("repeats", "further_repeats", "head_patches", "procedural_volumes"), Count),
-    "subject_pattern": str | None,
     **dict.fromkeys(("spatial_keys", "label_keys"), SpatialKeys),
-    "spatial_ranges": dict[str, Range | None],
-    **dict.fromkeys(("lr", "adv_lr"), PositiveFloat),
-    "ckpt_minutes": Amount,
-    **dict.fromkeys(("val_fraction", "ema_decay", "cache_rate", "condition_dropout", "latent_gamma"), Share),
-    **dict.fromkeys(("memory_gb", "timestep_shift"), PositiveFloat | None),
     **dict.fromkeys(("initial_downsample_factor", "num_res_blocks", "patch_size"), PositiveInt | list),
-    "spatial_size": PositiveInt | list | None,
-    "spacing": PositiveFloat | list | None,
-    "intensity_percentiles": Range,
-    "intensity_range": Range | None,
 }
 
 
@@ -86,16 +71,19 @@ def check_parser(parser: ConfigParser) -> None:
     """
     defaults = _bundle_defaults()
     config: dict[str, Any] = parser.get()
-    _refuse_unknown_keys(config, defaults)
+    known = {ConfigParser.meta_key, *MLFLOW, *defaults, *(id.split(ReferenceResolver.sep)[0] for id in _references(config))}
+    for key in config.keys() - known:
+        nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no config key {key!r}; the nearest one is {nearest!r}.")
     for key in config.keys() & defaults.keys():
         value = _meant(config[key], defaults[key], is_path=key in PATHS)
         if value != config[key] or type(value) is not type(config[key]):  # the item as well, which has been parsed already
             config[key] = value
             parser.ref_resolver.items[key].update_config(value)
-        if _has_expression(value):
+        if has_expression(value):
             continue
         if key in PATHS and ReferenceResolver.sep in str(value):
-            raise ValueError(f"`{key}` is {value!r}: MONAI makes '::' of a '#'; rename that folder, or make a link to it.")
+            raise ValueError(f"`{key}` is {value!r}: a path must have no '#', of which MONAI makes '::'.")
         checked(value, KINDS.get(key, _kind_of(defaults[key])), key)
 
 
@@ -105,12 +93,17 @@ def executed_config() -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in config.items() if key != ConfigParser.meta_key}, default=str))
 
 
+def _calling_parser() -> ConfigParser:
+    """The parser that evaluates the calling expression. MONAI hands it no reference, so look for it on the stack."""
+    frames = (info.frame for info in inspect.stack(context=0))
+    return next(found for frame in frames if isinstance(found := frame.f_locals.get("self"), ConfigParser))
+
+
 def _bundle_defaults() -> dict[str, Any]:
     """The keys of the bundle's configs with their values; of those of which overlays change a part, an empty dictionary."""
-    files = [path for path in sorted(CONFIGS.glob("*.json")) if path.name not in NOT_CONFIGS]
     defaults: dict[str, Any] = {}
-    for path in files:
-        for key, value in ConfigParser.load_config_file(path).items():
+    for path in sorted(CONFIGS.glob("*.json")):
+        for key, value in ConfigParser.load_config_file(path).items() if path.name not in NOT_CONFIGS else ():
             name = key.split("#")[0].lstrip("+")
             defaults.setdefault(name, value if name == key else {})
     return defaults
@@ -120,7 +113,7 @@ def _meant(value: Any, default: Any, is_path: bool) -> Any:
     """What a value from the command line means."""
     if isinstance(value, list):
         return [_meant(each, None, is_path=False) for each in value]
-    is_text = isinstance(default, str) and not _has_expression(default) and not is_path
+    is_text = isinstance(default, str) and not has_expression(default) and not is_path
     if isinstance(value, str) and not is_text and value.lower() in WORDS:
         return WORDS[value.lower()]
     if is_path and isinstance(value, (str, os.PathLike)):
@@ -128,38 +121,20 @@ def _meant(value: Any, default: Any, is_path: bool) -> Any:
     return str(value) if is_path and type(value) is int else value  # a folder called 2024
 
 
-def _has_expression(value: Any) -> bool:
+def has_expression(value: Any) -> bool:
     """Whether a value is known only when the config is evaluated."""
     if isinstance(value, (dict, list)):
-        return any(map(_has_expression, value.values() if isinstance(value, dict) else value))
+        return any(map(has_expression, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and value[:1] in ("$", "@", "%")
 
 
 def _kind_of(default: Any) -> Any:
     """The annotation of a key by its default value."""
-    if default is None or isinstance(default, dict) or _has_expression(default):
+    if default is None or isinstance(default, dict) or has_expression(default):
         return Any
     if isinstance(default, int) and not isinstance(default, bool):
         return PositiveInt if default else Count
     return Amount if isinstance(default, float) else type(default)
-
-
-def _calling_parser() -> ConfigParser:
-    """The parser that evaluates the calling expression. MONAI hands it no reference, so look for it on the stack."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), ConfigParser):
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    raise RuntimeError("check_config is for an expression of a bundle config")
-
-
-def _refuse_unknown_keys(config: dict[str, Any], defaults: dict[str, Any]) -> None:
-    referred = {id.split(ReferenceResolver.sep)[0] for id in _references(config)}
-    known = defaults.keys() | referred | ADDED_BY_MONAI
-    for key in config.keys() - known:
-        nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no config key {key!r}; the nearest one is {nearest!r}.")
 
 
 def _references(config: Any) -> set[str]:
@@ -167,5 +142,5 @@ def _references(config: Any) -> set[str]:
     if isinstance(config, str):
         return set(ReferenceResolver.match_refs_pattern(config))
     if isinstance(config, (dict, list)):
-        return set().union(*(_references(v) for v in (config.values() if isinstance(config, dict) else config)))
+        return set().union(*map(_references, config.values() if isinstance(config, dict) else config))
     return set()

@@ -37,11 +37,7 @@ def write_atomically(content: bytes, path: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             unfinished.unlink()
-        raise OSError(
-            error.errno,
-            f"{path} could not be written ({error.strerror or error}); a file that was there before is unchanged. "
-            "Make room, or choose a folder that can be written to (`output_dir`, `ckpt_dir`)",
-        ) from error
+        raise OSError(error.errno, f"{path} could not be written ({error.strerror or error})") from error
 
 
 def _flush_folder(folder: Path) -> None:

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ignite.distributed as idist
 import torch
 
-__all__ = [
-    "LOWER_PRECISIONS",
-    "Precision",
-    "autocast_dtype",
-    "choose_precision",
-    "computing_dtype",
-    "dtype_name",
-    "has_convolutions",
-]
+__all__ = ["Precision", "autocast_dtype", "choose_precision", "computing_dtype", "dtype_name", "has_convolutions"]
 
-LOWER_PRECISIONS = ("bfloat16", "float16")
 PREFERENCE = ("float32", "float16", "bfloat16")  # where processes differ, all use the first that one of them chose
 BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with units for it
 logger = logging.getLogger(__name__)
@@ -31,7 +22,7 @@ def autocast_dtype(name: str) -> torch.dtype:
     Raises:
         ValueError: for another name than ``"bfloat16"`` and ``"float16"``.
     """
-    if name not in LOWER_PRECISIONS:
+    if name not in ("bfloat16", "float16"):
         raise ValueError(f"`amp_dtype` is {name!r}; it must be 'bfloat16' or 'float16'.")
     return getattr(torch, name)
 
@@ -52,7 +43,7 @@ class Precision:
     The precision of a run whose ``amp`` and ``amp_dtype`` the user has not set.
 
     Args:
-        device: that it is for, e.g. ``"cuda:0"``.
+        device: device that it is for, e.g. ``"cuda:0"``.
         amp: whether mixed precision is on.
         amp_dtype: its data type, ``"bfloat16"`` or ``"float16"``. Where ``amp`` is off, the one to use if it is switched on.
         reason: why it was chosen, for the log.
@@ -73,16 +64,13 @@ class Precision:
         Log in one line which precision a run has and why, and warn when it is slow on the device.
 
         Args:
-            amp: that of the run, which may be the user's.
-            amp_dtype: likewise.
+            amp: ``amp`` of the run, which may be the user's.
+            amp_dtype: its ``amp_dtype``.
         """
         used = computing_dtype(amp, amp_dtype)
-        if used == self.name:
-            logger.info(f"precision: {used} on {self.device}: {self.reason}")
-        else:
-            logger.info(f"precision: {used} on {self.device}, as configured; the default here is {self.name}: {self.reason}")
-        cost = _cost(self.device, used)
-        if cost is not None:
+        configured = "" if used == self.name else f", as configured; the default here is {self.name}"
+        logger.info(f"precision: {used} on {self.device}{configured}: {self.reason}")
+        if cost := _cost(self.device, used):
             logger.warning(f"{used} is slow on {self.device}: {cost}")
 
 
@@ -97,34 +85,20 @@ def choose_precision(device: str | torch.device) -> Precision:
     The processes of a distributed run agree: where their devices differ, all use a precision that is fast on each of them.
     """
     device = torch.device(device)
-    find = {"cuda": _precision_of_gpu, "cpu": _precision_of_cpu}.get(device.type, _precision_of_other)
-    precision = find(device)
-    common = PREFERENCE[min(_of_all_processes(PREFERENCE.index(precision.name)))]
-    if common == precision.name:
-        return precision
-    reason = f"it is fast in every process of the run; this process by itself would use {precision.name}"
-    amp_dtype = "float16" if common == "float16" else "bfloat16"
-    return replace(precision, amp=common != "float32", amp_dtype=amp_dtype, reason=reason)
-
-
-def _precision_of_gpu(device: torch.device) -> Precision:
-    capability = torch.cuda.get_device_capability(device)
-    name = f"compute capability {capability[0]}.{capability[1]}"
-    if capability >= BFLOAT16_CAPABILITY:
-        return Precision(str(device), True, "bfloat16", f"the GPU has units for it ({name})")
-    return Precision(str(device), True, "float16", f"the GPU has no units for bfloat16 ({name})")
-
-
-def _precision_of_cpu(device: torch.device) -> Precision:
-    fast = has_convolutions("bfloat16")
-    capability = torch.backends.cpu.get_cpu_capability()
-    return Precision(
-        str(device), fast, "bfloat16", f"the processor has {'' if fast else 'no '}fast bfloat16 convolutions ({capability})"
-    )
-
-
-def _precision_of_other(device: torch.device) -> Precision:
-    return Precision(str(device), False, "bfloat16", f"mixed precision is used on CUDA and CPU only, not on {device.type}")
+    name, reason = "float32", f"mixed precision is used on CUDA and CPU only, not on {device.type}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        name = "bfloat16" if capability >= BFLOAT16_CAPABILITY else "float16"
+        reason = f"the GPU has compute capability {capability[0]}.{capability[1]}"
+    elif device.type == "cpu":
+        name = "bfloat16" if has_convolutions("bfloat16") else "float32"
+        fast = "fast" if name == "bfloat16" else "no fast"
+        reason = f"the processor has {fast} bfloat16 convolutions ({torch.backends.cpu.get_cpu_capability()})"
+    chosen = idist.all_gather(PREFERENCE.index(name))
+    common = PREFERENCE[int(min(chosen))]  # type: ignore[type-var,arg-type]
+    if common != name:
+        reason = f"it is fast in every process of the run; this process by itself would use {name}"
+    return Precision(str(device), common != "float32", "float16" if common == "float16" else "bfloat16", reason)
 
 
 def has_convolutions(name: str) -> bool:
@@ -139,23 +113,13 @@ def has_convolutions(name: str) -> bool:
     return bool(getattr(torch.ops.mkldnn, supported[name])())
 
 
-def _cost(device: str, name: str) -> str | None:
-    """Why a precision is slow on a device, and what to use instead; None where it is not slow."""
+def _cost(device: str, name: str) -> str:
+    """Why a precision is slow on a device; empty where it is not."""
     kind = torch.device(device).type
     if kind == "cuda" and name == "bfloat16" and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:
-        return "the GPU has no units for it and computes slower than in float16; `--amp_dtype float16` is faster"
-    if kind != "cpu" or name == "float32":
-        return None
-    if not has_convolutions(name):
-        return (
-            "the processor has no fast convolutions in it, and PyTorch's reference loop takes several hundred times as long "
-            "as float32 (400 times in bfloat16 with AVX2, more in float16). A step may take minutes; `--amp false` is faster"
-        )
-    if name == "float16":
-        return "a step takes 20 times as long as in bfloat16 (measured with AMX); `--amp false` is faster"
-    return None
-
-
-def _of_all_processes(index: int) -> list[int]:
-    found = idist.all_gather(index)
-    return [int(i) for i in found] if idist.get_world_size() > 1 else [index]  # type: ignore[union-attr]
+        return "the GPU has no units for it; `--amp_dtype float16` is faster."
+    if kind == "cpu" and name != "float32" and not has_convolutions(name):
+        return "the processor has no fast convolutions in it, and a step takes several hundred times as long as in float32."
+    if kind == "cpu" and name == "float16":
+        return "a step takes 20 times as long as in bfloat16 (measured with AMX)."
+    return ""

@@ -1,12 +1,9 @@
-"""Progress bars of long operations, which are redrawn while a step takes long and do not mix with the log."""
+"""Progress bars of long operations, which do not mix with the log."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import threading
-import time
-import weakref
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,7 +11,7 @@ import ignite.distributed as idist
 from ignite.engine import Events
 from monai.data import MetaTensor
 from monai.engines import Evaluator
-from monai.utils import ImageMetaKey
+from monai.utils import ImageMetaKey, ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -23,14 +20,13 @@ from scripts.layers.factors import by
 
 __all__ = ["ProgressBar", "VolumeProgress"]
 
-SECONDS = 1.0  # after which a bar is drawn again, so that its elapsed time is right while a step takes long
 SECONDS_IN_FILE = 30.0  # between two lines about a bar, where the output goes to a file
 
 
 class ProgressBar(tqdm):
     """
-    tqdm's bar, shown by the first process of a distributed run. Its elapsed time is updated while a step takes long, and
-    lines of the log appear above it. Where the output goes to a file, the bar writes a line every half a minute.
+    tqdm's bar, shown by the first process of a distributed run. On a terminal, lines of the log appear above it; where the
+    output goes to a file, the bar writes a line every half a minute.
 
     Args:
         args: arguments of ``tqdm``.
@@ -39,42 +35,20 @@ class ProgressBar(tqdm):
     """
 
     def __init__(self, *args: Any, disable: bool = False, **kwargs: Any) -> None:
-        self._closed = threading.Event()
-        self._drawn = 0.0
         self._above = contextlib.ExitStack()
-        seconds = SECONDS
-        if sys.stderr.isatty():
+        on_terminal = sys.stderr.isatty()
+        if on_terminal:
             kwargs |= {"file": sys.stderr, "dynamic_ncols": True}
         else:
             kwargs |= {"file": _Lines(sys.stderr), "ncols": 100, "mininterval": SECONDS_IN_FILE}
-            seconds += SECONDS_IN_FILE  # where steps are short, they draw the bar
         super().__init__(*args, disable=disable or idist.get_rank() > 0, **kwargs)  # type: ignore[call-overload]
-        if self.disable:
-            return
-        if sys.stderr.isatty():
+        if on_terminal and not self.disable:
             self._above.enter_context(logging_redirect_tqdm())
-        threading.Thread(target=_keep_moving, args=(weakref.ref(self), self._closed, seconds), daemon=True).start()
-
-    def display(self, *args: Any, **kwargs: Any) -> Any:
-        """Draw the bar; see ``tqdm``."""
-        self._drawn = time.monotonic()
-        return super().display(*args, **kwargs)
 
     def close(self) -> None:
         """Draw the bar for the last time, or remove it; see ``tqdm``."""
-        self._closed.set()
         super().close()
         self._above.close()
-
-
-def _keep_moving(bar: weakref.ref[ProgressBar], closed: threading.Event, seconds: float) -> None:
-    while not closed.wait(SECONDS):
-        shown = bar()
-        if shown is None:
-            return
-        if time.monotonic() - shown._drawn >= seconds:
-            shown.refresh()
-        del shown  # this thread must not be the only one that keeps the bar
 
 
 class _Lines:
@@ -95,8 +69,7 @@ class _Lines:
 class VolumeProgress:
     """
     Evaluator handler that shows a progress bar over the volumes, with the name and, where it is read from a file, the size
-    of the current one. It appears before the first volume, where Ignite's ``ProgressBar`` waits for the second. In a
-    distributed run the first process shows its own share.
+    of the current one. In a distributed run the first process shows its own share.
 
     Args:
         desc: what stands before the bar.
@@ -117,10 +90,7 @@ class VolumeProgress:
 
     def _name(self, engine: Evaluator) -> None:
         batch: Any = engine.state.batch
-        image = batch.get(Keys.IMAGE)
-        if image is None:  # a file that cannot be read
-            return
-        size = by(image.shape[2:]) if isinstance(image, MetaTensor) else ""  # the noise of a sample says nothing of its size
-        names = getattr(image, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ) or batch.get("path", [])
-        name = Path(names[0] if isinstance(names, (list, tuple)) and names else str(names or "")).name
-        self.bar.set_postfix_str(f"{name} {size}".strip(), refresh=False)
+        image = batch.get(Keys.IMAGE)  # none where a file cannot be read
+        size = f" {by(image.shape[2:])}" if isinstance(image, MetaTensor) else ""  # the noise of a sample has another size
+        names = getattr(image, "meta", {}).get(ImageMetaKey.FILENAME_OR_OBJ) or batch.get("path", "")
+        self.bar.set_postfix_str(f"{Path(ensure_tuple(names)[0]).name}{size}", refresh=sys.stderr.isatty())

@@ -1,4 +1,4 @@
-"""``model.pt`` and the ``model.json`` beside it, which says which network the weights are of.
+"""``model.pt`` and the ``model.json`` beside it, which says which network the weights are of; and weights of other programs.
 
 ``model.pt`` is a plain state dict, as the bundle tools want it. Factors do not show in the shapes of all weights, so
 ``[2, 2]`` would load into ``[2, 1]`` and give nonsense; ``model.json`` keeps the network's arguments and the weights'
@@ -10,40 +10,70 @@ from __future__ import annotations
 import io
 import json
 import logging
-import pickle
+import math
 import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, serialise, write_atomically
-from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, is_of_this_bundle, named_as_here
-from scripts.bundle.json_files import Sha256, read_dataclass, shortened
-from scripts.bundle.network_arguments import NetworkArguments
+from scripts.bundle.json_files import Must, PositiveInt, Sha256, checked, read_dataclass, shortened
 
 __all__ = [
+    "NetworkArguments",
     "WeightsLoader",
+    "autoencoder_in",
     "check_arguments",
+    "is_maisi",
+    "is_of_this_bundle",
     "load_weights",
+    "named_as_here",
     "named_for",
     "read_description",
     "read_weights",
     "save_weights",
+    "total_downsample_factor",
     "what_differs",
-    "what_is_wrong",
+]
+
+GENERATIVE_MODELS = (  # its names, and those of MONAI
+    (re.compile(r"(\.blocks\.\d+)\.to_([qkv])\."), r"\1.attn.to_\2."),
+    (re.compile(r"\.proj_attn\."), ".attn.out_proj."),
+    (re.compile(r"^(decoder\.blocks\.\d+)\.conv\.conv\."), r"\1.postconv.conv."),
+)
+MAISI = (  # each of its convolutions is in a module of its own
+    (re.compile(r"^(decoder\.blocks\.\d+)\.conv\.conv\.conv\."), r"\1.postconv.conv."),
+    (re.compile(r"\.conv\.conv\."), ".conv."),
+)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Those arguments of an AutoencoderKL that are used; the others are only compared with another network's."""
+
+    spatial_dims: Literal[1, 2, 3]
+    channels: list[PositiveInt]
+    downsample_factors: list[list[PositiveInt]]
+    initial_downsample_factor: list[PositiveInt]
+    initial_mode: str
+
+
+NetworkArguments = Annotated[
+    dict[str, Any], Must("the arguments of an AutoencoderKL", lambda found: checked(found, _Network, "network"))
 ]
 
 
 @dataclass(frozen=True)
 class Description:
     """
-    The JSON file beside the weights of an autoencoder, as far as loading needs it.
+    The JSON file beside the weights of an autoencoder or a generator, as far as loading needs it.
 
     Args:
         network: arguments of the network.
@@ -51,13 +81,9 @@ class Description:
         sha256_before: hash of the weights that they replaced.
     """
 
-    network: NetworkArguments | None = None
+    network: dict[str, Any] | None = None
     sha256: Sha256 | None = None
     sha256_before: Sha256 | None = None
-
-
-FOREIGN = re.compile(r"Unsupported (?:global|class): GLOBAL (\S+)", re.IGNORECASE)  # torch's message where it refuses code
-logger = logging.getLogger(__name__)
 
 
 def save_weights(network: Any, path: str | Path, description: Mapping[str, Any] | None = None) -> None:
@@ -66,7 +92,7 @@ def save_weights(network: Any, path: str | Path, description: Mapping[str, Any] 
 
     Args:
         network: the network, with ``arguments``.
-        path: of the weights, e.g. ``models/model.pt``.
+        path: path of the weights, e.g. ``models/model.pt``.
         description: further entries of the JSON file.
     """
     path = Path(path)
@@ -87,8 +113,8 @@ def load_weights(network: Any, path: str | Path) -> None:
 
     Args:
         network: the network.
-        path: a state dict that :py:func:`save_weights` wrote, or one of MONAI, GenerativeModels or MAISI, also as one value
-            of a dictionary (which is loaded with a warning).
+        path: path of a state dict that :py:func:`save_weights` wrote, or of MONAI, GenerativeModels or MAISI, also as one
+            value of a dictionary (which is loaded with a warning).
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -96,57 +122,23 @@ def load_weights(network: Any, path: str | Path) -> None:
     """
     content, arguments = read_weights(path)
     if arguments is None:
-        description = Path(path).with_suffix(".json").name
-        logger.warning(f"{path} has no {description} beside it, so it cannot be checked whether it fits this network.")
+        logger.warning(f"{path} has no JSON file beside it, so it cannot be checked whether it fits this network.")
         content = named_for(network, content, path)
     else:
         check_arguments(arguments, network.arguments, path)
     try:
         network.load_state_dict(content)
     except Exception as error:  # whatever is in the file
-        problems = " ".join(textwrap.shorten(line, 160) for line in str(error).splitlines()[1:4])
-        raise ValueError(
-            f"{path} cannot be loaded into this network: {problems} Set the arguments that the weights were trained with."
-        ) from None
+        raise ValueError(f"{path} cannot be loaded into this network: {textwrap.shorten(str(error), 400)}") from None
     logger.info(f"loaded the weights {path}")
 
 
-def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[str, Any]:
-    """
-    Weights that a file without a description holds, with the names of a network.
-
-    Args:
-        network: that they are for, an autoencoder of this bundle or of MONAI.
-        content: of the file.
-        path: of the file, for the error.
-
-    Raises:
-        ValueError: when there are none, and for those of a network that computes something else with them.
-    """
-    keys = network.state_dict().keys()
-    state = content if isinstance(content, dict) and content.keys() == keys else autoencoder_in(content, path)
-    arguments = getattr(network, "arguments", {})
-    if state.keys() != keys and is_maisi(state) and arguments.get("upsample_mode") != "trilinear":
-        raise ValueError(
-            f"{path} holds weights of MAISI's network, which enlarges trilinearly: use configs/presets/maisi.json, or set "
-            '`upsample_mode` to "trilinear".'
-        )
-    if arguments.get("norm", "group") != "group" and not is_of_this_bundle(state):
-        raise ValueError(
-            f"{path} has no {Path(path).with_suffix('.json').name} beside it: it is taken for weights of MONAI's network, "
-            'whose norms are group norms. Use configs/presets/4x.json, or set `norm` to "group".'
-        )
-    return state if state.keys() == keys else named_as_here(state)
-
-
-def read_weights(path: str | Path, kind: Any = Description, wanted: str = "") -> tuple[Any, dict[str, Any] | None]:
+def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
     """
     Read a file of weights. No code in it is run.
 
     Args:
-        path: file of weights.
-        kind: dataclass of the JSON file beside them, with ``network``, ``sha256`` and ``sha256_before``.
-        wanted: sentence for the error where there are none, with the argument that names them.
+        path: path of the weights.
 
     Returns:
         what the file holds, on the CPU, and the arguments of its network from the JSON file beside it, None without one.
@@ -157,61 +149,44 @@ def read_weights(path: str | Path, kind: Any = Description, wanted: str = "") ->
     """
     path = Path(path)
     if not path.is_file():
-        wanted = wanted or "Train first, or set `ckpt_dir` or `pretrained` to others."
-        raise FileNotFoundError(f"there are no weights at {path}. {wanted}")
+        raise FileNotFoundError(f"there are no weights at {path}.")
     content = path.read_bytes()
-    description = read_description(path, kind)
+    description = read_description(path)
     if description and content_hash(content) not in (description.sha256, description.sha256_before):
-        raise ValueError(
-            f"{path} is not the file that {path.with_suffix('.json')} describes: it was changed or damaged. "
-            "Restore the pair, or remove the description if you trust the weights."
-        )
+        raise ValueError(f"{path} was changed or damaged: it is not the file that {path.with_suffix('.json')} describes.")
     try:
         weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged archives raise errors of any type
-        raise ValueError(f"{path} cannot be loaded: it {what_is_wrong(error)}.") from error
+    except Exception:  # of any type; torch's message advises reading the file without checks
+        raise ValueError(f"{path} cannot be loaded: it is damaged, or holds code, which was not run.") from None
     return weights, description.network if description else None
 
 
-def read_description(weights: str | Path, kind: Any = Description) -> Any:
+def read_description(weights: str | Path) -> Any:
     """
     What :py:func:`save_weights` wrote beside weights; None where there is no such file, or one of another program.
 
     Args:
-        weights: file of weights.
-        kind: see :py:func:`read_weights`.
+        weights: path of the weights.
 
     Raises:
         ValueError: when it holds something else.
     """
     path = Path(weights).with_suffix(".json")
-    if not path.is_file():
-        return None
-    try:
-        description = read_dataclass(path, kind)
-    except ValueError as error:
-        raise ValueError(f"{error} Restore the file, or remove it if you trust the weights.") from error
-    return description if description.network and description.sha256 else None
-
-
-def what_is_wrong(error: Exception) -> str:
-    """
-    Why torch refused to read a file, as the end of a sentence about it. Torch's own message is left out, because it advises
-    reading the file without checks.
-    """
-    payload = FOREIGN.search(str(error))
-    if payload:
-        return f"holds code ({payload[1]}), which was not run"
-    if isinstance(error, (pickle.UnpicklingError, LookupError, EOFError)):  # a LookupError's message is a number
-        return "is damaged (it holds no checkpoint)"
-    return f"is damaged ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    description = read_dataclass(path, Description) if path.is_file() else None
+    return description if description and description.network and description.sha256 else None
 
 
 def what_differs(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The arguments in which two networks differ, with both values; empty if in none."""
     differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
-    values = {name: (shortened(saved.get(name)), shortened(wanted.get(name))) for name in differing}
-    return "; ".join(f"`{name}` is {there} there and {here} here" for name, (there, here) in values.items())
+    return "; ".join(
+        f"`{name}` is {shortened(saved.get(name))} there and {shortened(wanted.get(name))} here" for name in differing
+    )
+
+
+def total_downsample_factor(network: Mapping[str, Any]) -> tuple[int, ...]:
+    """The total factor along each axis of the network with these arguments."""
+    return tuple(math.prod(along) for along in zip(network["initial_downsample_factor"], *network["downsample_factors"]))
 
 
 def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
@@ -221,17 +196,13 @@ def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | P
     Args:
         saved: arguments of the network in the file.
         wanted: arguments of the other network.
-        path: of the file, for the error.
+        path: path of the file, for the error.
 
     Raises:
         ValueError: when they differ, with the arguments that do and both values.
     """
-    details = what_differs(saved, wanted)
-    if details:
-        raise ValueError(
-            f"{path} was made for another network: {details}. Use the config that it was trained with, or other weights "
-            "(`ckpt_dir`)."
-        )
+    if details := what_differs(saved, wanted):
+        raise ValueError(f"{path} was made for another network: {details}.")
 
 
 class WeightsLoader:
@@ -240,7 +211,7 @@ class WeightsLoader:
 
     Args:
         network: the network.
-        path: of the weights.
+        path: path of the weights.
     """
 
     def __init__(self, network: AutoencoderKL, path: str) -> None:
@@ -249,3 +220,72 @@ class WeightsLoader:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, lambda: load_weights(self.network, self.path))
+
+
+# --- weights of other programs -----------------------------------------------------------------------------------------
+
+
+def autoencoder_in(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    """
+    The state dict of an autoencoder in a file: the whole of it, or the first value that is one.
+
+    Args:
+        content: content of the file. Names may have a prefix (``module.``).
+        path: path of the file, for the error.
+
+    Raises:
+        ValueError: when the file has no weights of an autoencoder.
+    """
+    for found in [content, *content.values()] if isinstance(content, dict) else []:
+        keys = [key for key in found if isinstance(key, str)] if isinstance(found, dict) else []
+        prefixes = [key.partition("encoder.blocks.")[0] for key in keys if "encoder.blocks." in key]
+        if prefixes:
+            named = {key.removeprefix(prefixes[0]): found[key] for key in keys if key.startswith(prefixes[0])}
+            return {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
+    held = shortened(list(content)) if isinstance(content, dict) else type(content).__name__
+    raise ValueError(f"{path} holds no weights of an AutoencoderKL (none is called encoder.blocks...), but {held}.")
+
+
+def is_maisi(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict is one of MONAI's ``AutoencoderKlMaisi``, which MAISI and NV-Generate publish."""
+    return any(".conv1.conv.conv." in key for key in state)
+
+
+def is_of_this_bundle(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a state dict has a linear shortcut, which no other program's network has."""
+    return any(key.startswith("shortcut.") for key in state)
+
+
+def named_as_here(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of MAISI, of GenerativeModels or of MONAI with the names of this network."""
+    renamed = {}
+    for key, value in state.items():
+        for theirs, ours in MAISI if is_maisi(state) else GENERATIVE_MODELS:
+            key = theirs.sub(ours, key)
+        renamed[key] = value
+    return renamed
+
+
+def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[str, Any]:
+    """
+    Weights that a file without a description holds, with the names of a network.
+
+    Args:
+        network: network that they are for, an autoencoder of this bundle or of MONAI.
+        content: content of the file.
+        path: path of the file, for the error.
+
+    Raises:
+        ValueError: when there are none, and for those of a network that computes something else with them.
+    """
+    keys = network.state_dict().keys()
+    state = content if isinstance(content, dict) and content.keys() == keys else autoencoder_in(content, path)
+    arguments = getattr(network, "arguments", {})
+    if state.keys() != keys and is_maisi(state) and arguments.get("upsample_mode") != "trilinear":
+        raise ValueError(f"{path} holds weights of MAISI's network, which needs configs/presets/maisi.json.")
+    if arguments.get("norm", "group") != "group" and not is_of_this_bundle(state):
+        raise ValueError(
+            f"{path} has no JSON file beside it, so it is taken for weights of MONAI's network, which needs "
+            'configs/presets/4x.json, or `norm` "group".'
+        )
+    return state if state.keys() == keys else named_as_here(state)

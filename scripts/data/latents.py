@@ -27,10 +27,9 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, file_hash, write_atomically
 from scripts.bundle.json_files import PositiveInt, Sha256, read_dataclass
-from scripts.bundle.network_arguments import NetworkArguments, total_downsample_factor
-from scripts.bundle.processes import share_of
+from scripts.bundle.machine import share_of
 from scripts.bundle.progress import ProgressBar
-from scripts.bundle.weights import check_arguments
+from scripts.bundle.weights import NetworkArguments, check_arguments, total_downsample_factor
 from scripts.data.file_names import is_nifti, output_path, stays_inside, without_ending
 from scripts.data.restored_volumes import (
     Record,

@@ -17,7 +17,7 @@ from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.json_files import Sha256, Share, checked, shortened
-from scripts.bundle.processes import merged
+from scripts.bundle.machine import merged
 from scripts.bundle.progress import ProgressBar
 from scripts.data.grids import Grid, on_grid, preprocessed_grid
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window

@@ -18,7 +18,7 @@ from monai.transforms import MapTransform
 
 from scripts.bundle.files import write_atomically
 from scripts.bundle.json_files import read_dataclass
-from scripts.bundle.processes import merged, share_of
+from scripts.bundle.machine import merged, share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.intensity_window import measured_voxels
 from scripts.data.volume_lists import describe

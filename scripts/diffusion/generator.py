@@ -64,19 +64,18 @@ def describe(statistics: LatentStatistics, flow: RectifiedFlow, condition_dropou
     return {"latents": asdict(statistics), **flow.state_dict(), "condition_dropout": condition_dropout}
 
 
-def load_generator(path: str, wanted: str = "") -> Generator:
+def load_generator(path: str) -> Generator:
     """
     Read a generator.
 
     Args:
         path: path of its weights; the rest is in the JSON file beside them.
-        wanted: see :py:func:`scripts.bundle.weights.read_weights`.
 
     Raises:
         FileNotFoundError: when there are no weights, or nothing beside them.
         ValueError: when a file is damaged, or the two do not belong together.
     """
-    content, _ = read_weights(path, GeneratorDescription, wanted)
+    content, _ = read_weights(path)
     description = read_dataclass(Path(path).with_suffix(".json"), GeneratorDescription)
     arguments, statistics = description.network, description.latents
     check_arguments(arguments, {**arguments, **statistics.network_arguments}, path)
@@ -127,9 +126,7 @@ def load_guide(path: str | None, generator: Generator, device: Any, memory_forma
     """
     if path is None:
         return None
-    guide = load_generator(
-        path, f"`guide` is {path}; it must be a file of weights, such as eval/guide/checkpoints/model.pt."
-    )
+    guide = load_generator(path)
     if guide.sha256 == generator.sha256:
         raise ValueError(f"`guide` is {path}, which has the weights that it is to guide. It must be a lesser generator.")
     if details := what_differs(_seen(guide.statistics, generator.statistics), _seen(generator.statistics, guide.statistics)):

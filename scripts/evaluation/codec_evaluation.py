@@ -20,7 +20,7 @@ from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.files import file_hash
-from scripts.bundle.processes import merged
+from scripts.bundle.machine import merged
 from scripts.bundle.text_table import summary_table
 from scripts.data.intensity_window import intensity_window
 from scripts.evaluation.codecs import BlockDCT, Codec, block_dct_of

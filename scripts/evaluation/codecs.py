@@ -14,8 +14,15 @@ from scipy.fft import dctn, idctn
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import CONFIGS
-from scripts.bundle.foreign_weights import autoencoder_in, is_maisi, is_of_this_bundle
-from scripts.bundle.weights import load_weights, named_for, read_description, read_weights
+from scripts.bundle.weights import (
+    autoencoder_in,
+    is_maisi,
+    is_of_this_bundle,
+    load_weights,
+    named_for,
+    read_description,
+    read_weights,
+)
 from scripts.inference.exported_networks import SUFFIXES, ExportedNetwork
 from scripts.layers.factors import by, per_axis
 from scripts.layers.resampling import pad_to_multiple

@@ -17,7 +17,7 @@ from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.files import content_hash, write_atomically
-from scripts.bundle.processes import share_of
+from scripts.bundle.machine import share_of
 from scripts.data.dataset_tables import conditions_of
 from scripts.data.grids import back_on_grid
 from scripts.data.restored_volumes import Record, nifti_bytes, record_of, restore, rows_of, with_record

@@ -17,7 +17,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
 from scripts.bundle.errors import reason
-from scripts.bundle.processes import merged, share_of
+from scripts.bundle.machine import merged, share_of
 from scripts.data.file_names import without_ending
 from scripts.data.spatial_files import find_spatial
 from scripts.data.volume_checks import LabelMapError

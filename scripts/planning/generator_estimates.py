@@ -29,7 +29,7 @@ from scripts.planning.estimates import TRAIN, amp_dtype_of, read_config, read_pl
 from scripts.planning.fake_tensors import casting_rules, fake_copy, fake_tensors
 from scripts.planning.inference_costs import inference_cost
 from scripts.planning.training_costs import step_cost
-from scripts.training.resumable_trainer import ResumableTrainer
+from scripts.training.trainer import ResumableTrainer
 
 __all__ = ["TRAIN_DIFFUSION", "GeneratorPlan", "estimate_generator", "latent_batch", "plan_generator", "step_trainer"]
 

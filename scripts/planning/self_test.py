@@ -18,7 +18,7 @@ from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import by
 from scripts.planning.costs import Estimate, SavedTensors
 from scripts.planning.estimates import Plan, estimate_memory, read_plan
-from scripts.training.autoencoder_trainer import AutoencoderTrainer
+from scripts.training.trainer import AutoencoderTrainer
 
 __all__ = ["CheckResult", "check_all", "check_configuration", "configurations"]
 

@@ -22,9 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from scripts.bundle.machine import GIB, total_memory
 from scripts.planning.costs import AllocationTracker, Cost, SavedTensors, nbytes_of
 from scripts.planning.fake_tensors import casting_rules, fake_copy, fake_image, fake_tensors
-from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.losses import Adversary
-from scripts.training.resumable_trainer import ResumableTrainer
+from scripts.training.trainer import AutoencoderTrainer, ResumableTrainer
 
 __all__ = ["log_estimate", "step_cost", "training_cost"]
 

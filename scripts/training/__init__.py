@@ -1,17 +1,14 @@
-"""Training: the trainer that can be resumed and the autoencoder's, its losses, optimizer and adversary, repeatable batches,
-and the handlers of a run: initial weights, checkpoints and exact resume, curves and progress, signals.
+"""Training: the trainers, losses, optimizer and adversary, repeatable batches, and the handlers of a run: initial weights,
+checkpoints and exact resume, curves and progress.
 """
 
-from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.checkpoints import TrainingSaver, claim_ckpt_dir, find_checkpoints, resumed_precision
-from scripts.training.handlers import InitialWeights, RunHandlers
-from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, SpectralLoss, perceptual_loss
+from scripts.training.handlers import BeforeAndAfter, MLflowRun, RunHandlers, log_factors
+from scripts.training.initial_weights import InitialWeights, load_pretrained
+from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, SpectralLoss
 from scripts.training.muon import Muon
-from scripts.training.pretrained import load_pretrained
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
-from scripts.training.resumable_trainer import ResumableTrainer, moving_average
-from scripts.training.resume import RunState
-from scripts.training.run_log import BeforeAndAfter, MLflowRun, log_factors
+from scripts.training.trainer import AutoencoderTrainer, ResumableTrainer, moving_average
 
 __all__ = [
     "Adversary",
@@ -27,7 +24,6 @@ __all__ = [
     "RepeatableOrder",
     "ResumableTrainer",
     "RunHandlers",
-    "RunState",
     "SpectralLoss",
     "TrainingSaver",
     "claim_ckpt_dir",
@@ -35,6 +31,5 @@ __all__ = [
     "load_pretrained",
     "log_factors",
     "moving_average",
-    "perceptual_loss",
     "resumed_precision",
 ]

@@ -10,26 +10,31 @@ import math
 import os
 import re
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
+from monai.utils.enums import CommonKeys as Keys
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from scripts.bundle.files import UNFINISHED, serialise, write_atomically
 from scripts.bundle.precision import Precision, choose_precision
-from scripts.bundle.weights import save_weights, what_is_wrong
-from scripts.training.resumable_trainer import ResumableTrainer
-from scripts.training.resume import RunState
+from scripts.bundle.weights import check_arguments, save_weights, what_differs
+from scripts.training.trainer import ResumableTrainer
 
 __all__ = ["TrainingSaver", "claim_ckpt_dir", "find_checkpoints", "newest_checkpoint", "resumed_precision"]
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
+METRICS = ("best_metric", "metric_before")  # of the evaluator
+NEW_IN_EACH_PART = ("resume", "overwrite")  # keys of the config
 logger = logging.getLogger(__name__)
 
 
@@ -48,26 +53,15 @@ def newest_checkpoint(ckpt_dir: str | Path) -> tuple[Path, dict[str, Any]] | Non
     """
     paths = find_checkpoints(ckpt_dir)
     for path in paths:
-        try:
-            return path, _read(path)
-        except Exception as error:  # damaged archives raise errors of any type
-            reason = what_is_wrong(error)
-        logger.warning(f"{path} {reason}. Trying the one before.")
+        with contextlib.suppress(Exception):  # damaged archives raise errors of any type
+            content = io.BytesIO(path.read_bytes())
+            if zipfile.ZipFile(content).testzip() is None:  # torch does not check the checksums in the archive
+                content.seek(0)
+                return path, torch.load(content, map_location="cpu", weights_only=True)
+        logger.warning(f"{path} is damaged, or holds code, which was not run. Trying the one before.")
     if paths:
-        raise ValueError(
-            f"none of the {len(paths)} checkpoints in {ckpt_dir} can be used; {paths[-1]} {reason}. "
-            "Remove them to start again, or choose another `ckpt_dir`."
-        )
+        raise ValueError(f"none of the {len(paths)} checkpoints in {ckpt_dir} can be used.")
     return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # the format of torch, which does not check the checksums in it
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"{damaged} in it has changed")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def resumed_precision(ckpt_dir: str, device: str | torch.device) -> Precision:
@@ -79,10 +73,8 @@ def resumed_precision(ckpt_dir: str, device: str | torch.device) -> Precision:
         ckpt_dir: folder of the checkpoints.
         device: device on which the run continues.
     """
-    for path in find_checkpoints(ckpt_dir):
-        with contextlib.suppress(Exception):  # a damaged file raises any; it is reported when it is loaded
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mapped: no tensor is read
-            return Precision(str(device), **content["precision"], reason=f"that of {path}, from which the run is resumed")
+    if found := newest_checkpoint(ckpt_dir):
+        return Precision(str(device), **found[1]["precision"], reason=f"that of {found[0]}, from which the run is resumed")
     return choose_precision(device)
 
 
@@ -102,39 +94,39 @@ def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
         OSError: when the folder cannot be made or written to.
     """
     folder = Path(ckpt_dir)
-    present = find_checkpoints(folder)
-    names = [path.name for path in (*present, folder / WEIGHTS) if path.exists()]
-    if resume and names == [WEIGHTS] and not overwrite:
+    checkpoints = find_checkpoints(folder)
+    present = [path.name for path in (*checkpoints, folder / WEIGHTS) if path.exists()]
+    if present and not overwrite and not (resume and checkpoints):
         raise FileExistsError(
-            f"`ckpt_dir` {ckpt_dir!r} holds {WEIGHTS}, but no checkpoint that could be resumed. Replace it (`--overwrite "
-            f"true`), or start from it in another `output_dir` (`--pretrained {folder / WEIGHTS}`)."
+            f"`ckpt_dir` {ckpt_dir!r} holds {' and '.join(present)} of an earlier run: set `resume` (which needs a "
+            "checkpoint), `overwrite`, or another `output_dir`."
         )
-    if names and not resume and not overwrite:
-        raise FileExistsError(
-            f"`ckpt_dir` {ckpt_dir!r} holds {' and '.join(names)} of an earlier run. Go on with it (`--resume true`), "
-            "replace it (`--overwrite true`), or choose another `ckpt_dir` or `output_dir`."
-        )
-    if idist.get_rank() > 0:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"`ckpt_dir` {ckpt_dir!r} cannot be written to; choose another one, or another `output_dir`.")
-    for path in folder.glob(f"*{UNFINISHED}"):  # of a run that was killed while it wrote
-        path.unlink()
+    if idist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"`ckpt_dir` {ckpt_dir!r} cannot be written to.")
+        for path in folder.glob(f"*{UNFINISHED}"):  # of a run that was killed while it wrote
+            path.unlink()
 
 
 @dataclass(eq=False)
 class TrainingSaver:
     """
     Handler that writes a checkpoint after every epoch, every few minutes within one, and when a signal ends the run; and
-    ``model.pt`` (with ``model.json``) whenever the evaluator's key metric reaches a new best value.
+    ``model.pt`` (with ``model.json``) whenever the evaluator's key metric reaches a new best value. A checkpoint holds all
+    that a run needs to be continued exactly: weights, optimizers, schedules, position, best metric.
 
     A checkpoint is written to a temporary file, flushed to the disk and renamed before old ones are removed: a kill, a full
     disk or a power failure never destroys a complete checkpoint.
 
     Args:
         ckpt_dir: folder for the checkpoints.
-        state: state of the run; the weights of its evaluator's network are ``model.pt``.
+        network: network, not wrapped; its ``arguments`` are what it was made with.
+        items: further objects with a ``state_dict``, by name; None stands for one that this run does not have. Those with
+            ``must_match``, a function of their state, cannot change in what it returns.
+        evaluator: validation engine; the weights of its network are ``model.pt``.
+        config: config of the run, as JSON has it.
+        dataset_dir: folder from which validation volumes are named, so that it may be moved.
         minutes: age of the last checkpoint at which another one is written within an epoch.
         keep: number of checkpoints that are kept, besides that of the best epoch.
         describe: function that gives the entries of ``model.json`` besides the network's arguments and how long it was
@@ -142,21 +134,24 @@ class TrainingSaver:
     """
 
     ckpt_dir: str
-    state: RunState
+    network: Any
+    items: dict[str, Any]
+    evaluator: Any
+    config: dict[str, Any] = field(default_factory=dict)
+    dataset_dir: str | Path = ""
     minutes: float = 10.0
     keep: int = 2
     describe: Callable[[], dict[str, Any]] = dict
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"`keep` is {self.keep!r}; at least 1 checkpoint must be kept.")
+        self.items = {name: item for name, item in self.items.items() if item is not None}
 
     def attach(self, engine: ResumableTrainer) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_if_due)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save_checkpoint)
         engine.add_event_handler(Events.TERMINATE, self.save_checkpoint)
-        self.state.evaluator.add_event_handler(Events.COMPLETED, self._save_best, engine)
+        self.evaluator.add_event_handler(Events.COMPLETED, self._save_best, engine)
 
     def _start(self, trainer: ResumableTrainer) -> None:
         Path(self.ckpt_dir).mkdir(parents=True, exist_ok=True)
@@ -180,12 +175,96 @@ class TrainingSaver:
             self.save_checkpoint(trainer)
 
     def save_checkpoint(self, trainer: ResumableTrainer) -> None:
-        write_atomically(serialise(self.state.state_dict(trainer)), self._path(trainer.state.iteration))
+        """Write a checkpoint, and remove those that are too many."""
+        write_atomically(serialise(self.state_dict(trainer)), self._path(trainer.state.iteration))
         self.saved_at = time.monotonic()
-        best = self._path(self.state.evaluator.state.best_metric_epoch * trainer.state.epoch_length)
+        best = self._path(self.evaluator.state.best_metric_epoch * trainer.state.epoch_length)
         for path in find_checkpoints(self.ckpt_dir)[self.keep :]:
             if path != best:
                 path.unlink(missing_ok=True)
 
     def _path(self, iteration: int) -> Path:
         return Path(self.ckpt_dir, f"checkpoint_{iteration:08d}.pt")
+
+    def state_dict(self, trainer: ResumableTrainer) -> dict[str, Any]:
+        """The content of a checkpoint: tensors, numbers, text, lists and dictionaries."""
+        measured = self.evaluator.state
+        metrics = {name: float(getattr(measured, name)) for name in METRICS if hasattr(measured, name)}
+        return {
+            "arguments": self.network.arguments,
+            "network": self.network.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "precision": trainer.precision,
+            "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
+            "evaluator": {**metrics, "best_metric_epoch": measured.best_metric_epoch},
+            "config": self.config,
+            "validation": self._validation_volumes(),
+            **{name: item.state_dict() for name, item in self.items.items()},
+        }
+
+    def _validation_volumes(self) -> list[str]:
+        items = getattr(self.evaluator.data_loader.dataset, "data", [])
+        return sorted(os.path.relpath(str(item[Keys.IMAGE]), self.dataset_dir) for item in items)
+
+    def resume(self, trainer: ResumableTrainer) -> bool:
+        """
+        Go on from the newest checkpoint. The settings of the run are its own: learning rate, weight decay, length of the
+        schedule and weights of losses are those of its config. With the same config, it goes on bit for bit.
+
+        Args:
+            trainer: trainer that is starting.
+
+        Returns:
+            whether there is a checkpoint.
+
+        Raises:
+            ValueError: when it is of another network or of other settings that must stay, or not the same in all processes.
+        """
+        found = newest_checkpoint(self.ckpt_dir)
+        iterations: Any = idist.all_gather(found[1]["trainer"]["iteration"] if found else 0)
+        if len(set(iterations)) > 1:
+            raise ValueError(f"the processes found checkpoints of different iterations in {self.ckpt_dir}: {iterations}.")
+        if found is None:
+            logger.info(f"nothing to resume in {self.ckpt_dir}: training starts from the beginning")
+            return False
+        path, content = found
+        for name, item in self.items.items():  # first: on conditions the network's arguments depend
+            if name in content and hasattr(item, "must_match"):
+                saved, here = item.must_match(content[name]), item.must_match(item.state_dict())
+                if details := what_differs(saved, {key: value for key, value in here.items() if key in saved}):
+                    raise ValueError(f"{path} cannot be resumed: {details}.")
+        check_arguments(content["arguments"], self.network.arguments, path)
+        self._load(trainer, content, path)
+        logger.info(f"resumed {path} after iteration {trainer.state.iteration}, epoch {trainer.state.epoch} complete")
+        before, now = ({k: v for k, v in c.items() if k not in NEW_IN_EACH_PART} for c in (content["config"], self.config))
+        if changes := what_differs(before, now):
+            logger.info(f"settings that changed since {path} was written: {changes}")
+        return True
+
+    def _load(self, trainer: ResumableTrainer, content: dict[str, Any], path: Path) -> None:
+        self.network.load_state_dict(content["network"])
+        for name, item in self.items.items():
+            if name not in content:
+                logger.warning(f"{path} has no `{name}`, which this run has: the run starts with a new one")
+            elif isinstance(item, Optimizer):  # the settings are those of this run
+                item.load_state_dict({**item.state_dict(), "state": content[name]["state"]})
+            elif isinstance(item, LRScheduler):  # the rate is that of this run's schedule at the same step
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # that the optimizer has not stepped
+                    for _ in range(content[name]["last_epoch"]):
+                        item.step()
+            else:
+                item.load_state_dict(content[name])
+        if content["scaler"]:  # empty when the run so far had no scaler
+            trainer.scaler.load_state_dict(content["scaler"])
+        if content["validation"] == self._validation_volumes():
+            for name, value in content["evaluator"].items():
+                setattr(self.evaluator.state, name, value)
+        else:
+            logger.warning(f"the validation volumes are not those of {path}: the best metric starts anew")
+        iteration, before = content["trainer"]["iteration"], content["trainer"]["epoch_length"]
+        epoch, now = iteration // before, trainer.state.epoch_length
+        if before != now:
+            logger.warning(f"an epoch has {now} batches and had {before}: going on after epoch {epoch}")
+            iteration = epoch * now
+        trainer.state.epoch, trainer.state.iteration = epoch, iteration

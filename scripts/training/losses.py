@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from monai.losses import JukeboxLoss, PatchAdversarialLoss, PerceptualLoss
+from monai.losses import JukeboxLoss, PatchAdversarialLoss
 from monai.optimizers import WarmupCosineSchedule
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from scripts.layers.float32_convolutions import keep_in_float32
 
-__all__ = ["Adversary", "LossTerm", "ReconstructionLoss", "SpectralLoss", "kl_divergence", "perceptual_loss"]
+__all__ = ["Adversary", "LossTerm", "ReconstructionLoss", "SpectralLoss", "kl_divergence"]
 
 
 @dataclass(frozen=True)
@@ -65,35 +64,6 @@ class SpectralLoss(JukeboxLoss):
 
     def _get_fft_amplitude(self, images: torch.Tensor) -> torch.Tensor:
         return torch.fft.fftn(images, s=self.fft_signal_size, dim=self.fft_dim, norm=self.fft_norm).abs()
-
-
-def perceptual_loss(spatial_dims: int, weights_file: str | None, device: str | torch.device) -> PerceptualLoss:
-    """
-    MONAI's ``PerceptualLoss`` with a ResNet-50, on half the slices along each axis.
-
-    Args:
-        spatial_dims: 2 or 3.
-        weights_file: state dict of torchvision's ``resnet50``; None downloads the one for ImageNet.
-        device: where to put the network.
-
-    Returns:
-        a function of reconstruction and image, ``BxCxHxWxD`` with one channel or three.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        RuntimeError: when the weights cannot be loaded or downloaded, or torchvision is missing.
-    """
-    if weights_file is not None and not Path(weights_file).is_file():
-        raise FileNotFoundError(f"`perceptual_weights_file` is {weights_file!r}, which is not a file.")
-    try:
-        loss = PerceptualLoss(spatial_dims, network_type="resnet50", pretrained_path=weights_file)
-    except Exception as error:  # no torchvision, no connection, another file
-        raise RuntimeError(
-            f"the perceptual loss cannot load its ResNet-50 from {weights_file or 'the internet'} ({error}). Install "
-            "torchvision, and set `perceptual_weights_file` to a state dict of its resnet50, as "
-            "`torchvision.models.resnet50(weights='DEFAULT').state_dict()`; or set `perceptual_weight` to 0."
-        ) from error
-    return loss.to(device)
 
 
 class Adversary:

@@ -37,7 +37,7 @@ def test_inference_builds_the_network_that_training_builds():
     assert inference["settings"] == ConfigParser.load_config_file(CONFIGS / "evaluate.json")["settings"]
     of_inference = ("scripts.data.RefuseLabelMapd", "scripts.data.DescribeSourced")
     steps = [step for step in inference["preprocessing"]["transforms"] if step["_target_"] not in of_inference]
-    assert steps == train["deterministic_transforms"]
+    assert steps == train["train"]["deterministic_transforms"]
 
 
 def test_8x_is_the_default():
@@ -146,19 +146,16 @@ def test_value_from_the_command_line_means_what_it_says(monkeypatch, key, text, 
     [
         *(("resume", value, "it must be true or false.") for value in ("maybe", 1, "1", [True], None)),
         ("use_checkpoint", ["true", "no"], "[1]` is 'no'; it must be true or false."),
-        ("lr", -1, "it must be a positive number."),
-        ("lr", "fast", "it must be a positive number."),
+        ("lr", -1, "it must be a number from 0 on."),
+        ("lr", "fast", "it must be a number from 0 on."),
         ("epochs", 1.5, "it must be a positive integer."),
         ("epochs", True, "it must be a positive integer."),
         ("batch_size", 0, "it must be a positive integer."),
-        ("num_workers", -1, "it must be an integer from 0 on."),
+        ("adv_warmup_epochs", -1, "it must be an integer from 0 on."),
         ("mse_weight", -0.1, "it must be a number from 0 on."),
-        ("ema_decay", 2, "it must be a number from 0 to 1."),
         ("channels", 8, "it must be a list."),
         ("norm", 3, "it must be text."),
-        ("intensity_range", "ct", "it must be a list of two numbers with the lower one first or null."),
-        ("intensity_range", [5, 5], "it must be a list of two numbers with the lower one first or null."),
-        ("dataset_dir", 20.24, "it must be a path."),
+        ("dataset_dir", 20.24, "it must be a path or null."),
         ("pretrained", 3.5, "it must be true or false or a path."),
     ],
 )
@@ -176,10 +173,9 @@ def test_number_sign_in_a_path_is_refused():
         check_parser(flow.parser)
 
 
-def test_every_key_of_a_config_is_what_it_must_be_and_has_a_kind():
+def test_every_key_of_a_config_is_what_it_must_be():
     defaults = _bundle_defaults()
     assert KINDS.keys() <= defaults.keys()
-    assert [key for key, value in defaults.items() if value is None and key not in KINDS] == []
     bases = {"evaluate_diffusion.json": "train_diffusion.json", "inference_exported.json": "inference.json"}
     bases["in_memory.json"] = "inference.json"
     for path in CONFIGS.rglob("*.json"):

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
-import struct
 import sys
 
-import nibabel as nib
-import numpy as np
 import pytest
-import torch
 from monai.bundle import ConfigParser
-from monai.data import Dataset
 
 from scripts.bundle.errors import SHOW_STACK, short_messages
 from tests.conftest import SMALL
@@ -73,24 +67,6 @@ def test_stack_of_an_error_in_the_code_stays_above_its_reason(printed, expressio
     assert lines[0].startswith("Traceback") and "RuntimeError: Failed to evaluate" not in lines[-1]
 
 
-class Refusing(Dataset):
-    def __init__(self, error: str) -> None:
-        super().__init__([0], transform=lambda _: error_in_worker(error))
-
-
-def error_in_worker(expression: str) -> None:
-    ConfigParser({"imports": ["$import scripts"], "run": expression}).get_parsed_content("run")
-
-
-@pytest.mark.parametrize("expression, is_short", [(MISSING, True), ("$scripts.data.find_images_of('nowhere')", False)])
-def test_error_in_a_worker_of_a_loader_is_as_short(printed, expression, is_short):
-    with pytest.raises(RuntimeError) as caught:
-        next(iter(torch.utils.data.DataLoader(Refusing(expression), num_workers=1, multiprocessing_context="fork")))
-    lines = printed(caught.value)
-    assert (lines[0] == "FileNotFoundError: `dataset_dir` is 'nowhere', which is not a folder.") is is_short
-    assert lines[0].startswith("Traceback") is not is_short
-
-
 NOWHERE = {"dataset_dir": "/nowhere"}
 VERBS = {
     "training": ("training", ["train.json"], NOWHERE, "`dataset_dir` is '/nowhere'"),
@@ -114,24 +90,12 @@ def test_verb_tells_a_wrong_path_in_one_line(tmp_path, run_id, files, keys, word
 
 
 def test_error_while_training_is_printed_once_and_nothing_that_no_user_can_act_on(volumes, tmp_path):
-    """It passes the worker of a loader and two engines, whose handlers log it; MONAI's readers warn of decoders."""
+    """It passes two engines, whose handlers log it; MONAI's readers warn of decoders."""
     overlay = tmp_path / "overlay.json"
     transforms = [{"_target_": "LoadImaged", "keys": "image"}, f"$lambda _: {MISSING[1:]}"]
-    overlay.write_text(json.dumps({"deterministic_transforms": transforms, "cache_rate": 0.0, "fit_shortcut": False}))
-    keys = {**SMALL, "num_workers": "1", "dataset_dir": str(volumes), "output_dir": str(tmp_path), "fast_dev_run": "true"}
+    overlay.write_text(json.dumps({"train#deterministic_transforms": transforms, "cache_rate": 0.0, "fit_shortcut": False}))
+    keys = {**SMALL, "dataset_dir": str(volumes), "output_dir": str(tmp_path), "fast_dev_run": "true"}
     run = bundle_run("training", "train.json", str(overlay), check=False, **keys)
     assert run.returncode == 1
     assert run.stdout.count("which is not a folder") == 1 and "Traceback" not in run.stdout
     assert "nvImageCodec" not in run.stdout
-
-
-def test_warning_of_nibabel_comes_once_with_its_file(printed, tmp_path, caplog):
-    path = tmp_path / "odd.nii"
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
-    content = bytearray(path.read_bytes())
-    content[254:256] = struct.pack("<h", 77)  # no code of an sform
-    path.write_bytes(content)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            nib.load(path)
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: sform_code 77 not valid; setting to 0"]

@@ -189,10 +189,10 @@ def test_what_is_no_guide_is_refused_by_its_name(generator, tmp_path):
     path = saved(tmp_path, generator)
     with pytest.raises(ValueError, match="`guide` is .* has the weights that it is to guide"):
         load_guide(path, load_generator(path), "cpu", torch.contiguous_format)
-    with pytest.raises(FileNotFoundError, match="`guide` is .*; it must be a file of weights"):
+    with pytest.raises(FileNotFoundError, match="there are no weights at"):
         load_guide(str(tmp_path), generator, "cpu", torch.contiguous_format)
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoint_00000007.pt").touch()
-    with pytest.raises(FileNotFoundError, match=r"`guide` is .*; it must be a file of weights"):
+    with pytest.raises(FileNotFoundError, match="there are no weights at"):
         load_guide(str(run / "model.pt"), generator, "cpu", torch.contiguous_format)

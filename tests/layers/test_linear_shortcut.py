@@ -12,7 +12,7 @@ from scipy.fft import dctn, idctn
 from scripts.evaluation.metrics import grid_energy
 from scripts.layers.linear_codes import RIDGES
 from scripts.layers.linear_shortcut import LinearShortcut, beside_neighbours
-from scripts.training.handlers import InitialWeights, fit_shortcut
+from scripts.training.initial_weights import InitialWeights, fit_shortcut
 from scripts.training.repeatable_batches import RepeatableBatchSampler
 from tests.conftest import head_like
 from tests.test_autoencoderkl import build, image_for
@@ -153,13 +153,13 @@ def test_fitter_fits_a_new_run_alike_in_every_process_and_leaves_a_resumed_one(m
 
     weights = []
     for rank, resumed in ((0, False), (1, False), (0, True)):
-        monkeypatch.setattr(InitialWeights, "_resume", lambda *args, resumed=resumed: resumed)
         monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
         network = shortcut_network()
         sampler = RepeatableBatchSampler(num_items=3, batch_size=1, seed=5)
         state = SimpleNamespace(dataloader=SimpleNamespace(dataset=Patches(), batch_sampler=sampler))
         torch.manual_seed(rank)
-        start = InitialWeights(SimpleNamespace(network=network), ckpt_dir="", resume=True, fit_shortcut=True)
+        saver = SimpleNamespace(network=network, resume=lambda _, resumed=resumed: resumed)
+        start = InitialWeights(saver, resume=True, fit_shortcut=True)
         start(SimpleNamespace(state=state))
         weights.append(network.shortcut.state_dict())
     fresh = shortcut_network().shortcut.state_dict()

@@ -10,8 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.planning.costs import SavedTensors
 from scripts.planning.generator_estimates import GeneratorPlan, latent_batch, step_trainer
-from scripts.training.autoencoder_trainer import AutoencoderTrainer
-from scripts.training.resumable_trainer import ResumableTrainer, moving_average
+from scripts.training.trainer import AutoencoderTrainer, ResumableTrainer, moving_average
 
 
 def saved_in_a_step(

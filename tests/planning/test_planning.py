@@ -24,8 +24,8 @@ from scripts.planning.recommendations import recommend_downsample_factors
 from scripts.planning.self_test import check_all, check_configuration, configurations
 from scripts.planning.tables import verdict
 from scripts.planning.training_costs import log_estimate, training_cost
-from scripts.training.autoencoder_trainer import AutoencoderTrainer
 from scripts.training.losses import Adversary, LossTerm, SpectralLoss
+from scripts.training.trainer import AutoencoderTrainer
 from tests.conftest import ROOT, SMALL
 from tests.planning.real_steps import saved_in_a_step
 from tests.processes import bundle_run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -18,10 +17,9 @@ from scripts.bundle.files import write_atomically
 from scripts.bundle.weights import load_weights, save_weights
 from scripts.inference.inferers import ReconstructionInferer
 from scripts.training.checkpoints import WEIGHTS, TrainingSaver, claim_ckpt_dir, find_checkpoints
-from scripts.training.handlers import InitialWeights, RunHandlers
+from scripts.training.handlers import BeforeAndAfter, RunHandlers
+from scripts.training.initial_weights import InitialWeights
 from scripts.training.repeatable_batches import RepeatableOrder
-from scripts.training.resume import RunState
-from scripts.training.run_log import BeforeAndAfter
 from tests.training.test_training import images, poisoned, small_network, trainer_of
 
 
@@ -111,14 +109,14 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_folder_of_another_run_is_refused(tmp_path):
     claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
     (tmp_path / WEIGHTS).touch()
-    with pytest.raises(FileExistsError, match="resume.*overwrite"):
+    with pytest.raises(FileExistsError, match="of an earlier run: set `resume`.*`overwrite`"):
         claim_ckpt_dir(str(tmp_path), resume=False, overwrite=False)
     claim_ckpt_dir(str(tmp_path), resume=False, overwrite=True)
 
 
 def test_weights_without_a_checkpoint_are_not_resumed_and_not_overwritten(tmp_path):
     (tmp_path / WEIGHTS).touch()
-    with pytest.raises(FileExistsError, match="model.pt, but no checkpoint.*--overwrite true.*--pretrained .*model.pt"):
+    with pytest.raises(FileExistsError, match="holds model.pt of an earlier run.*`overwrite`"):
         claim_ckpt_dir(str(tmp_path), resume=True, overwrite=False)
     claim_ckpt_dir(str(tmp_path), resume=True, overwrite=True)
     (tmp_path / "checkpoint_00000003.pt").touch()
@@ -170,12 +168,11 @@ def run_with_checkpoints(
     evaluator = evaluator_of(network, volumes)
     optimizer = schedule.optimizer if schedule else torch.optim.AdamW(network.parameters(), lr=1e-3)
     items = {"optimizer": optimizer, "lr_scheduler": schedule or torch.optim.lr_scheduler.ConstantLR(optimizer)}
-    state = RunState(network, items, evaluator, config or {})
+    saver = TrainingSaver(str(folder), network, items, evaluator, config or {})
     report = BeforeAndAfter(
         evaluator, name="PSNR", unit="dB", compare={"trilinear": "trilinear_psnr"}, files={"weights": "model.pt"}
     )
-    start, saver = InitialWeights(state, str(folder), resume), TrainingSaver(str(folder), state)
-    run = RunHandlers(start, saver, val_interval=2, report=report)
+    run = RunHandlers(InitialWeights(saver, resume), val_interval=2, report=report)
     handlers = [handler for handler in run.handlers if not isinstance(handler, RepeatableOrder)]
     trainer = trainer_of(network, images(num_images), handlers=handlers, max_epochs=epochs, **arguments)
     trainer.optimizer, trainer.lr_scheduler = optimizer, schedule
@@ -231,7 +228,7 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path, caplog):
     trainer, _ = run_with_checkpoints(tmp_path, small_network(), epochs=2, resume=True)
     assert trainer.state.iteration == 6
     assert find_checkpoints(tmp_path)[0].read_bytes() == before
-    assert "all 2 epochs are done" in caplog.text and "validation PSNR at the end" in caplog.text
+    assert "validation PSNR at the end" in caplog.text
 
 
 def test_resume_with_another_network_names_what_differs(tmp_path):
@@ -269,7 +266,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog
     caplog.set_level("INFO")
     trainer, _ = run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
     assert trainer.state.epoch == 3
-    assert f"{newest} {'holds code (' if how == 'payload' else 'is damaged'}" in caplog.text
+    assert f"{newest} is damaged, or holds code, which was not run. Trying the one before." in caplog.text
     assert f"resumed {before} after iteration 3" in caplog.text
 
 
@@ -278,7 +275,7 @@ def test_no_whole_checkpoint_is_an_error_and_loses_nothing(tmp_path):
     for path in find_checkpoints(tmp_path):
         damage(path, "truncated")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"none of the 2 checkpoints .* can be used; .*checkpoint_00000003.pt is damaged"):
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints .* can be used"):
         run_with_checkpoints(tmp_path, small_network(), epochs=3, resume=True)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -335,7 +332,7 @@ def test_rate_of_another_schedule_is_scaled(tmp_path):
 
 def test_run_that_stopped_because_steps_were_not_finite_goes_on_with_a_lower_rate(tmp_path):
     settings = {"schedule": cosine(network := small_network(), 9, lr=1e-3)}
-    with pytest.raises(FloatingPointError, match="`--resume true` goes on, with a lower `--lr`"):
+    with pytest.raises(FloatingPointError, match="2 steps in a row were not finite"):
         run_with_checkpoints(
             tmp_path, network, 3, loss_function=poisoned({5, 6}), max_nonfinite_steps=2, **settings, rates=[]
         )
@@ -354,7 +351,7 @@ def test_settings_that_changed_are_one_line_of_the_log(tmp_path, caplog):
     run_with_checkpoints(tmp_path, small_network(), 2, config=now, resume=True)
     run_with_checkpoints(tmp_path, small_network(), 3, config=now, resume=True)
     (line,) = (record.message for record in caplog.records if record.message.startswith("settings that changed"))
-    assert line.endswith("written: `lr` is 0.001 there and 1e-05 here; `optimizer#weight_decay` is 0.1 there and 0.2 here")
+    assert "written: `lr` is 0.001 there and 1e-05 here; `optimizer` is {" in line and "kl_weight" not in line
 
 
 def scores_of(monkeypatch, *values: float) -> None:
@@ -367,12 +364,11 @@ def best_of(folder) -> float:
     return json.loads((folder / "model.json").read_text())["trained"]["best_metric"]
 
 
-def test_other_validation_volumes_are_named_and_start_a_new_best_metric(tmp_path, caplog, monkeypatch):
+def test_other_validation_volumes_start_a_new_best_metric(tmp_path, caplog, monkeypatch):
     scores_of(monkeypatch, 1.0, 30.0, 20.0)
     run_with_checkpoints(tmp_path, small_network(), 2)
     _, evaluator = run_with_checkpoints(tmp_path, small_network(), 4, resume=True, volumes=("b", "c"))
-    new, gone = (os.path.relpath(f"/data/{name}.nii.gz") for name in "ca")
-    assert f"new are {new}; gone are {gone}. The best metric starts anew" in caplog.text
+    assert "the best metric starts anew" in caplog.text
     assert (evaluator.state.best_metric, evaluator.state.best_metric_epoch) == (20.0, 4)
     assert not hasattr(evaluator.state, "metric_before")
     assert best_of(tmp_path) == 20.0

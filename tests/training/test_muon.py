@@ -94,17 +94,3 @@ def test_state_is_loaded_back_to_the_last_bit():
     steps(optimizer, *parameters)
     steps(resumed, *again)
     assert all(torch.equal(one, other) for one, other in zip(parameters, again))
-
-
-def test_closure_gives_the_loss():
-    weight = parameter(3, 4)
-    optimizer = Muon([weight], lr=0.1)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = weight.square().sum()
-        loss.backward()
-        return loss.item()
-
-    losses = [optimizer.step(closure) for _ in range(3)]
-    assert losses[0] > losses[1] > losses[2]

@@ -14,7 +14,6 @@ from scripts.training import (
     RepeatableBatchSampler,
     ResumableTrainer,
     RunHandlers,
-    RunState,
     TrainingSaver,
     moving_average,
 )
@@ -60,8 +59,7 @@ def run(folder, epochs: int, resume: bool = False) -> dict[str, torch.Tensor]:
         metric_cmp_fn=lambda current, best: current < best or best == -1,
     )
     sampler = RepeatableBatchSampler(3, batch_size=1, seed=0)
-    state = RunState(network, {"optimizer": optimizer, "ema": average}, evaluator)
-    start = InitialWeights(state, str(folder), resume, average)
+    saver = TrainingSaver(str(folder), network, {"optimizer": optimizer, "ema": average}, evaluator)
     trainer = ResumableTrainer(
         device=torch.device("cpu"),
         max_epochs=epochs,
@@ -72,7 +70,7 @@ def run(folder, epochs: int, resume: bool = False) -> dict[str, torch.Tensor]:
         prepare_batch=noisy,
         amp_dtype="bfloat16",
         average=average,
-        train_handlers=[RunHandlers(start, TrainingSaver(str(folder), state), val_interval=1)],
+        train_handlers=[RunHandlers(InitialWeights(saver, resume, average), val_interval=1)],
     )
     trainer.run()
     assert trainer.loss_names == ("loss",) and torch.isfinite(trainer.state.output[0]["loss"])

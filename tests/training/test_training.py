@@ -14,11 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from scripts.autoencoderkl import AutoencoderKL
-from scripts.training.autoencoder_trainer import AutoencoderTrainer
-from scripts.training.handlers import InitialWeights
-from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, SpectralLoss, kl_divergence, perceptual_loss
-from scripts.training.resumable_trainer import moving_average
-from scripts.training.resume import RunState
+from scripts.training.checkpoints import TrainingSaver
+from scripts.training.initial_weights import InitialWeights
+from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, SpectralLoss, kl_divergence
+from scripts.training.trainer import AutoencoderTrainer, moving_average
 
 
 def small_network(**arguments) -> AutoencoderKL:
@@ -187,31 +186,6 @@ def test_spectral_loss_is_monais_with_a_finite_gradient():
     assert torch.isfinite(flat.grad).all() and flat.grad.abs().sum() > 0
 
 
-def test_perceptual_loss_takes_its_weights_from_a_file(tmp_path):
-    import torchvision
-
-    path = tmp_path / "resnet50.pt"
-    torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
-    loss = perceptual_loss(3, str(path), "cpu")
-    image, other = torch.rand(2, 1, 1, 33, 33, 33).unbind()
-    assert loss(image, image) < 1e-6 < loss(other, image)
-
-
-def test_perceptual_loss_without_weights_says_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="perceptual_weights_file.*nowhere"):
-        perceptual_loss(3, "nowhere", "cpu")
-    (tmp_path / "other.pt").write_bytes(b"something else")
-    with pytest.raises(RuntimeError, match=r"(?s)other.pt.*perceptual_weights_file.*perceptual_weight` to 0"):
-        perceptual_loss(3, str(tmp_path / "other.pt"), "cpu")
-
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("scripts.training.losses.PerceptualLoss", offline)
-    with pytest.raises(RuntimeError, match="internet.*no route to host.*perceptual_weights_file"):
-        perceptual_loss(3, None, "cpu")
-
-
 def test_average_follows_the_weights_and_grows_longer():
     network = torch.nn.Linear(1, 1, bias=False)
     average = AveragedModel(network, multi_avg_fn=moving_average(0.5))
@@ -239,8 +213,8 @@ def test_average_starts_as_the_network_does_in_a_new_run(monkeypatch):
     average = AveragedModel(network)
     network.post_quant_conv.conv.weight.data.add_(1)  # as a handler that loads weights would
     for resumed, same in ((True, False), (False, True)):
-        monkeypatch.setattr(InitialWeights, "_resume", lambda *args, resumed=resumed: resumed)
-        start = InitialWeights(RunState(network, {}, evaluator=None), "", resume=True, average=average)
+        monkeypatch.setattr(TrainingSaver, "resume", lambda *args, resumed=resumed: resumed)
+        start = InitialWeights(TrainingSaver("", network, {}, evaluator=None), resume=True, average=average)
         trainer_of(network, images(1), handlers=[start]).fire_event(Events.STARTED)
         assert torch.equal(snapshot(average.module), snapshot(network)) == same
 
@@ -364,9 +338,7 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_and_name_the_file():
     network = small_network()
     items = [{**item, "file": f"{i}.nii"} for i, item in enumerate(images(8))]
     trainer = trainer_of(network, items, loss_function=poisoned({2, 4, 5, 6}), max_nonfinite_steps=3)
-    with pytest.raises(
-        FloatingPointError, match=r"3 steps.*iteration 6.*5\.nii.*last finite losses were: loss 0\.\d+, recon"
-    ):
+    with pytest.raises(FloatingPointError, match=r"3 steps.*iteration 6.*5\.nii"):
         trainer.run()
     assert all(torch.isfinite(p).all() for p in network.parameters())
 
