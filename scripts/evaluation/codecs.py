@@ -145,24 +145,19 @@ class _WithLatents(nn.Module):
 
 def _autoencoder(path: Path, image_channels: int, preset: str | None = None, **keys: Any) -> AutoencoderKL:
     content, arguments = read_weights(path)
-    if arguments is None:
-        arguments = _arguments_of_another_program(autoencoder_in(content, path), image_channels, preset, keys)
+    if arguments is None:  # of another program
+        state = autoencoder_in(content, path)
+        preset = preset or ("maisi" if is_maisi(state) else None)
+        files = [str(CONFIGS / "inference.json")]
+        if preset is not None:
+            files.append(preset if Path(preset).suffix else str(CONFIGS / "presets" / f"{preset}.json"))
+        norm = {} if is_of_this_bundle(state) else {"norm": "group"}
+        arguments = read_plan(files, **{"image_channels": image_channels, **norm, **keys}).network.arguments
     elif preset or keys:
         raise ValueError(f"{path.with_suffix('.json')} says which network it is; give `weights` alone.")
     network = AutoencoderKL(**{**arguments, "use_flash_attention": True})
     load_weights(network, path)
     return network
-
-
-def _arguments_of_another_program(
-    state: dict[str, torch.Tensor], image_channels: int, preset: str | None, keys: dict[str, Any]
-) -> dict[str, Any]:
-    files = [str(CONFIGS / "inference.json")]
-    preset = preset or ("maisi" if is_maisi(state) else None)
-    if preset is not None:
-        files.append(preset if Path(preset).suffix else str(CONFIGS / "presets" / f"{preset}.json"))
-    norm = {} if is_of_this_bundle(state) else {"norm": "group"}
-    return read_plan(files, **{"image_channels": image_channels, **norm, **keys}).network.arguments
 
 
 @torch.no_grad()

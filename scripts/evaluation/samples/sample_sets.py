@@ -156,16 +156,14 @@ class CovarianceGaussian:
     def __init__(self, shapes: Sequence[Shape], training: Sequence[Shape], seed: int) -> None:
         random, counts = np.random.default_rng(seed), Counter(map(tuple, training))
         self.samples = [Latent(torch.zeros(*shape)) for shape in shapes if counts[tuple(shape)] > 1]
-        self._weights = [_weights(counts[tuple(sample.z.shape)], random) for sample in self.samples]
+        self._weights = []  # what each latent is multiplied by, the last one first
+        for sample in self.samples:
+            count = counts[tuple(sample.z.shape)]
+            normal = random.standard_normal(count)[::-1]
+            self._weights.append((1 / count + (normal - normal.mean()) / np.sqrt(count - 1)).tolist())
 
     def add(self, latent: torch.Tensor) -> None:
         """Add a training latent; the samples are done when all have been added."""
         for sample, weights in zip(self.samples, self._weights):
             if sample.z.shape == latent.shape:
                 sample.z.add_(latent, alpha=weights.pop())
-
-
-def _weights(count: int, random: np.random.Generator) -> list[float]:
-    """What each of so many latents is multiplied by, the last one first: for the mean and for the sum of centred ones."""
-    normal = random.standard_normal(count)[::-1]
-    return (1 / count + (normal - normal.mean()) / np.sqrt(count - 1)).tolist()
