@@ -65,14 +65,11 @@ def conditions_of(path: str, dataset_dir: str) -> dict[str, Any]:
         ValueError: for a file that cannot be read, and for several rows that could be those of the volume.
     """
     folders = [folder for folder in Path(path).parents if folder.is_relative_to(dataset_dir)]
+    participants = [folder / "participants.tsv" for folder in folders]
+    sessions = [folder / f"{folder.name}_sessions.tsv" for folder in folders]
     found: dict[str, Any] = {}
-    for tables in (
-        [folder / "participants.tsv" for folder in folders],
-        [folder / f"{folder.name}_sessions.tsv" for folder in folders],
-    ):
-        nearest = next(filter(Path.is_file, tables), None)
-        if nearest is not None:
-            found |= _known(_row(nearest, path, dataset_dir))
+    for nearest in (next(filter(Path.is_file, tables), None) for tables in (participants, sessions)):
+        found |= _known(_row(nearest, path, dataset_dir)) if nearest is not None else {}
     return dict(sorted((found | _known(_listed(path, dataset_dir)[1])).items()))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from scripts.bundle.files import write_atomically
@@ -123,9 +122,6 @@ class RefuseLabelMapd(MapTransform):
     Raises:
         LabelMapError: when called, for a label map.
     """
-
-    def __init__(self, keys: KeysCollection) -> None:
-        super().__init__(keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
