@@ -54,9 +54,8 @@ def thick_slices(dataset_dir: str, output_dir: str, factor: int, axis: int = 2, 
 
     def thick(values: np.ndarray, header: NiftiHeader, item: Item) -> Files:
         averages = average_slices(values, factor, axis)
-        return {
-            "thick": (interpolate_slices(averages, factor, axis, values.shape[axis]), header.stored_as("<f4"))
-        }  # not rounded
+        interpolated = interpolate_slices(averages, factor, axis, values.shape[axis])
+        return {"thick": (interpolated, header.stored_as("<f4"))}  # not rounded
 
     _write_pairs(dataset_dir, output_dir, image_glob, thick)
 
@@ -105,17 +104,16 @@ def holes(
     """
 
     def masked(values: np.ndarray, header: NiftiHeader, item: Item) -> Files:
-        affine = header.affine
         if hole_key is None:
             random = np.random.default_rng((seed, zlib.crc32(item["image"].encode())))
-            hole = draw_hole(values.reshape(*values.shape[:3], -1).mean(-1), affine, radius, per_volume, random)
+            hole = draw_hole(values.reshape(*values.shape[:3], -1).mean(-1), header.affine, radius, per_volume, random)
         elif hole_key not in item:
             raise ValueError(f"has no `{hole_key}` in dataset.json.")
         else:
             hole, of_hole = read_nifti(os.path.join(dataset_dir, item[hole_key]))
-            if hole.shape != values.shape[:3] or not np.allclose(of_hole.affine, affine, atol=SHIFT):
+            if hole.shape != values.shape[:3] or not np.allclose(of_hole.affine, header.affine, atol=SHIFT):
                 raise ValueError(f"and its `{hole_key}`, {item[hole_key]}, have different grids.")
-        filled = fill_hole(np.zeros_like(values), values, hole, nib.affines.voxel_sizes(affine))
+        filled = fill_hole(np.zeros_like(values), values, hole, nib.affines.voxel_sizes(header.affine))
         return {"masked": (filled, header), "hole": (hole != 0, header.stored_as("|u1"))}
 
     _write_pairs(dataset_dir, output_dir, image_glob, masked)
