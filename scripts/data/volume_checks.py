@@ -156,10 +156,12 @@ def _check_all(paths: list[str], image_channels: int, cache: Path, num_threads: 
     known = _read_cache(cache)
     keys = {path: f"{image_channels} {state_of(path)} {path}" for path in share_of(paths)}
     unknown = [path for path, key in keys.items() if key not in known]
-    with ThreadPoolExecutor(num_threads) as pool:
+    bar = ProgressBar(total=len(unknown), desc="checking volumes", unit="file")
+    with bar, ThreadPoolExecutor(num_threads) as pool:
         results = pool.map(lambda path: find_problem(path, image_channels), unknown)
-        bar = ProgressBar(results, total=len(unknown), desc="checking volumes", unit="file")
-        known |= {keys[path]: problem for problem, path in zip(bar, unknown)}
+        for path, problem in zip(unknown, results):
+            known[keys[path]] = problem
+            bar.update()
     found = merged({path: (key, known[key]) for path, key in keys.items()})
     if idist.get_rank() == 0:
         cache.parent.mkdir(parents=True, exist_ok=True)
