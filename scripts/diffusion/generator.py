@@ -14,11 +14,12 @@ from torch import Tensor
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.files import file_hash
 from scripts.bundle.json_files import PositiveFloat, PositiveInt, Sha256, Share, read_dataclass
-from scripts.bundle.weights import check_arguments, load_weights, read_weights, what_differs
+from scripts.bundle.weights import check_arguments, load_weights, read_weights
+from scripts.diffusion.conditions import LEAST_DEVIATION
 from scripts.diffusion.flow import RectifiedFlow
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.sampler import Generator
-from scripts.diffusion.statistics import NORMALISATION, LatentStatistics
+from scripts.diffusion.statistics import LatentStatistics
 
 __all__ = [
     "GeneratorDescription",
@@ -34,6 +35,7 @@ FOLDER = "models/generator"  # of the generator that the bundle carries
 READS_CONDITIONS = "unet.class_embedding.0.weight"  # of the layer that sees the vector of conditions
 READS_LATENTS = "unet.conv_in.conv.weight"  # of the layer that sees the noisy latent, and then the spatial conditions
 READS_SPATIAL = "from_spatial.conv.weight"
+SAME = 0.05  # of a deviation: difference of the statistics of latents that a guide may have
 logger = logging.getLogger(__name__)
 
 
@@ -129,8 +131,10 @@ def load_guide(path: str | None, generator: Generator, device: Any, memory_forma
     guide = load_generator(path)
     if guide.sha256 == generator.sha256:
         raise ValueError(f"`guide` is {path}, which has the weights that it is to guide. It must be a lesser generator.")
-    if details := what_differs(_seen(guide.statistics, generator.statistics), _seen(generator.statistics, guide.statistics)):
-        raise ValueError(f"{path} cannot guide this generator: {details}. Train a guide on the same latents.")
+    if differing := _differing(guide.statistics, generator.statistics):
+        raise ValueError(
+            f"{path} cannot guide this generator, with other {', '.join(differing)}. Train it on the same latents."
+        )
     guide.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
     return guide
 
@@ -180,11 +184,31 @@ def _refuse_another(what: str, found: str, expected: str) -> None:
         )
 
 
-def _seen(statistics: LatentStatistics, other: LatentStatistics) -> dict[str, Any]:
-    """What must be the same for one noisy latent and its conditions to say the same to both; one may lack spatial ones."""
-    normalisation = {name: getattr(statistics, name) for name in NORMALISATION}
-    conditions = {"conditions": statistics.conditions.entries, "spatial_keys": statistics.spatial or other.spatial}
-    return {"SHA-256 of the autoencoder's weights": statistics.autoencoder.sha256[:12], **normalisation, **conditions}
+def _differing(there: LatentStatistics, here: LatentStatistics) -> list[str]:
+    """What must agree, for one noisy latent and its conditions to say the same to both; one may lack spatial conditions."""
+    if there.autoencoder.sha256 != here.autoencoder.sha256:
+        return ["the autoencoder's weights"]
+    entries = there.conditions.entries, here.conditions.entries
+    agree = {
+        "`latent_gamma`": there.latent_gamma == here.latent_gamma,
+        "`channel_mean`": _close(there.channel_mean, here.channel_mean, here.channel_deviation),
+        "`channel_deviation`": _close(there.channel_deviation, here.channel_deviation, here.channel_deviation),
+        "`channel_amplitude`": _close(there.channel_amplitude, here.channel_amplitude, here.channel_amplitude),
+        "the conditions": len(entries[0]) == len(entries[1]) and all(map(_entries_agree, *entries)),
+        "the spatial conditions": not there.spatial or not here.spatial or there.spatial == here.spatial,
+    }
+    return [name for name, same in agree.items() if not same]
+
+
+def _entries_agree(there: tuple[Any, ...], here: tuple[Any, ...]) -> bool:
+    """Whether an entry is of the same name, and a number standardised alike."""
+    if len(here) != 3 or len(there) != 3 or there[0] != here[0]:  # no number with mean and deviation
+        return there == here
+    return _close(there[1:], here[1:], [max(here[2], LEAST_DEVIATION)] * 2)
+
+
+def _close(values: Sequence[float], others: Sequence[float], units: Sequence[float]) -> bool:
+    return all(abs(value - other) <= SAME * unit for value, other, unit in zip(values, others, units))
 
 
 def _for_entries(weight: Tensor, then: Sequence[Any], here: Sequence[Any]) -> Tensor:

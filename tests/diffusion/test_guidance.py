@@ -157,6 +157,8 @@ def with_numbers(mean: float, deviation: float) -> dict:
     [
         {},
         {"channels": (8,)},
+        {"channel_mean": [0.01, 1.0, -1.0, 2.0], "channel_deviation": [1.01, 2.0, 0.5, 0.1], "volumes": 9},
+        {"conditions": with_numbers(50.1, 10.2)},
     ],
 )
 def test_a_guide_of_the_same_kind_of_latents_is_read(generator, tmp_path, changes):
@@ -171,17 +173,18 @@ def test_a_guide_of_the_same_kind_of_latents_is_read(generator, tmp_path, change
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"channel_mean": [0.1, 1.0, -1.0, 2.0]}, r"`channel_mean` is \[0.1, .* there and \[0.0,"),
-        ({"channel_amplitude": [1.0] * 4, "latent_gamma": 0.0}, "`latent_gamma` is 0.0 there and 0.5 here"),
-        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"age": AGE}}}, "`conditions` is .* there and"),
-        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"sex": SEX, "age": AGE}}}, "`conditions` is .* there and"),
-        ({"conditions": with_numbers(52.0, 10.0)}, "`conditions` is .* there and"),
-        ({"autoencoder": {**described()["autoencoder"], "sha256": "c" * 64}}, "autoencoder's weights` is 'c"),
+        ({"channel_mean": [0.1, 1.0, -1.0, 2.0]}, "`channel_mean`"),
+        ({"channel_deviation": [1.0, 2.2, 0.5, 0.1]}, "`channel_deviation`"),
+        ({"channel_amplitude": [1.0] * 4, "latent_gamma": 0.0}, "`latent_gamma`, `channel_amplitude`"),
+        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"age": AGE}}}, "the conditions"),
+        ({"conditions": {"geometry": [NUMBER] * 6, "keys": {"sex": SEX, "age": AGE}}}, "the conditions"),
+        ({"conditions": with_numbers(52.0, 10.0)}, "the conditions"),
+        ({"autoencoder": {**described()["autoencoder"], "sha256": "c" * 64}}, "the autoencoder's weights"),
     ],
 )
 def test_a_guide_that_sees_something_else_is_refused(generator, tmp_path, changes, words):
     path = saved(tmp_path, made(1, **changes))
-    with pytest.raises(ValueError, match=re.escape(path) + " cannot guide this generator: .*" + words):
+    with pytest.raises(ValueError, match=re.escape(path) + " cannot guide this generator; others are " + words):
         load_guide(path, generator, "cpu", torch.contiguous_format)
 
 
