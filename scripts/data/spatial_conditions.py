@@ -28,6 +28,7 @@ from scripts.data.volume_reader import check_shape, read_volume, state_of
 __all__ = ["LoadSpatiald", "SpatialDescription", "learn_kinds"]
 
 THREADS = 4
+LABEL_KEYS = (Keys.LABEL.value, "dseg", "seg", "mask")  # names that label maps have, in BIDS among others
 logger = logging.getLogger(__name__)
 
 
@@ -71,13 +72,13 @@ def learn_kinds(
     spatial_ranges: Mapping[str, Sequence[float] | None] | None = None,
 ) -> dict[str, SpatialKind]:
     """
-    The kind of each spatial condition of a run, over the volumes of all its processes. Label maps are the key ``label`` and
-    ``label_keys``, and all are read. One that cannot be read is left out here, and refused where it is encoded.
+    The kind of each spatial condition of a run, over the volumes of all its processes. Label maps are ``label_keys`` and
+    :py:data:`LABEL_KEYS`, and all are read. One that cannot be read is left out here, and refused where it is encoded.
 
     Args:
         items: ``[{"image": path, "spatial": {key: path}, ...}, ...]`` of this process.
         spatial_keys: Names of the conditions.
-        label_keys: Names of those that are label maps, beside ``label``.
+        label_keys: Further names of those that are label maps.
         intensity_percentiles: Percentiles of images that become 0 and 1.
         intensity_range: Intensities of images that become 0 and 1, instead.
         spatial_ranges: The same for single keys; None for the percentiles.
@@ -92,7 +93,7 @@ def learn_kinds(
             raise ValueError(f"`{name}` has {unknown[0]!r}, which is not among `spatial_keys` {list(spatial_keys)}.")
     kinds = {}
     for key in spatial_keys:
-        if key == Keys.LABEL or key in label_keys:
+        if key in label_keys or key in LABEL_KEYS:
             kinds[key] = SpatialKind(_classes(items, key))
             logger.info(f"{key!r} is a label map with the classes {shortened(list(kinds[key].classes))}")
         else:

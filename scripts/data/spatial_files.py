@@ -96,8 +96,10 @@ def find_spatial_items(dataset_dir: str, spatial_keys: Sequence[str]) -> list[It
     listed = {Path(image): of_item for image, of_item in _listed(dataset_dir, spatial_keys).items()}
     cases = listed or _cases_of_files(dataset_dir, spatial_keys)
     for key in spatial_keys:
-        if not any(key in of_case for of_case in cases.values()):
+        count = sum(key in of_case for of_case in cases.values())
+        if not count:
             raise ValueError(f"there is no spatial condition {key!r} below `dataset_dir` {dataset_dir!r}.")
+        logger.info(f"{count} of {len(cases)} cases have the spatial condition {key!r}")
     names = {case: without_ending(case.name) for case in cases}
     if len({*names.values()}) < len(cases):
         names = {case: "_".join([*case.relative_to(dataset_dir).parts[:-1], name]) for case, name in names.items()}

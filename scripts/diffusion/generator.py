@@ -132,9 +132,7 @@ def load_guide(path: str | None, generator: Generator, device: Any, memory_forma
     if guide.sha256 == generator.sha256:
         raise ValueError(f"`guide` is {path}, which has the weights that it is to guide. It must be a lesser generator.")
     if differing := _differing(guide.statistics, generator.statistics):
-        raise ValueError(
-            f"{path} cannot guide this generator, with other {', '.join(differing)}. Train it on the same latents."
-        )
+        raise ValueError(f"{path} cannot guide this generator; others are {', '.join(differing)}.")
     guide.network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
     return guide
 

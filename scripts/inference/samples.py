@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from scripts.training.repeatable_batches import derive_seed
 __all__ = ["Sample", "Samples"]
 
 HEADER = "synthetic volume of a generative model, no patient"  # up to 79 characters
-FARTHEST = 3  # times beyond the sizes and spacings of training
+FARTHEST = 1.5  # times beyond the sizes and spacings of training that a spatial condition may be
 UNITS = {"size": "voxels", "spacing": "mm"}
 LABEL = Keys.LABEL.value
 Placed = tuple[Volume, np.ndarray, NiftiHeader]  # affine of the volume, header of its file
@@ -105,11 +106,13 @@ class Samples:
         spatial_size: int | Sequence[int] | None = None,
         spacing: float | Sequence[float] | None = None,
         spatial_keys: Sequence[str] = (),
-        dataset_dir: str = "",
+        dataset_dir: str | None = None,
     ) -> None:
         if spatial_keys and spatial_size is not None:
             raise ValueError("`spatial_size` is set, but samples have the size of their spatial conditions; leave it out.")
-        self.sampler, self.output_dir, self.seed, self.dataset_dir = sampler, Path(output_dir), seed, dataset_dir
+        if dataset_dir and not spatial_keys:
+            raise ValueError("`dataset_dir` is set, but `spatial_keys`, which names what to read there, is not.")
+        self.sampler, self.output_dir, self.seed, self.dataset_dir = sampler, Path(output_dir), seed, dataset_dir or ""
         self.statistics = sampler.generator.statistics
         self.conditions = self.statistics.conditions.checked(conditions or {})
         self.size, self.spacing = self._per_axis("spatial_size", spatial_size), self._per_axis("spacing", spacing)
@@ -117,7 +120,7 @@ class Samples:
         label_maps = [key for key, kind in self.kinds.items() if kind.is_label_map]
         first = LABEL if LABEL in label_maps else next(iter(label_maps), None)
         self.label_names = {key: LABEL if key == first else key for key in label_maps}
-        cases = find_spatial_items(dataset_dir, spatial_keys) if spatial_keys else [None]
+        cases = find_spatial_items(self.dataset_dir, spatial_keys) if spatial_keys else [None]
         self.samples = [self._planned(case, index) for case in cases for index in range(num_samples)]
 
     def missing(self) -> list[dict[str, Any]]:
@@ -250,8 +253,8 @@ class Samples:
         """On the grid of its first spatial condition."""
         size, affine, file = tuple(first.shape[1:]), first.affine.numpy(), next(iter(sample.spatial.values()))
         spacing = _spacing(affine)
-        self._check_seen("size", size)
-        self._check_seen("spacing", spacing)
+        self._check_seen("spacing", spacing, FARTHEST)
+        self._check_seen("size", size, FARTHEST)
         volume = Volume(size, spacing, sample.settings["conditions"])
         return volume, affine, read_header(file) if self.spacing is None else NiftiHeader.of_affine(affine, size)
 
@@ -266,12 +269,12 @@ class Samples:
         self._check_seen(name.removeprefix("spatial_"), values)
         return values
 
-    def _check_seen(self, name: str, values: Sequence[float]) -> None:
-        """Refuse a size or spacing far beyond what training saw, and warn of one that is less far."""
+    def _check_seen(self, name: str, values: Sequence[float], farthest: float = math.inf) -> None:
+        """Refuse a size or spacing ``farthest`` times beyond what training saw, and warn of one that is less far."""
         seen = self.statistics.seen(name)
         words = f"{name} {by(values, ' x ')} {UNITS[name]}; training saw {ranges(seen)}"
-        if any(n * FARTHEST < low or n > high * FARTHEST for n, (low, high) in zip(values, seen)):
-            raise ValueError(f"has the {words}, and nothing is known of what is so far from it.")
+        if any(n * farthest < low or n > high * farthest for n, (low, high) in zip(values, seen)):
+            raise ValueError(f"has the {words}, and another `spacing` may be what is needed.")
         if any(not low <= n <= high for n, (low, high) in zip(values, seen)):
             logger.warning(f"{words}: expect less of what lies outside")
 
