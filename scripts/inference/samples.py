@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from scripts.training.repeatable_batches import derive_seed
 __all__ = ["Sample", "Samples"]
 
 HEADER = "synthetic volume of a generative model, no patient"  # up to 79 characters
-FARTHEST = 1.5  # times beyond the sizes and spacings of training that a spatial condition may be
+FARTHEST, FARTHEST_OF_FILES = 3.0, 1.5  # times beyond the sizes and spacings of training
 UNITS = {"size": "voxels", "spacing": "mm"}
 LABEL = Keys.LABEL.value
 Placed = tuple[Volume, np.ndarray, NiftiHeader]  # affine of the volume, header of its file
@@ -253,8 +252,8 @@ class Samples:
         """On the grid of its first spatial condition."""
         size, affine, file = tuple(first.shape[1:]), first.affine.numpy(), next(iter(sample.spatial.values()))
         spacing = _spacing(affine)
-        self._check_seen("spacing", spacing, FARTHEST)
-        self._check_seen("size", size, FARTHEST)
+        self._check_seen("spacing", spacing, FARTHEST_OF_FILES)
+        self._check_seen("size", size, FARTHEST_OF_FILES)
         volume = Volume(size, spacing, sample.settings["conditions"])
         return volume, affine, read_header(file) if self.spacing is None else NiftiHeader.of_affine(affine, size)
 
@@ -269,7 +268,7 @@ class Samples:
         self._check_seen(name.removeprefix("spatial_"), values)
         return values
 
-    def _check_seen(self, name: str, values: Sequence[float], farthest: float = math.inf) -> None:
+    def _check_seen(self, name: str, values: Sequence[float], farthest: float = FARTHEST) -> None:
         """Refuse a size or spacing ``farthest`` times beyond what training saw, and warn of one that is less far."""
         seen = self.statistics.seen(name)
         words = f"{name} {by(values, ' x ')} {UNITS[name]}; training saw {ranges(seen)}"

@@ -138,11 +138,8 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
     blocks = SequenceMatcher(None, list(there.values()), list(here.values()), autojunk=False).get_matching_blocks()
     pairs = {list(here)[b + i]: list(there)[a + i] for a, b, size in blocks for i in range(size)}
     if network.shortcut is not None and source.shortcut is None:  # they compute a small correction of the shortcut here
-        ends = (
-            network.encoder.blocks[-2],
-            network.decoder.blocks[-2],
-            network.decoder.blocks[-1],
-        )  # norms, and a convolution
+        encoder, decoder = list(network.encoder.blocks), list(network.decoder.blocks)  # type: ignore[arg-type]
+        ends = (encoder[-2], decoder[-2], decoder[-1])  # norms, and a convolution
         corrections = (*ends, network.quant_conv_mu, network.quant_conv_log_sigma)
         pairs = {name: pairs[name] for name in pairs if network.get_submodule(name) not in corrections}
     if not pairs:
