@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import re
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 __all__ = [
     "Count",
     "Must",
+    "NetworkArguments",
     "PositiveFloat",
     "PositiveInt",
     "Sha256",
@@ -24,6 +26,7 @@ __all__ = [
     "checked",
     "read_dataclass",
     "shortened",
+    "total_downsample_factor",
 ]
 
 T = TypeVar("T")
@@ -171,3 +174,24 @@ def _in_words(kind: Any) -> str:
     if origin is tuple and _is_fixed(arguments):
         return f"a list of {len(arguments)}"
     return WORDS.get(origin or kind, "an object")
+
+
+@dataclass(frozen=True)
+class _Network:
+    """Those arguments of an AutoencoderKL that are used; the others are only compared with another network's."""
+
+    spatial_dims: Literal[1, 2, 3]
+    channels: list[PositiveInt]
+    downsample_factors: list[list[PositiveInt]]
+    initial_downsample_factor: list[PositiveInt]
+    initial_mode: str
+
+
+NetworkArguments = Annotated[
+    dict[str, Any], Must("the arguments of an AutoencoderKL", lambda found: checked(found, _Network, "network"))
+]
+
+
+def total_downsample_factor(network: Mapping[str, Any]) -> tuple[int, ...]:
+    """The total factor along each axis of the network with these arguments."""
+    return tuple(math.prod(along) for along in zip(network["initial_downsample_factor"], *network["downsample_factors"]))

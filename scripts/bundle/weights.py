@@ -10,23 +10,21 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, serialise, write_atomically
-from scripts.bundle.json_files import Must, PositiveInt, Sha256, checked, read_dataclass, shortened
+from scripts.bundle.json_files import Sha256, read_dataclass, shortened
 
 __all__ = [
-    "NetworkArguments",
     "WeightsLoader",
     "autoencoder_in",
     "check_arguments",
@@ -38,7 +36,6 @@ __all__ = [
     "read_description",
     "read_weights",
     "save_weights",
-    "total_downsample_factor",
     "what_differs",
 ]
 
@@ -52,22 +49,6 @@ MAISI = (  # each of its convolutions is in a module of its own
     (re.compile(r"\.conv\.conv\."), ".conv."),
 )
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Network:
-    """Those arguments of an AutoencoderKL that are used; the others are only compared with another network's."""
-
-    spatial_dims: Literal[1, 2, 3]
-    channels: list[PositiveInt]
-    downsample_factors: list[list[PositiveInt]]
-    initial_downsample_factor: list[PositiveInt]
-    initial_mode: str
-
-
-NetworkArguments = Annotated[
-    dict[str, Any], Must("the arguments of an AutoencoderKL", lambda found: checked(found, _Network, "network"))
-]
 
 
 @dataclass(frozen=True)
@@ -182,11 +163,6 @@ def what_differs(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "; ".join(
         f"`{name}` is {shortened(saved.get(name))} there and {shortened(wanted.get(name))} here" for name in differing
     )
-
-
-def total_downsample_factor(network: Mapping[str, Any]) -> tuple[int, ...]:
-    """The total factor along each axis of the network with these arguments."""
-    return tuple(math.prod(along) for along in zip(network["initial_downsample_factor"], *network["downsample_factors"]))
 
 
 def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:

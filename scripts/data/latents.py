@@ -26,10 +26,10 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, file_hash, write_atomically
-from scripts.bundle.json_files import PositiveInt, Sha256, read_dataclass
+from scripts.bundle.json_files import NetworkArguments, PositiveInt, Sha256, read_dataclass, total_downsample_factor
 from scripts.bundle.machine import share_of
 from scripts.bundle.progress import ProgressBar
-from scripts.bundle.weights import NetworkArguments, check_arguments, total_downsample_factor
+from scripts.bundle.weights import check_arguments
 from scripts.data.file_names import is_nifti, output_path, stays_inside, without_ending
 from scripts.data.restored_volumes import (
     Record,

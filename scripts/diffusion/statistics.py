@@ -13,8 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.bundle.json_files import Must, PositiveFloat, PositiveInt, Sha256, Share, checked
-from scripts.bundle.weights import NetworkArguments, total_downsample_factor
+from scripts.bundle.json_files import (
+    Must,
+    NetworkArguments,
+    PositiveFloat,
+    PositiveInt,
+    Sha256,
+    Share,
+    checked,
+    total_downsample_factor,
+)
 from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Conditions
 from scripts.diffusion.flow import per_item

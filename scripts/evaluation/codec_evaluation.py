@@ -21,11 +21,10 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.files import file_hash
 from scripts.bundle.machine import merged
-from scripts.bundle.text_table import summary_table
 from scripts.data.intensity_window import intensity_window
 from scripts.evaluation.codecs import BlockDCT, Codec, block_dct_of
 from scripts.evaluation.pictures import ERROR_GAIN, Panels, panels_of
-from scripts.evaluation.reports import mean_of_finite, rounded, write_results
+from scripts.evaluation.reports import mean_of_finite, rounded, summary_table, write_results
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 
 __all__ = ["CodecEvaluator", "EvaluationSaver", "worst"]

@@ -18,8 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scripts.bundle.files import write_atomically
 from scripts.evaluation.pictures import PLANES
 from scripts.layers.factors import by
+from scripts.planning.tables import table
 
-__all__ = ["columns_of", "extents", "mean_of_finite", "render", "rounded", "write_results"]
+__all__ = ["columns_of", "extents", "mean_of_finite", "render", "rounded", "summary_table", "write_results"]
 
 FOLDER = Path(__file__).parent
 COLUMNS = FOLDER / "columns.json"
@@ -116,3 +117,10 @@ ENVIRONMENT.filters |= {
     "extents": extents,
     "number": _number,
 }
+
+
+def summary_table(sets: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The numbers of an evaluation, by set or codec, as a Markdown table with a row for each."""
+    numbers = next(iter(sets.values()))
+    rows = [[name, *("-" if (v := row[name]) is None else f"{v:.4g}" for row in sets.values())] for name in numbers]
+    return table(["", *sets], rows)

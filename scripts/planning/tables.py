@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from monai.utils import ensure_tuple
 
 from scripts.bundle.machine import GIB, MIB
-from scripts.bundle.text_table import table
 from scripts.layers.factors import by
 from scripts.planning.costs import Cost, Estimate
 from scripts.planning.inference_costs import least_slab_cost, slab_cost
 from scripts.planning.recommendations import Recommendation
 from scripts.planning.self_test import CheckResult
 
-__all__ = ["checks_table", "estimate_table", "recommendations_table", "slab_table", "verdict"]
+__all__ = ["checks_table", "estimate_table", "recommendations_table", "slab_table", "table", "verdict"]
 
 OPERATIONS = ("reconstruct", "decode")  # in slabs
 
@@ -120,3 +119,11 @@ def checks_table(results: Sequence[CheckResult]) -> str:
         rows.append([result.name, *cells, result.error or "good"])
     header = ["configuration", "factor", "latent", "parameters", "saved, estimated", "counted", "peak, estimated", "counted"]
     return table([*header, "verdict"], rows)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with columns of equal width."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)

@@ -18,10 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import ROOT
 from scripts.bundle.files import file_hash, write_atomically
-from scripts.bundle.text_table import summary_table
 from scripts.bundle.weights import load_weights, save_weights
 from scripts.diffusion.generator import FOLDER, load_autoencoder, load_generator
 from scripts.diffusion.statistics import ranges
+from scripts.evaluation.reports import summary_table
 
 __all__ = ["share"]
 

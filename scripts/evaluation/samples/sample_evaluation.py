@@ -15,13 +15,12 @@ import torch
 
 from scripts.bundle.files import write_atomically
 from scripts.bundle.progress import ProgressBar
-from scripts.bundle.text_table import summary_table
 from scripts.data.latents import read_description
 from scripts.diffusion.conditions import ClassCondition
 from scripts.diffusion.training_data import learn_statistics
 from scripts.evaluation.metrics import grid_energy
 from scripts.evaluation.pictures import Panels, draw_columns, panels_of
-from scripts.evaluation.reports import mean_of_finite, rounded, write_results
+from scripts.evaluation.reports import mean_of_finite, rounded, summary_table, write_results
 from scripts.evaluation.samples.features import (
     NearestClass,
     Standardised,
