@@ -218,9 +218,9 @@ def test_bad_condition_is_named_and_the_others_are_encoded(copied, weights, tmp_
 )
 def test_keys_are_checked(made, weights, tmp_path, overrides, words):  # noqa: F811
     arguments = {**KEYS, **overrides}
-    if words is None:  # a label map that nobody calls one is an image
+    if words is None:  # by its name
         run("encoding", made[0], tmp_path, weights, **arguments)
-        assert not described(tmp_path, 1)[1].spatial["dseg"].kind.is_label_map
+        assert described(tmp_path, 1)[1].spatial["dseg"].kind.is_label_map
         return
     with pytest.raises(Exception) as caught:
         run("encoding", made[0], tmp_path, weights, **arguments)
