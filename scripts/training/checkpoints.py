@@ -46,7 +46,7 @@ def find_checkpoints(ckpt_dir: str | Path) -> list[Path]:
 
 def newest_checkpoint(ckpt_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:
     """
-    The newest checkpoint in a folder that is not damaged, and its content; None where there is none. No code in it is run.
+    The newest checkpoint in a folder that is not damaged, and its content; None without a checkpoint. No code in it is run.
 
     Raises:
         ValueError: when all are damaged.
