@@ -41,7 +41,7 @@ from scripts.data.restored_volumes import (
     with_record,
 )
 from scripts.data.spatial_conditions import SpatialDescription
-from scripts.data.spatial_kinds import SpatialKind
+from scripts.data.spatial_kinds import SpatialKind, with_smallest_type
 from scripts.data.volume_lists import EVERY_NIFTI, visible_files
 from scripts.data.volume_reader import NiftiHeader, read_volume, state_of
 
@@ -160,8 +160,7 @@ def _save(values: np.ndarray, header: NiftiHeader, path: Path) -> str:
 
 
 def _save_labels(volume: MetaTensor, path: Path) -> str:
-    labels = volume.as_tensor()[0].numpy()
-    labels = labels.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (labels.min(), labels.max()))))
+    labels = with_smallest_type(volume.as_tensor()[0].numpy())
     return _save(labels, NiftiHeader.of_affine(volume.affine.numpy()).stored_as(labels.dtype.str), path)
 
 

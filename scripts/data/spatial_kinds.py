@@ -11,7 +11,7 @@ import torch
 
 from scripts.bundle.json_files import Must, shortened
 
-__all__ = ["MOST_CLASSES", "SpatialKind", "labels_in"]
+__all__ = ["MOST_CLASSES", "SpatialKind", "labels_in", "with_smallest_type"]
 
 MOST_CLASSES = 2**10
 PLANES_OF_CLASSES = 16  # up to so many classes have a plane each; more share planes, one for each bit of their numbers
@@ -122,3 +122,8 @@ def labels_in(values: np.ndarray) -> list[int]:
     if len(labels) > MOST_CLASSES + 1:
         raise ValueError(f"is no label map: it has more than {MOST_CLASSES} different values.")
     return labels.astype(np.int64).tolist()
+
+
+def with_smallest_type(labels: np.ndarray) -> np.ndarray:
+    """Labels in the smallest data type that holds them, for a file."""
+    return labels.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (labels.min(), labels.max()))))

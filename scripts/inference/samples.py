@@ -22,6 +22,7 @@ from scripts.data.dataset_tables import conditions_of
 from scripts.data.grids import back_on_grid
 from scripts.data.restored_volumes import Record, nifti_bytes, record_of, restore, rows_of, with_record
 from scripts.data.spatial_files import find_spatial_items
+from scripts.data.spatial_kinds import with_smallest_type
 from scripts.data.volume_reader import NiftiHeader, read_header, state_of
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
@@ -285,7 +286,7 @@ def _spacing(affine: Any) -> list[float]:
 def _label_map(labels: MetaTensor, record: Record) -> bytes:
     """A label map on the grid of its sample, in the smallest type that has its labels."""
     (stored,) = back_on_grid(labels.as_tensor().numpy(), np.array(record.preprocessed_affine), record.grid)
-    stored = stored.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (stored.min(), stored.max()))))
+    stored = with_smallest_type(stored)
     return nifti_bytes(stored, record.stored_as(stored.dtype.str))
 
 
