@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
+from tqdm.std import tqdm
 
 from scripts.bundle import progress
 from scripts.bundle.progress import ProgressBar, VolumeProgress
@@ -27,6 +29,7 @@ def output(request, monkeypatch):
     stream = request.param()
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     monkeypatch.setattr(progress, "SECONDS_IN_FILE", 0.05)
+    monkeypatch.setattr(tqdm, "_instances", weakref.WeakSet())  # bars that other tests left open move the cursor
     return stream
 
 
