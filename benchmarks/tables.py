@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["described", "print_table"]
-
 
 def described(device: str, precision: str) -> str:
     """

@@ -26,8 +26,6 @@ import torch
 from benchmarks.tables import described, print_table
 from scripts.evaluation.samples.segmentation import Pair, train_segmenter
 
-__all__ = ["usefulness"]
-
 STEPS = 450
 
 

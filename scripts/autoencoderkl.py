@@ -25,8 +25,6 @@ from scripts.layers.lean_blocks import use_lean_blocks
 from scripts.layers.linear_shortcut import LinearShortcut, start_as_correction
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample, check_upsample_mode
 
-__all__ = ["AutoencoderKL", "Decoder", "Downsample", "Encoder", "Reconstructor", "Upsample"]
-
 INITIAL_MODES = ("conv", "pixelshuffle")
 
 

@@ -30,8 +30,6 @@ from scripts.layers.factors import padded_size
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock, RMSNorm, SpatialAttention
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample, pad_at_end
 
-__all__ = ["FeatureMap", "PaddedImage", "SlabRun", "stream"]
-
 CHANNEL_BLOCK = 16  # libraries reorder maps in blocks of this many channels
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

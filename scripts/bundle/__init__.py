@@ -9,20 +9,3 @@ from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
 from scripts.bundle.progress import ProgressBar, VolumeProgress
 from scripts.bundle.signals import end_on_signals, leave_signals_to_main
 from scripts.bundle.weights import WeightsLoader, load_weights, save_weights
-
-__all__ = [
-    "Precision",
-    "ProgressBar",
-    "VolumeProgress",
-    "WeightsLoader",
-    "autocast_dtype",
-    "check_config",
-    "choose_precision",
-    "end_on_signals",
-    "executed_config",
-    "item_hash",
-    "leave_signals_to_main",
-    "load_weights",
-    "save_weights",
-    "short_messages",
-]

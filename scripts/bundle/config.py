@@ -16,8 +16,6 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from scripts.bundle.json_files import Count, Must, PositiveInt, checked
 
-__all__ = ["CONFIGS", "ROOT", "check_config", "check_parser", "executed_config", "has_expression"]
-
 ROOT = Path(__file__).resolve().parent.parent.parent  # wherever the run was started, and whatever `bundle_root` says
 CONFIGS = ROOT / "configs"
 NOT_CONFIGS = ("metadata.json", "mlflow.json")

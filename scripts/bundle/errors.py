@@ -12,8 +12,6 @@ from types import TracebackType
 
 from monai.apps import get_logger
 
-__all__ = ["SHOW_STACK", "is_of_user", "reason", "short_messages"]
-
 SHOW_STACK = "BUNDLE_TRACEBACK"  # environment variable; 1 shows the stack of every error
 SCRIPTS, MONAI = f"{Path(__file__).parent.parent}{os.sep}", f"{os.sep}monai{os.sep}"
 STATS_HANDLER = "monai.handlers.StatsHandler"

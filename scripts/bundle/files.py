@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from monai.data.utils import pickle_hashing
 
-__all__ = ["UNFINISHED", "content_hash", "file_hash", "item_hash", "serialise", "write_atomically"]
-
 UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
 

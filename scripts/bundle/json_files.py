@@ -15,20 +15,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = [
-    "Count",
-    "Must",
-    "NetworkArguments",
-    "PositiveFloat",
-    "PositiveInt",
-    "Sha256",
-    "Share",
-    "checked",
-    "read_dataclass",
-    "shortened",
-    "total_downsample_factor",
-]
-
 T = TypeVar("T")
 
 MAX_BYTES = 2**20  # of a file that describes another one; such files have some thousand

@@ -9,8 +9,6 @@ from typing import Any, TypeVar, cast
 import ignite.distributed as idist
 import torch
 
-__all__ = ["GIB", "MIB", "free_memory", "merged", "processes_on_host", "share_of", "total_memory"]
-
 MIB, GIB = 2**20, 2**30  # bytes
 Item = TypeVar("Item")
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import ignite.distributed as idist
 import torch
 
-__all__ = ["Precision", "autocast_dtype", "choose_precision", "computing_dtype", "dtype_name", "has_convolutions"]
-
 PREFERENCE = ("float32", "float16", "bfloat16")  # where processes differ, all use the first that one of them chose
 BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with units for it
 logger = logging.getLogger(__name__)

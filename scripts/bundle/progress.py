@@ -18,8 +18,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from scripts.layers.factors import by
 
-__all__ = ["ProgressBar", "VolumeProgress"]
-
 SECONDS_IN_FILE = 30.0  # between two lines about a bar, where the output goes to a file
 
 

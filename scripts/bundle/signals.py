@@ -13,8 +13,6 @@ from ignite.engine import Events
 from monai.data.utils import worker_init_fn
 from monai.engines import Evaluator
 
-__all__ = ["StopOnSignal", "end_on_signals", "leave_signals_to_main"]
-
 logger = logging.getLogger(__name__)
 
 

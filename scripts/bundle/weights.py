@@ -24,21 +24,6 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, serialise, write_atomically
 from scripts.bundle.json_files import Sha256, read_dataclass, shortened
 
-__all__ = [
-    "WeightsLoader",
-    "autoencoder_in",
-    "check_arguments",
-    "is_maisi",
-    "is_of_this_bundle",
-    "load_weights",
-    "named_as_here",
-    "named_for",
-    "read_description",
-    "read_weights",
-    "save_weights",
-    "what_differs",
-]
-
 GENERATIVE_MODELS = (  # its names, and those of MONAI
     (re.compile(r"(\.blocks\.\d+)\.to_([qkv])\."), r"\1.attn.to_\2."),
     (re.compile(r"\.proj_attn\."), ".attn.out_proj."),

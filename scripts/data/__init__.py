@@ -12,29 +12,3 @@ from scripts.data.synthetic_patches import HeadPatchd, ProceduralVolumed
 from scripts.data.volume_checks import RefuseLabelMapd, usable_volumes
 from scripts.data.volume_lists import affordable_cache_rate, find_images, guesses_labels, training_and_validation
 from scripts.data.volume_reader import VolumeReader
-
-__all__ = [
-    "DescribeSourced",
-    "HeadPatchd",
-    "LoadLatentd",
-    "LoadSpatiald",
-    "ProceduralVolumed",
-    "RefuseLabelMapd",
-    "RestoreVolumed",
-    "SaveLatentd",
-    "SaveImageOfRecordd",
-    "ScaleIntensityWindowd",
-    "VolumeReader",
-    "affordable_cache_rate",
-    "find_images",
-    "find_latents",
-    "find_spatial_items",
-    "guesses_labels",
-    "learn_kinds",
-    "prepare_demonstration_heads",
-    "prepare_sample_volumes",
-    "save_latent_scale",
-    "training_and_validation",
-    "usable_volumes",
-    "without_whole_latents",
-]

@@ -20,8 +20,6 @@ import fire
 import numpy as np
 from monai.transforms import LoadImage, SaveImage
 
-__all__ = ["prepare_clinical_volumes"]
-
 PACKAGE = "pyradiomics==3.0.1"
 # one CT and one brain MR are for validation and must not be trained on
 VOLUMES = {

@@ -26,8 +26,6 @@ from scripts.data.file_names import OUTSIDE, stays_inside, without_ending
 from scripts.data.given_parts import agree_with_slices, average_slices, fill_hole, thin_affine
 from scripts.data.volume_reader import NiftiHeader
 
-__all__ = ["holes", "in_units_of", "slices"]
-
 
 def in_units_of(given: np.ndarray, sample: np.ndarray, like_given: np.ndarray) -> np.ndarray:
     """

@@ -14,8 +14,6 @@ from typing import Any
 
 from scripts.data.file_names import without_ending
 
-__all__ = ["conditions_of", "dataset_list_of", "dataset_lists"]
-
 LISTS = ("training", "validation")
 OF_THE_FILE = ("image", "label", "fold")  # keys of a Decathlon item that do not describe the volume
 OF_THE_ROW = ("participant_id", "session_id")

@@ -32,8 +32,6 @@ from scripts.data.restored_volumes import nifti_bytes
 from scripts.data.volume_lists import EVERY_NIFTI, find_images
 from scripts.data.volume_reader import NiftiHeader, read_volume
 
-__all__ = ["holes", "read_nifti", "save_nifti", "thick_slices", "thin_grid"]
-
 SHIFT = 1e-3  # mm by which the affines of one grid may differ through rounding
 Item = dict[str, Any]
 Files = dict[str, tuple[np.ndarray, NiftiHeader]]

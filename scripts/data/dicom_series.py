@@ -12,8 +12,6 @@ from monai.utils import optional_import
 
 pydicom, _ = optional_import("pydicom")
 
-__all__ = ["read_dicom"]
-
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 SAME_ORIENTATION = 1e-3  # of direction cosines: 0.25 mm at the edge of 256 mm
 SAME_POSITION = 0.01  # mm

@@ -9,8 +9,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from scripts.bundle.json_files import shortened
 
-__all__ = ["OUTSIDE", "has_label_name", "is_nifti", "is_volume_name", "output_path", "stays_inside", "without_ending"]
-
 FORMATS = r"\.(?:nii|nrrd|nhdr|mha|mhd|mgz|mgh|hdr|img|dcm|ima|mnc)"
 ENDING = re.compile(rf"{FORMATS}(?:\.gz)?$", re.IGNORECASE)
 ENDING_WITHIN = re.compile(rf"{FORMATS}(?![a-z0-9])", re.IGNORECASE)  # as in x.nii.gz.md5 and x.nii.bak

@@ -9,16 +9,6 @@ from scipy.ndimage import find_objects, zoom
 from scipy.sparse import csr_array, kronsum
 from scipy.sparse.linalg import cg
 
-__all__ = [
-    "agree_with_slices",
-    "average_slices",
-    "draw_hole",
-    "fill_hole",
-    "hole_equations",
-    "interpolate_slices",
-    "thin_affine",
-]
-
 
 def average_slices(volume: np.ndarray, factor: int, axis: int) -> np.ndarray:
     """

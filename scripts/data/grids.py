@@ -13,8 +13,6 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing, SpatialResample
 from scipy.ndimage import affine_transform
 
-__all__ = ["Grid", "back_on_grid", "on_grid", "preprocessed_grid"]
-
 SAME = 0.01  # voxels between two grids that are one, up to the rounding of headers
 
 

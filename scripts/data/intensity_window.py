@@ -19,16 +19,6 @@ from monai.transforms import MapTransform, TraceableTransform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import ImageMetaKey
 
-__all__ = [
-    "ScaleIntensityWindowd",
-    "find_missing",
-    "intensity_window",
-    "measured_voxels",
-    "pack_missing",
-    "put_back_missing",
-    "unscaled",
-]
-
 FEW = 0.1  # percent of the voxels
 FAR = 0.1  # of the window; in clinical CT and MR the minimum is at most 0.01 of it below the 0.1st percentile
 SPARSE = 0.95  # share of voxels with one value; 0.81 in a map of white matter, the sparsest of the ordinary volumes

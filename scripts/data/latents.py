@@ -45,20 +45,6 @@ from scripts.data.spatial_kinds import SpatialKind, with_smallest_type
 from scripts.data.volume_lists import EVERY_NIFTI, visible_files
 from scripts.data.volume_reader import NiftiHeader, read_volume, state_of
 
-__all__ = [
-    "LatentDescription",
-    "LoadLatentd",
-    "SaveLatentd",
-    "all_latents",
-    "find_latents",
-    "read_description",
-    "read_labels",
-    "read_latent",
-    "read_spatial",
-    "save_latent_scale",
-    "without_whole_latents",
-]
-
 OWN = "_latent.nii.gz"  # end of the name of a latent that this bundle wrote
 OF_CONDITION = re.compile(r"_(?:spatial|labels)-[\w-]+\.nii\.gz$")
 MAX_DESCRIPTION = 2**25  # bytes; a mask of missing voxels that are scattered at random takes up to 0.2 for each voxel

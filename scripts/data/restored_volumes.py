@@ -30,21 +30,6 @@ from scripts.data.grids import Grid, back_on_grid
 from scripts.data.intensity_window import intensity_window, put_back_missing, unscaled
 from scripts.data.volume_reader import HEADER, NiftiHeader, check_memory, spans_volume, state_of
 
-__all__ = [
-    "DescribeSourced",
-    "Record",
-    "RestoreVolumed",
-    "SaveImageOfRecordd",
-    "Source",
-    "clipped_shares",
-    "conditions_and_list",
-    "nifti_bytes",
-    "record_of",
-    "restore",
-    "rows_of",
-    "with_record",
-]
-
 RESTORING = 16  # least bytes per voxel: two copies in float64
 COMPRESSION = 1  # level of gzip; noisy voxels hardly shrink further at higher ones
 IN_MEMORY = "volume.nii.gz"  # name of a volume that came from no file

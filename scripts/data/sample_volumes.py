@@ -23,8 +23,6 @@ from torch.nn.functional import avg_pool3d
 from scripts.bundle.progress import ProgressBar
 from scripts.data.synthetic_heads import as_uint8, synthesise_head, synthesise_similar_head, t1_template, tissue_maps
 
-__all__ = ["prepare_demonstration_heads", "prepare_sample_volumes"]
-
 NUM_TRAINING_VOLUMES = 8
 NUM_TRAINING_HEADS, NUM_HELD_OUT_HEADS = 320, 32
 DEMONSTRATION_SPACING = 3  # mm, a multiple of the template's 1

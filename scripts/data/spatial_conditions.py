@@ -25,8 +25,6 @@ from scripts.data.restored_volumes import with_record
 from scripts.data.spatial_kinds import MOST_CLASSES, SpatialKind, labels_in
 from scripts.data.volume_reader import check_shape, read_volume, state_of
 
-__all__ = ["LoadSpatiald", "SpatialDescription", "learn_kinds"]
-
 THREADS = 4
 LABEL_KEYS = (Keys.LABEL.value, "dseg", "seg", "mask")  # names that label maps have, in BIDS among others
 logger = logging.getLogger(__name__)

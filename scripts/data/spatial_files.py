@@ -19,8 +19,6 @@ from scripts.data.file_names import is_nifti, without_ending
 from scripts.data.volume_lists import EVERY_NIFTI, visible_files
 from scripts.data.volume_reader import identity_of
 
-__all__ = ["find_spatial", "find_spatial_items"]
-
 CHANNEL = re.compile(r"_\d{4}$")  # of nnU-Net, at the end of the names of images alone
 FOLDERS = {f"images{part}": f"labels{part}" for part in ("Tr", "Ts", "Val")}
 Item = dict[str, Any]

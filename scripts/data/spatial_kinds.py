@@ -11,8 +11,6 @@ import torch
 
 from scripts.bundle.json_files import Must, shortened
 
-__all__ = ["MOST_CLASSES", "SpatialKind", "labels_in", "with_smallest_type"]
-
 MOST_CLASSES = 2**10
 PLANES_OF_CLASSES = 16  # up to so many classes have a plane each; more share planes, one for each bit of their numbers
 LARGEST_LABEL = 2**31 - 1

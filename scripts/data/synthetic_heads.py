@@ -27,8 +27,6 @@ from monai.transforms import (
     RandSmoothDeform,
 )
 
-__all__ = ["as_uint8", "synthesise_head", "synthesise_similar_head", "t1_template", "tissue_maps"]
-
 SHELLS_MM = ((0.0, 2.0), (2.0, 7.0), (7.0, 12.0))  # outer CSF, skull, scalp: distance from the brain
 T1_INTENSITIES = ((0.5, 0.7), (0.8, 1.0), (0.15, 0.35), (0.1, 0.3), (0.05, 0.2), (0.6, 0.95))
 """Ranges for grey matter, white matter, inner CSF, outer CSF, skull and scalp."""

@@ -19,8 +19,6 @@ from torch.nn import functional
 
 from scripts.data.synthetic_heads import tissue_maps
 
-__all__ = ["HeadPatchd", "ProceduralVolumed"]
-
 SPACING_RATIO = 8.0  # the coarsest axis against the finest, at most
 BENDS = (3, 12)  # points along each axis at which the grid is moved, from to
 

@@ -23,8 +23,6 @@ from scripts.data.intensity_window import measured_voxels
 from scripts.data.volume_lists import describe
 from scripts.data.volume_reader import read_volume, state_of
 
-__all__ = ["LabelMapError", "RefuseLabelMapd", "find_problem", "is_label_map", "usable_volumes"]
-
 SHOWN = 20  # problems in an error message; the log has all
 MAX_CACHE = 2**30  # bytes of the file of results; a million volumes take a quarter of it
 LABEL_MAP = "looks like a label map: few integers, in regions. If it is an image, name it in `image_glob`."

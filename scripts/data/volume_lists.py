@@ -21,18 +21,6 @@ from scripts.data.dataset_tables import dataset_lists
 from scripts.data.file_names import has_label_name, is_nifti, is_volume_name, without_ending
 from scripts.data.volume_reader import NiftiHeader, identity_of, read_header
 
-__all__ = [
-    "EVERY_NIFTI",
-    "affordable_cache_rate",
-    "describe",
-    "find_images",
-    "guesses_labels",
-    "split_by_subject",
-    "subjects_of",
-    "training_and_validation",
-    "visible_files",
-]
-
 EVERY_NIFTI = "**/*.nii*"  # the default `image_glob`
 RESULT = re.compile(r"_(?:reconstruction|latent|(?:spatial|labels)-[\w-]+)\.nii\.gz$|^sample_\d{4,}\.nii\.gz$")
 RESULT_WORDS = re.compile(r"reconstruction|latent|spatial-|labels-|sample")

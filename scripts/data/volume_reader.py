@@ -26,19 +26,6 @@ from scripts.bundle.machine import GIB, total_memory
 from scripts.data.dicom_series import read_dicom
 from scripts.data.grids import Grid
 
-__all__ = [
-    "HEADER",
-    "NiftiHeader",
-    "VolumeReader",
-    "check_memory",
-    "check_shape",
-    "identity_of",
-    "read_header",
-    "read_volume",
-    "spans_volume",
-    "state_of",
-]
-
 nrrd, _ = optional_import("nrrd")
 
 HEADER = "nifti_header"  # of the metadata: the header of a volume's file, in hexadecimal

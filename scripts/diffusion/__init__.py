@@ -8,24 +8,3 @@ from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.sampler import Generator, Sampler
 from scripts.diffusion.statistics import LatentStatistics
 from scripts.diffusion.training_data import LatentCollate, ReadLatentd, latent_lists, learn_statistics
-
-__all__ = [
-    "Conditions",
-    "Denoiser",
-    "FlowEvaluator",
-    "FlowPrepareBatch",
-    "Generator",
-    "LatentCollate",
-    "LatentStatistics",
-    "ReadLatentd",
-    "RectifiedFlow",
-    "Sampler",
-    "Volume",
-    "describe",
-    "latent_lists",
-    "learn_statistics",
-    "load_autoencoder",
-    "load_generator",
-    "load_guide",
-    "load_pretrained_generator",
-]

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from scripts.bundle.json_files import Must, PositiveInt
 
-__all__ = ["ClassCondition", "Conditions", "NumberCondition", "Volume"]
-
 LEAST_DEVIATION = 1e-6  # of a number; below it the number is the same in all volumes and says nothing
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FlowTarget", "RectifiedFlow", "channel_means", "draw_noise", "per_item"]
-
 BASE_VALUES = 4096  # latents of so many values need no shift (Zheng et al., https://arxiv.org/abs/2510.11690)
 SPREAD = 1.5  # deviation of the logit of a time of training
 LEAST_TIME = 0.05  # below it the weight of the loss grows no further (Li and He, https://arxiv.org/abs/2511.13720)

@@ -21,16 +21,6 @@ from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.sampler import Generator
 from scripts.diffusion.statistics import LatentStatistics
 
-__all__ = [
-    "GeneratorDescription",
-    "Trained",
-    "describe",
-    "load_autoencoder",
-    "load_generator",
-    "load_guide",
-    "load_pretrained_generator",
-]
-
 FOLDER = "models/generator"  # of the generator that the bundle carries
 READS_CONDITIONS = "unet.class_embedding.0.weight"  # of the layer that sees the vector of conditions
 READS_LATENTS = "unet.conv_in.conv.weight"  # of the layer that sees the noisy latent, and then the spatial conditions

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from scripts.layers.float32_convolutions import keep_in_float32
 from scripts.layers.lean_blocks import SpatialAttention
 
-__all__ = ["LatentUNet", "coordinates"]
-
 NUM_TIMESTEPS = 1000  # what MONAI's embedding of the time is made for
 
 

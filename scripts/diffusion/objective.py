@@ -20,8 +20,6 @@ from scripts.diffusion.flow import FlowTarget, RectifiedFlow, channel_means
 from scripts.diffusion.network import NUM_TIMESTEPS
 from scripts.diffusion.statistics import LatentStatistics
 
-__all__ = ["FlowEvaluator", "FlowPrepareBatch"]
-
 NUM_TIMES = 8  # of validation, at the middle of as many equal parts of 0 to 1
 NUM_BINS = NUM_BANDS = 4
 Prepared = tuple[Tensor, FlowTarget, tuple[()], dict[str, Tensor]]

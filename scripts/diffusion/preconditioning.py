@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from scripts.diffusion.network import LatentUNet
 
-__all__ = ["PREDICTIONS", "Denoiser", "posterior"]
-
 PREDICTIONS = ("gain", "x", "v")
 LEAST_TIME = 1e-4  # where the time is divided by, or what is left of it
 LOGIT = 4.0  # logits of the gain per unit of the U-Net's output: they span more than means do

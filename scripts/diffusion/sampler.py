@@ -22,8 +22,6 @@ from scripts.layers.factors import padded_size
 from scripts.layers.resampling import pad_at_end
 from scripts.training.repeatable_batches import derive_seed
 
-__all__ = ["Generator", "Sampler", "integrate"]
-
 Solver = Literal["midpoint", "stochastic", "euler"]
 RENEWED = 1.5  # by how much the odds of noise grow before a stochastic step
 Velocity = Callable[[Tensor, float], Tensor]

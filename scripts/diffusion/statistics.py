@@ -27,8 +27,6 @@ from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Conditions
 from scripts.diffusion.flow import per_item
 
-__all__ = ["Geometry", "LatentAutoencoder", "LatentStatistics", "ranges"]
-
 NORMALISATION = ("latent_gamma", "channel_mean", "channel_deviation", "channel_amplitude")
 MAX_SIZE = 2**15 - 1  # voxels along an axis, NIfTI's largest
 Size = Annotated[int, Must(f"an integer from 1 to {MAX_SIZE}", lambda n: 0 < n <= MAX_SIZE)]

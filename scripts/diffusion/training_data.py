@@ -24,8 +24,6 @@ from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStat
 from scripts.layers.factors import padded_size
 from scripts.layers.resampling import pad_at_end
 
-__all__ = ["LatentCollate", "ReadLatentd", "latent_lists", "learn_statistics"]
-
 LEAST_SHARE = 1e-6  # of the strongest channel's deviation; a weaker channel is as good as constant
 PLAIN = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}
 Item = dict[str, str]

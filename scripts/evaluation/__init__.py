@@ -14,21 +14,3 @@ from scripts.evaluation.metrics import (
 )
 from scripts.evaluation.pictures import ReconstructionPicture
 from scripts.evaluation.samples.sample_evaluation import SampleEvaluation
-
-__all__ = [
-    "Codec",
-    "CodecEvaluator",
-    "EdgePSNRMetric",
-    "EvaluationSaver",
-    "ForegroundPSNRMetric",
-    "GridEnergyMetric",
-    "LargeVolumeMSSSIMMetric",
-    "LargeVolumeSSIMMetric",
-    "ReconstructionPicture",
-    "SampleEvaluation",
-    "SharpnessMetric",
-    "in_file_units",
-    "read_codecs",
-    "shrunk_and_image",
-    "with_block_dcts",
-]

@@ -27,8 +27,6 @@ from scripts.evaluation.pictures import ERROR_GAIN, Panels, panels_of
 from scripts.evaluation.reports import mean_of_finite, rounded, summary_table, write_results
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 
-__all__ = ["CodecEvaluator", "EvaluationSaver", "worst"]
-
 CODEC = "codec"  # key of an output: the name of the codec
 FACTORS = "total_downsample_factor"
 logger = logging.getLogger(__name__)

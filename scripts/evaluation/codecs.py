@@ -29,8 +29,6 @@ from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.estimates import read_plan
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
 
-__all__ = ["BlockDCT", "Codec", "block_dct_of", "block_dct_reconstruction", "read_codecs", "with_block_dcts"]
-
 SPATIAL_DIMS = 3  # of the pipelines
 PROBE = 256  # voxels along each axis of the volume that says by how much a network shrinks; nothing is computed
 

@@ -14,19 +14,6 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.data.intensity_window import intensity_window, unscaled
 
-__all__ = [
-    "EdgePSNRMetric",
-    "ForegroundPSNRMetric",
-    "GridEnergyMetric",
-    "LargeVolumeMSSSIMMetric",
-    "LargeVolumeSSIMMetric",
-    "SharpnessMetric",
-    "grid_energy",
-    "in_file_units",
-    "shrunk_and_image",
-    "trilinear_reconstruction",
-]
-
 AIR = 0.05  # its highest intensity
 EDGES = 0.1  # share of the voxels
 

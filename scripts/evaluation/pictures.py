@@ -17,18 +17,6 @@ from monai.utils.enums import CommonKeys as Keys
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-__all__ = [
-    "ERROR_GAIN",
-    "PLANES",
-    "Panels",
-    "POSITION",
-    "ReconstructionPicture",
-    "draw_columns",
-    "draw_reconstruction",
-    "overlaid",
-    "panels_of",
-]
-
 Panels = dict[str, dict[str, str]]  # PNG files, as addresses with data, by plane and by title
 PLANES = ("sagittal", "coronal", "axial")
 POSITION = 0.45  # of each plane along its axis: in the middle of a head there is the gap between its halves

@@ -20,8 +20,6 @@ from scripts.evaluation.pictures import PLANES
 from scripts.layers.factors import by
 from scripts.planning.tables import table
 
-__all__ = ["columns_of", "extents", "mean_of_finite", "render", "rounded", "summary_table", "write_results"]
-
 FOLDER = Path(__file__).parent
 COLUMNS = FOLDER / "columns.json"
 logger = logging.getLogger(__name__)

@@ -14,8 +14,6 @@ import torch
 from scripts.evaluation.pictures import ERROR_GAIN, PLANES, POSITION
 from scripts.evaluation.reports import extents
 
-__all__ = ["MAX_VOXELS", "View", "view_of"]
-
 View = dict[str, Any]  # as :py:func:`view_of` makes it
 LEVELS = 255  # of a value of 8 bits
 MAX_VOXELS = 2**25  # of a volume in a page, about 512x512x128

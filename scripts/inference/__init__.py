@@ -7,17 +7,3 @@ from scripts.inference.inferers import ReconstructionInferer, SampleInferer, Spa
 from scripts.inference.samples import Samples
 from scripts.inference.streaming import StreamingInferer
 from scripts.inference.volume_runs import VolumeDataset, VolumeEvaluator, find_share, join_processes
-
-__all__ = [
-    "ExportedNetwork",
-    "ReconstructionInferer",
-    "SampleInferer",
-    "Samples",
-    "SpatialEncoder",
-    "StreamingInferer",
-    "VolumeDataset",
-    "VolumeEvaluator",
-    "find_share",
-    "join_processes",
-    "refuse_latents",
-]

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-__all__ = ["SUFFIXES", "ExportedNetwork", "refuse_latents"]
-
 SUFFIXES = (".ts", ".pt2", ".onnx")
 
 

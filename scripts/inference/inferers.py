@@ -14,8 +14,6 @@ from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.sampler import Sampler
 from scripts.layers.resampling import pad_to_multiple
 
-__all__ = ["ReconstructionInferer", "SampleInferer", "SpatialEncoder"]
-
 
 class ReconstructionInferer(Inferer):
     """

@@ -30,8 +30,6 @@ from scripts.diffusion.statistics import ranges
 from scripts.layers.factors import by
 from scripts.training.repeatable_batches import derive_seed
 
-__all__ = ["Sample", "Samples"]
-
 HEADER = "synthetic volume of a generative model, no patient"  # up to 79 characters
 FARTHEST, FARTHEST_OF_FILES = 3.0, 1.5  # times beyond the sizes and spacings of training
 UNITS = {"size": "voxels", "spacing": "mm"}

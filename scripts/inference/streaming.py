@@ -15,8 +15,6 @@ from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.inference_costs import inference_cost
 from scripts.slabs import stream
 
-__all__ = ["StreamingInferer", "available_memory_gb"]
-
 OPERATIONS = ("reconstruct", "encode", "decode")
 LEAST_BUDGET = 1e-6  # GiB: the smallest slabs
 SHARE_OF_MEMORY = 0.8  # of the device's, for a run that sets no `memory_gb`; other programs use it too

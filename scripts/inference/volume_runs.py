@@ -23,8 +23,6 @@ from scripts.data.spatial_files import find_spatial
 from scripts.data.volume_checks import LabelMapError
 from scripts.data.volume_lists import find_images
 
-__all__ = ["VolumeDataset", "VolumeEvaluator", "find_share", "join_processes"]
-
 PROBLEM = "problem"  # key of an item that could not be loaded
 LEFT_OUT = "left_out"  # key of an item that is no image
 PATIENCE = datetime.timedelta(days=7)  # how long a process waits for the others to finish their volumes

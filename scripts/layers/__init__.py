@@ -7,15 +7,3 @@ from scripts.layers.factors import padded_size, per_axis, per_transition
 from scripts.layers.lean_blocks import use_lean_blocks
 from scripts.layers.linear_shortcut import LinearShortcut
 from scripts.layers.resampling import Downsample, SubpixelDownsample, SubpixelUpsample, Upsample
-
-__all__ = [
-    "Downsample",
-    "LinearShortcut",
-    "SubpixelDownsample",
-    "SubpixelUpsample",
-    "Upsample",
-    "padded_size",
-    "per_axis",
-    "per_transition",
-    "use_lean_blocks",
-]

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
-__all__ = ["by", "padded_size", "per_axis", "per_transition"]
-
 
 def per_axis(name: str, factor: Any, spatial_dims: int) -> tuple[int, ...]:
     """Return ``factor`` as one positive integer per spatial axis, or raise a ``ValueError`` that names ``name``."""

@@ -21,8 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ["bfloat16_fails", "keep_in_float32", "run_in_float32"]
-
 
 def bfloat16_fails(
     x: torch.Tensor, kernel_size: Sequence[int] = (1,), stride: Sequence[int] = (1,), padding: Sequence[int] = (0,)

@@ -13,17 +13,6 @@ from monai.networks.nets.autoencoderkl import AEKLResBlock
 
 from scripts.layers.float32_convolutions import bfloat16_fails
 
-__all__ = [
-    "NORMS",
-    "GroupNorm",
-    "RMSNorm",
-    "ResidualBlock",
-    "SpatialAttention",
-    "group_norm",
-    "rms_norm",
-    "use_lean_blocks",
-]
-
 
 def use_lean_blocks(blocks: nn.ModuleList, norm: str = "group") -> None:
     """

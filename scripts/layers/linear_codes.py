@@ -8,15 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-__all__ = [
-    "alignments",
-    "expected_deviation",
-    "lowest_frequencies",
-    "lowest_waves",
-    "principal_components",
-    "ridge_regression",
-]
-
 INNER_COUNT = 32  # coefficients of the smaller blocks of a code in two steps
 # Candidate ridge strengths, as a number of observations of features with unit variance
 RIDGES = (1e5, 3e4, 1e4, 3e3, 1e3, 300.0, 100.0)

@@ -21,8 +21,6 @@ from scripts.layers.linear_codes import (
 )
 from scripts.layers.resampling import depth_to_space, space_to_depth
 
-__all__ = ["LinearShortcut", "start_as_correction"]
-
 MAX_PARAMETERS = 10_000_000  # of a code in one step; a larger one takes two
 INNER_SIZE = 8  # voxels along an edge, at most, of the blocks of the first of two steps
 CORRECTION_AMPLITUDE = 0.05  # in units of the image, of a network's correction of 1

@@ -15,18 +15,6 @@ from monai.networks.layers.factories import Conv
 from scripts.layers.factors import padded_size, per_axis
 from scripts.layers.float32_convolutions import bfloat16_fails, run_in_float32
 
-__all__ = [
-    "Downsample",
-    "SubpixelDownsample",
-    "SubpixelUpsample",
-    "Upsample",
-    "check_upsample_mode",
-    "depth_to_space",
-    "pad_at_end",
-    "pad_to_multiple",
-    "space_to_depth",
-]
-
 UPSAMPLE_MODES = ("nearest", "trilinear")
 LINEAR = ("linear", "bilinear", "trilinear")  # PyTorch's names, by the number of axes
 

@@ -10,9 +10,3 @@
 from scripts.planning.estimates import estimate_memory
 from scripts.planning.recommendations import recommend_downsample_factors
 from scripts.planning.training_costs import log_estimate
-
-__all__ = [
-    "estimate_memory",
-    "log_estimate",
-    "recommend_downsample_factors",
-]

@@ -22,8 +22,6 @@ from torch.utils.flop_counter import flop_registry
 from scripts.bundle.machine import GIB
 from scripts.layers.factors import by, padded_size
 
-__all__ = ["CONTEXT", "AllocationTracker", "Cost", "Estimate", "SavedTensors", "nbytes_of"]
-
 UNIT = {"cpu": 64, "cuda": 512}  # bytes that the allocators round up to
 CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB: CUDA's context and libraries; the process before the first step
 FRAGMENTATION = 0.12  # share of the peak that an allocator holds and cannot use, and that other operations need beside it

@@ -17,8 +17,6 @@ from scripts.planning.costs import Estimate
 from scripts.planning.inference_costs import inference_cost
 from scripts.planning.training_costs import training_cost
 
-__all__ = ["TRAIN", "Plan", "amp_dtype_of", "estimate_changes", "estimate_memory", "read_config", "read_plan"]
-
 TRAIN = str(ROOT / "configs" / "train.json")
 MAX_INITIAL = 8
 MADE_LATER = ("network_def", "optimizer")  # components of real or of fake parameters

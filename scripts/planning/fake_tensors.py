@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["autocast", "casting_rules", "fake_copy", "fake_image", "fake_tensors"]
-
 # Operations that CUDA's autocast runs in float32 and the CPU's does not:
 # https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float32, and ATen/autocast_mode.h
 FLOAT32_ON_CUDA = """

@@ -31,8 +31,6 @@ from scripts.planning.inference_costs import inference_cost
 from scripts.planning.training_costs import step_cost
 from scripts.training.trainer import ResumableTrainer
 
-__all__ = ["TRAIN_DIFFUSION", "GeneratorPlan", "estimate_generator", "latent_batch", "plan_generator", "step_trainer"]
-
 TRAIN_DIFFUSION = str(ROOT / "configs" / "train_diffusion.json")
 LABEL = Keys.LABEL.value
 

@@ -18,8 +18,6 @@ from scripts.planning.costs import AllocationTracker, Cost, nbytes_of
 from scripts.planning.fake_tensors import autocast, casting_rules, fake_copy, fake_image, fake_tensors
 from scripts.slabs import FeatureMap, PaddedImage, SlabRun
 
-__all__ = ["SlabCost", "inference_cost", "least_slab_cost", "slab_cost"]
-
 GPU = "cuda"
 
 

@@ -19,8 +19,6 @@ from scripts.layers.factors import by, padded_size, per_axis
 from scripts.planning.costs import Estimate
 from scripts.planning.estimates import TRAIN, estimate_changes, estimate_memory, read_plan
 
-__all__ = ["NothingFits", "Recommendation", "recommend_downsample_factors"]
-
 MAX_FACTOR = 64
 INITIAL_FACTORS = {1: 0.5, 2: 0.0, 4: 0.25, 8: 1.0}  # and the penalty of each in the ranking, octaves
 STEP_OF_4 = 0.1  # penalty of a step of 4 between levels, octaves

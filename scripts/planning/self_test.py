@@ -20,8 +20,6 @@ from scripts.planning.costs import Estimate, SavedTensors
 from scripts.planning.estimates import Plan, estimate_memory, read_plan
 from scripts.training.trainer import AutoencoderTrainer
 
-__all__ = ["CheckResult", "check_all", "check_configuration", "configurations"]
-
 TOLERANCE = 0.02  # of the saved activations, between estimate and count
 
 

@@ -14,8 +14,6 @@ from scripts.planning.inference_costs import least_slab_cost, slab_cost
 from scripts.planning.recommendations import Recommendation
 from scripts.planning.self_test import CheckResult
 
-__all__ = ["checks_table", "estimate_table", "recommendations_table", "slab_table", "table", "verdict"]
-
 OPERATIONS = ("reconstruct", "decode")  # in slabs
 
 

@@ -25,8 +25,6 @@ from scripts.planning.fake_tensors import casting_rules, fake_copy, fake_image, 
 from scripts.training.losses import Adversary
 from scripts.training.trainer import AutoencoderTrainer, ResumableTrainer
 
-__all__ = ["log_estimate", "step_cost", "training_cost"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -27,8 +27,6 @@ from scripts.bundle.machine import MIB
 from scripts.bundle.weights import read_weights
 from scripts.diffusion.generator import FOLDER, load_autoencoder, load_generator
 
-__all__ = ["build_release"]
-
 NAME = "factor_aware_autoencoderkl"  # the folder that the file unpacks to; MONAI asks for it as `name`
 CONTENT = (
     *("CITATION.cff", "LICENSE", "README*.md", "pyproject.toml", "configs/**/*.json", "configs/logging.conf"),

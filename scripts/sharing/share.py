@@ -23,8 +23,6 @@ from scripts.diffusion.generator import FOLDER, load_autoencoder, load_generator
 from scripts.diffusion.statistics import ranges
 from scripts.evaluation.reports import summary_table
 
-__all__ = ["share"]
-
 AUTOENCODER = "models"
 # what is shared of an evaluation; the rest has paths and describes held-out volumes
 OF_RECONSTRUCTIONS = ("weights_sha256", "mean")

@@ -9,27 +9,3 @@ from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, Spe
 from scripts.training.muon import Muon
 from scripts.training.repeatable_batches import RepeatableBatchSampler, RepeatableDataset, RepeatableOrder
 from scripts.training.trainer import AutoencoderTrainer, ResumableTrainer, moving_average
-
-__all__ = [
-    "Adversary",
-    "AutoencoderTrainer",
-    "BeforeAndAfter",
-    "InitialWeights",
-    "LossTerm",
-    "MLflowRun",
-    "Muon",
-    "ReconstructionLoss",
-    "RepeatableBatchSampler",
-    "RepeatableDataset",
-    "RepeatableOrder",
-    "ResumableTrainer",
-    "RunHandlers",
-    "SpectralLoss",
-    "TrainingSaver",
-    "claim_ckpt_dir",
-    "find_checkpoints",
-    "load_pretrained",
-    "log_factors",
-    "moving_average",
-    "resumed_precision",
-]

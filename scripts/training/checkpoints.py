@@ -29,8 +29,6 @@ from scripts.bundle.precision import Precision, choose_precision
 from scripts.bundle.weights import check_arguments, save_weights, what_differs
 from scripts.training.trainer import ResumableTrainer
 
-__all__ = ["TrainingSaver", "claim_ckpt_dir", "find_checkpoints", "newest_checkpoint", "resumed_precision"]
-
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
 METRICS = ("best_metric", "metric_before")  # of the evaluator

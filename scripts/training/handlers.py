@@ -28,8 +28,6 @@ from scripts.training.initial_weights import InitialWeights
 from scripts.training.repeatable_batches import RepeatableOrder
 from scripts.training.trainer import ResumableTrainer
 
-__all__ = ["BeforeAndAfter", "Curves", "MLflowRun", "RunHandlers", "TrainingProgress", "log_factors"]
-
 MLFLOW_RUN = "mlflow_run.txt"  # in the run's folder: the id of its run of MLflow
 logger = logging.getLogger(__name__)
 

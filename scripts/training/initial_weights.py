@@ -25,8 +25,6 @@ from scripts.training.checkpoints import TrainingSaver
 from scripts.training.repeatable_batches import RepeatableBatchSampler, training_patches
 from scripts.training.trainer import ResumableTrainer
 
-__all__ = ["InitialWeights", "fit_shortcut", "load_pretrained"]
-
 CODE_PATCHES, NEIGHBOUR_PATCHES = 64, 128  # that the code is fitted to, and then its decoder with neighbours
 LAYER = re.compile(r"(?:encoder|decoder)\.blocks\.\d+|decoder\.refine|quant_conv\w+|post_quant_conv|shortcut")
 logger = logging.getLogger(__name__)

@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scripts.layers.float32_convolutions import keep_in_float32
 
-__all__ = ["Adversary", "LossTerm", "ReconstructionLoss", "SpectralLoss", "kl_divergence"]
-
 
 @dataclass(frozen=True)
 class LossTerm:

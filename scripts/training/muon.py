@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-__all__ = ["Muon", "orthogonalised"]
-
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration: they bring singular values to between 0.7 and 1.2 in few steps
 ITERATIONS = 5
 

@@ -17,8 +17,6 @@ from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys as Keys
 from torch.utils.data import ConcatDataset, Dataset, Sampler
 
-__all__ = ["Draw", "RepeatableBatchSampler", "RepeatableDataset", "RepeatableOrder", "training_patches"]
-
 
 class Draw(NamedTuple):
     """One item of a batch: which volume, and the seed of its random transforms."""

@@ -22,8 +22,6 @@ from scripts.training.losses import Adversary, LossTerm, kl_divergence
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.10 has none
 
-__all__ = ["AutoencoderTrainer", "ResumableTrainer", "moving_average"]
-
 Losses = dict[str, torch.Tensor]
 TrainedPart = tuple[torch.nn.Module, torch.optim.Optimizer, LRScheduler | None]  # a network, its optimizer and schedule
 logger = logging.getLogger(__name__)

@@ -14,16 +14,6 @@ from monai.networks.nets.efficientnet import EfficientNet, EfficientNetBN, MBCon
 
 from scripts.bundle.files import content_hash
 
-__all__ = [
-    "NearestClass",
-    "SliceFeatures",
-    "Standardised",
-    "channel_statistics",
-    "coarse_latent",
-    "load_slice_features",
-    "local_statistics",
-]
-
 GRID = 4  # cells along each axis
 NUM_CHANNELS = 4
 LEAST_SHARE = 0.1  # of the largest deviation; features that hardly vary, as those of air, would count as much as any other

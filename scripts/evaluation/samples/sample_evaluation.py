@@ -53,8 +53,6 @@ from scripts.evaluation.samples.spatial_evaluation import SpatialEvaluation
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 from scripts.inference.inferers import SampleInferer
 
-__all__ = ["SampleEvaluation"]
-
 CLOSE = 0.05  # quantile of held-out distances below which a sample counts as close to a training volume
 FEW = 20  # held-out volumes
 MAX_PICTURES = 12  # of samples in the report

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from scripts.evaluation.metrics import LargeVolumeMSSSIMMetric
 from scripts.evaluation.samples.sample_sets import Latent
 
-__all__ = ["NUM_BANDS", "NearestLatents", "kernel_mmd", "pairwise_ms_ssim", "power_spectrum", "shrunk"]
-
 NUM_PERMUTATIONS = 1000
 NUM_BANDS = 16  # of frequency, from a volume's lowest to half a cycle per voxel
 MAX_SIZE = 64  # voxels along an axis of what MS-SSIM sees

@@ -19,21 +19,6 @@ from scripts.diffusion.statistics import LatentStatistics
 from scripts.diffusion.training_data import volume_of
 from scripts.training.repeatable_batches import derive_seed
 
-__all__ = [
-    "CONDITION",
-    "COVARIANCE",
-    "GAUSSIAN",
-    "HELD_OUT",
-    "SAMPLES",
-    "TRAINING",
-    "TRAINING_MEAN",
-    "CovarianceGaussian",
-    "Latent",
-    "LatentReader",
-    "draw_samples",
-    "plain_gaussian",
-]
-
 SAMPLES, HELD_OUT, TRAINING, COVARIANCE, GAUSSIAN = "samples", "held_out", "training", "covariance_gaussian", "gaussian"
 CONDITION, TRAINING_MEAN = "condition_", "training_mean"  # the first one before a key
 

@@ -22,8 +22,6 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-__all__ = ["Pair", "Segmenter", "train_segmenter"]
-
 Pair = tuple[torch.Tensor, torch.Tensor]
 """An image, ``CxHxWxD``, and its labels, ``1xHxWxD``."""
 CHANNELS = (32, 64, 128)

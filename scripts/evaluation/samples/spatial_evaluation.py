@@ -17,8 +17,6 @@ from scripts.evaluation.pictures import overlaid
 from scripts.evaluation.samples.sample_sets import CONDITION, HELD_OUT, TRAINING, TRAINING_MEAN, Latent, LatentReader
 from scripts.evaluation.samples.segmentation import Segmenter, train_segmenter
 
-__all__ = ["SpatialEvaluation", "border_step", "explained_share", "fidelity", "inside_mae"]
-
 MOST_CLASSES = 6  # that have a column each for their Dice
 
 
