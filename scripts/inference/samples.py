@@ -144,6 +144,9 @@ class Samples:
     def start(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Transform: draw the noise of a sample, with the record of the sample, and find what its network is given."""
         sample = self.samples[data["number"]]
+        for key, volume in data["spatial"].items():
+            if self.kinds[key].is_label_map and not volume.any():
+                logger.warning(f"{sample.spatial[key]}: the label map {key!r} has no label but the background")
         first = next(iter(data["spatial"].values()), None)
         volume, affine, header = self._of_drawn_size(sample) if first is None else self._on_grid(sample, first)
         stored = {name: getattr(self.statistics, name) for name in ("data_type", "scl_slope", "scl_inter")}

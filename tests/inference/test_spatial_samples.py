@@ -143,6 +143,16 @@ def test_what_training_did_not_see_is_refused_by_name(generator, weights, masks,
         assert message in str(error.value.__cause__ or error.value)
 
 
+def test_a_label_map_without_a_label_is_named_and_used(generator, weights, tmp_path, caplog):
+    folder = tmp_path / "masks"
+    empty = save_mask(folder / "a.nii.gz", np.zeros_like(MASK))
+    save_mask(folder / "b.nii.gz")
+    generate(generator, weights, tmp_path / "out", dataset_dir=folder, spatial_keys=["label"], num_samples=1)
+    warnings = [record.getMessage() for record in caplog.records if "background" in record.getMessage()]
+    assert warnings == [f"{empty}: the label map 'label' has no label but the background"]
+    assert len(json.loads((tmp_path / "out" / "dataset.json").read_text())["training"]) == 2
+
+
 def test_another_spacing_gives_samples_and_labels_on_that_grid(generator, weights, masks, tmp_path):
     generate(generator, weights, tmp_path, dataset_dir=masks, spatial_keys=["label"], num_samples=1, spacing=[1.0, 1.5, 1.5])
     image = nib.load(tmp_path / "imagesTr" / "one_sample_00_0000.nii.gz")
