@@ -21,7 +21,7 @@ from scripts.layers.factors import by
 from scripts.planning.tables import table
 
 FOLDER = Path(__file__).parent
-COLUMNS = FOLDER / "columns.json"
+COLUMNS = FOLDER / "report_columns.json"
 logger = logging.getLogger(__name__)
 
 
@@ -84,7 +84,7 @@ def columns_of(names: Iterable[str], table: str) -> dict[str, dict[str, str]]:
 
     Args:
         names: names of the numbers.
-        table: key in ``columns.json``, where a name that ends in ``_`` is the beginning of many, and ``{}`` their end.
+        table: key in ``report_columns.json``, where a name that ends in ``_`` is the beginning of many, and ``{}`` their end.
     """
     known = json.loads(COLUMNS.read_text())[table]
     found = {}
