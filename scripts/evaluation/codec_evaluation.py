@@ -14,7 +14,6 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
-from monai.data import MetaTensor
 from monai.engines import Evaluator, SupervisedEvaluator
 from monai.utils import ImageMetaKey
 from monai.utils.enums import CommonKeys as Keys
@@ -24,7 +23,7 @@ from scripts.bundle.machine import merged
 from scripts.data.intensity_window import intensity_window
 from scripts.evaluation.codecs import BlockDCT, Codec, block_dct_of
 from scripts.evaluation.pictures import ERROR_GAIN, Panels, panels_of
-from scripts.evaluation.reports import mean_of_finite, rounded, summary_table, write_results
+from scripts.evaluation.reports import mean_of_finite, summary_table, write_results
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
 
 CODEC = "codec"  # key of an output: the name of the codec
@@ -83,8 +82,7 @@ class EvaluationSaver:
     - ``report.html``: all of it for reading, with pictures of the worst volumes, and every slice of some.
 
     Every metric of the engine is included. One that is not defined for a volume is empty in the table, null in JSON, and
-    left out of the mean. All processes of a distributed run need the handler, because each has a part of the volumes; the
-    first writes.
+    left out of the mean. All processes of a distributed run need the handler; the first writes.
 
     Args:
         output_dir: the folder; it is made.
@@ -129,30 +127,32 @@ class EvaluationSaver:
         self.views: dict[str, View] = {}
 
     def _remember(self, engine: Evaluator) -> None:
-        for output in engine.state.output:
-            codec, image, pred = output[CODEC], output[Keys.IMAGE], output[Keys.PRED]
-            name = self._name(image.meta[ImageMetaKey.FILENAME_OR_OBJ])
-            self.volumes[name] = _described(image)
-            if codec not in self.shown:
-                continue
-            self.errors[name] += (pred - image).square().mean().item()
-            columns = {codec: pred[0], f"{codec}, error x {ERROR_GAIN}": (pred[0] - image[0]).abs() * ERROR_GAIN}
-            for plane, panels in panels_of({"image": image[0], **columns}).items():
-                self.pictures.setdefault(name, {}).setdefault(plane, {}).update(panels)
-            if codec == self.shown[-1]:
-                self.pictures = self._worst(self.pictures, max(self.max_pictures, self.view_worst))
-                if name in worst(self.errors, self.view_worst, self.view_volumes):
-                    self.views[name] = self._view(image, pred[0], codec)
-                self.views = self._worst(self.views, self.view_worst)
+        (output,) = engine.state.output
+        codec, image, pred = output[CODEC], output[Keys.IMAGE], output[Keys.PRED]
+        name, window = self._name(image.meta[ImageMetaKey.FILENAME_OR_OBJ]), intensity_window(image)
+        self.volumes[name] = {
+            "shape": list(image.shape[1:]),
+            "spacing": [round(float(size), 4) for size in image.pixdim],
+            "intensity_low": window["low"],
+            "intensity_high": window["high"],
+            **{share: window[share] for share in ("clipped", "clipped_below", "clipped_above")},
+        }
+        if codec not in self.shown:
+            return
+        self.errors[name] += (pred - image).square().mean().item()
+        error = (pred[0] - image[0]).abs() * ERROR_GAIN
+        panels = panels_of({"image": image[0], codec: pred[0], f"{codec}, error x {ERROR_GAIN}": error})
+        self.pictures.setdefault(name, {}).update(panels)
+        if codec == self.shown[-1]:
+            self.pictures = self._worst(self.pictures, max(self.max_pictures, self.view_worst))
+            if name in self._worst(self.errors, self.view_worst):
+                volumes, ends = {"image": image.as_tensor()[0], codec: pred[0]}, (window["low"][0], window["high"][0])
+                affine = image.affine.tolist()
+                self.views[name] = view_of(volumes, "error", affine, ends, max_voxels=self.view_max_voxels)
+            self.views = self._worst(self.views, self.view_worst)
 
     def _worst(self, kept: Mapping[str, Any], count: int) -> dict[str, Any]:
         return {name: kept[name] for name in worst(self.errors, count, self.view_volumes) if name in kept}
-
-    def _view(self, image: MetaTensor, pred: torch.Tensor, codec: str) -> View:
-        """The first channel, as in the pictures."""
-        volumes, window = {"image": image.as_tensor()[0], codec: pred}, intensity_window(image)
-        ends = window["low"][0], window["high"][0]
-        return view_of(volumes, "error", image.affine.tolist(), ends, max_voxels=self.view_max_voxels)
 
     def _save(self, engine: Evaluator) -> None:
         # The engine's scores are those of all processes, one after the other, and so are the volumes. With fewer volumes
@@ -172,11 +172,11 @@ class EvaluationSaver:
             rows.append({"volume": name, "codec": codec, **metrics})
             logger.info(f"{name}, {codec}: {', '.join(f'{metric} {value:.4g}' for metric, value in metrics.items())}")
         codecs = {codec: self._summary(codec, volumes.values()) for codec in self.shown}
-        means = rounded({codec: each["mean"] for codec, each in codecs.items()})
-        logger.info(f"means of {len(volumes)} volume{'s' * (len(volumes) != 1)}:\n{summary_table(means)}")
+        means = summary_table({codec: each["mean"] for codec, each in codecs.items()})
+        logger.info(f"means of {len(volumes)} volume{'s' * (len(volumes) != 1)}:\n{means}")
         settings = {"dataset_dir": self.dataset_dir, **self.settings}
         evaluation = {"settings": settings, "codecs": codecs, "volumes": volumes}
-        shown = {"order": worst(self.errors, len(volumes), ()), "pictures": pictures, "views": views}
+        shown = {"order": worst(self.errors, len(volumes)), "pictures": pictures, "views": views}
         write_results(Path(self.output_dir), rows, evaluation, "report.html.jinja", **shown)
 
     def _summary(self, name: str, volumes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -192,19 +192,7 @@ class EvaluationSaver:
         }
 
 
-def worst(errors: Mapping[str, float], count: int, named: Sequence[str]) -> list[str]:
+def worst(errors: Mapping[str, float], count: int, named: Sequence[str] = ()) -> list[str]:
     """The ``count`` volumes with the largest errors, and those that are named, the worst first."""
     ordered = sorted(errors, key=lambda name: -errors[name])
     return [name for i, name in enumerate(ordered) if i < count or name in named]
-
-
-def _described(image: MetaTensor) -> dict[str, Any]:
-    """Size, spacing and intensity window of a volume, for JSON."""
-    window = intensity_window(image)
-    return {
-        "shape": list(image.shape[1:]),
-        "spacing": [round(float(size), 4) for size in image.pixdim],
-        "intensity_low": window["low"],
-        "intensity_high": window["high"],
-        **{share: window[share] for share in ("clipped", "clipped_below", "clipped_above")},
-    }

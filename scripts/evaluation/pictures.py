@@ -17,7 +17,7 @@ from monai.utils.enums import CommonKeys as Keys
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-Panels = dict[str, dict[str, str]]  # PNG files, as addresses with data, by plane and by title
+Panels = dict[str, dict[str, str]]  # PNG files, as addresses with data, by title and by plane
 PLANES = ("sagittal", "coronal", "axial")
 POSITION = 0.45  # of each plane along its axis: in the middle of a head there is the gap between its halves
 ERROR_GAIN = 5  # the error is shown this many times larger
@@ -25,7 +25,7 @@ OPACITY = 0.4  # of label maps
 MAX_PIXELS = 320  # along an edge of a panel, of which three in a row must fit on a screen
 
 
-def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spacing: tuple[float, ...]) -> Figure:
+def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spacing: Sequence[float]) -> Figure:
     """
     Draw image, reconstruction and the error times 5 of one channel.
 
@@ -40,14 +40,11 @@ def draw_reconstruction(image: torch.Tensor, reconstruction: torch.Tensor, spaci
 
 def draw_columns(columns: Mapping[str, torch.Tensor], spacing: Sequence[float]) -> Figure:
     """
-    Draw volumes side by side near their middle, at the window [0, 1].
+    Draw volumes side by side near their middle, at the window [0, 1]: a row for each plane, a column for each volume.
 
     Args:
         columns: ``HxWxD``, or ``HxWxDx3`` in colours, in RAS orientation by title.
         spacing: voxel size in mm, of all of them.
-
-    Returns:
-        a figure with a row per plane and a column per volume.
     """
     figure = Figure(figsize=(3 * len(columns), 9), layout="constrained")
     axes = figure.subplots(len(PLANES), len(columns), squeeze=False)
@@ -63,17 +60,11 @@ def draw_columns(columns: Mapping[str, torch.Tensor], spacing: Sequence[float]) 
 
 def panels_of(columns: Mapping[str, torch.Tensor]) -> Panels:
     """
-    The slices of :py:func:`draw_columns` as single pictures without text.
-
-    Args:
-        columns: ``HxWxD``, or ``HxWxDx3`` in colours, in RAS orientation by title, values in [0, 1].
-
-    Returns:
-        a PNG file, as an address with data, for each plane and volume. A pixel is a voxel, unless there are more than 320
-        along an edge. Pictures of voxels that are not cubes must be stretched when they are shown.
+    The slices of :py:func:`draw_columns` as single pictures without text. A pixel is a voxel, unless there are more than 320
+    along an edge; pictures of voxels that are not cubes must be stretched when they are shown.
     """
     return {
-        plane: {title: _png(_slice(volume, axis)) for title, volume in columns.items()} for axis, plane in enumerate(PLANES)
+        title: {plane: _png(_slice(volume, axis)) for axis, plane in enumerate(PLANES)} for title, volume in columns.items()
     }
 
 
@@ -119,11 +110,10 @@ class ReconstructionPicture:
     """
 
     def __init__(self, path: str, summary_writer: SummaryWriter | None = None) -> None:
-        self.path = Path(path)
-        self.summary_writer = summary_writer
+        self.path, self.summary_writer = Path(path), summary_writer
 
     def attach(self, engine: Evaluator) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=lambda _, iteration: iteration == 1), self)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), self)
 
     def __call__(self, engine: Evaluator) -> None:
         output = engine.state.output[0]

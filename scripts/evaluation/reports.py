@@ -21,7 +21,6 @@ from scripts.layers.factors import by
 from scripts.planning.tables import table
 
 FOLDER = Path(__file__).parent
-COLUMNS = FOLDER / "report_columns.json"
 logger = logging.getLogger(__name__)
 
 
@@ -66,14 +65,16 @@ def mean_of_finite(values: Iterable[float]) -> float:
     return math.fsum(defined) / len(defined) if defined else math.nan
 
 
-def render(template: str, **content: Any) -> str:
-    """
-    Make a page.
+def summary_table(sets: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The numbers of an evaluation, by set or codec, as a Markdown table with a row for each."""
+    columns = rounded(sets).values()
+    numbers = next(iter(columns))
+    rows = [[name, *("-" if (v := column[name]) is None else f"{v:.4g}" for column in columns)] for name in numbers]
+    return table(["", *sets], rows)
 
-    Args:
-        template: name of a file in this folder that extends ``page.html.jinja``.
-        content: names in the template; ``made`` is the time.
-    """
+
+def render(template: str, **content: Any) -> str:
+    """A page, of a template in this folder that extends ``page.html.jinja``, and of the names in it."""
     made = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return ENVIRONMENT.get_template(template).render(made=made, **content)
 
@@ -84,9 +85,9 @@ def columns_of(names: Iterable[str], table: str) -> dict[str, dict[str, str]]:
 
     Args:
         names: names of the numbers.
-        table: key in ``report_columns.json``, where a name that ends in ``_`` is the beginning of many, and ``{}`` their end.
+        table: key in ``report_columns.json``, where a name that ends in ``_`` is the beginning of many, and ``{}`` the rest.
     """
-    known = json.loads(COLUMNS.read_text())[table]
+    known = json.loads((FOLDER / "report_columns.json").read_text())[table]
     found = {}
     for name in names:
         starts = [start for start in known if name == start or (start.endswith("_") and name.startswith(start))]
@@ -115,10 +116,3 @@ ENVIRONMENT.filters |= {
     "extents": extents,
     "number": _number,
 }
-
-
-def summary_table(sets: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The numbers of an evaluation, by set or codec, as a Markdown table with a row for each."""
-    numbers = next(iter(sets.values()))
-    rows = [[name, *("-" if (v := row[name]) is None else f"{v:.4g}" for row in sets.values())] for name in numbers]
-    return table(["", *sets], rows)

@@ -15,7 +15,7 @@ from scripts.evaluation.pictures import ERROR_GAIN, PLANES, POSITION
 from scripts.evaluation.reports import extents
 
 View = dict[str, Any]  # as :py:func:`view_of` makes it
-LEVELS = 255  # of a value of 8 bits
+LARGEST = 255  # value of 8 bits
 MAX_VOXELS = 2**25  # of a volume in a page, about 512x512x128
 
 
@@ -54,7 +54,7 @@ def view_of(
         "start": start,
         "affine": affine,
         "low": low,
-        "step": (high - low) / LEVELS,
+        "step": (high - low) / LARGEST,
         "planes": PLANES,
         "extents": extents(shape, spacing),
     }
@@ -75,7 +75,7 @@ def _part(weight: torch.Tensor, max_voxels: int) -> tuple[slice, ...]:
     box = []
     for axis, size in enumerate(shape):
         length = min(side, size)
-        profile = weight.sum([other for other in range(len(shape)) if other != axis], dtype=torch.float64)
+        profile = weight.sum([*{0, 1, 2} - {axis}], dtype=torch.float64)
         start = int(profile.unfold(0, length, 1).sum(1).argmax())
         box.append(slice(start, start + length))
     return tuple(box)
@@ -86,7 +86,7 @@ def _packed(volume: torch.Tensor) -> str:
     Levels with the first axis fastest, as differences along the first two axes, which compress better; in zlib's format and
     base64. ``unpack`` in ``viewer.js`` does the opposite.
     """
-    differences = (LEVELS * volume.clamp(0, 1)).round().byte().permute(2, 1, 0).cpu().numpy()
+    differences = (LARGEST * volume.clamp(0, 1)).round().byte().permute(2, 1, 0).cpu().numpy()
     for axis in (2, 1):
         differences = np.diff(differences, axis=axis, prepend=np.uint8(0))  # modulo 256
     return base64.b64encode(zlib.compress(differences.tobytes())).decode()
