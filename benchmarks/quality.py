@@ -42,7 +42,7 @@ from benchmarks.tables import described, print_table
 from scripts.bundle.config import ROOT, check_parser
 from scripts.bundle.machine import GIB
 from scripts.bundle.precision import autocast_dtype, computing_dtype
-from scripts.evaluation.codecs import block_dct_reconstruction
+from scripts.evaluation.codecs import BlockDCT
 from scripts.evaluation.metrics import (
     EdgePSNRMetric,
     ForegroundPSNRMetric,
@@ -228,7 +228,7 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
             figure.savefig(f"{pictures}{name}.png", dpi=100)
         found = {"trilinear_psnr": float(METRICS["psnr"](trilinear_reconstruction(image, factors), image))}
         found["image_grid"] = grid_energy(image, factors)
-        dct = block_dct_reconstruction(image, factors, get("network_def#latent_channels"))
+        dct = BlockDCT(factors, get("network_def#latent_channels")).reconstruct(image)
         for start, result in (("", reconstruction), ("dct_", dct)):
             found |= {f"{start}{key}": float(metric(result, image)) for key, metric in METRICS.items()}
             found[f"{start}grid"] = grid_energy(result, factors)
@@ -278,7 +278,7 @@ def measure_linear(parser: ConfigParser) -> dict[str, dict[str, float]]:
     def code(image: torch.Tensor) -> torch.Tensor:
         return at_any_size(shortcut, image, factors)
 
-    strongest = psnr(lambda image: block_dct_reconstruction(image, factors, network.latent_channels))
+    strongest = psnr(lambda image: BlockDCT(factors, network.latent_channels).reconstruct(image))
     found = {"strongest frequencies of each volume": strongest, "lowest frequencies": psnr(code)}
     shortcut.fit(itertools.islice(patches, CODE_PATCHES))
     found["principal components"] = psnr(code)

@@ -15,7 +15,7 @@ from scripts.bundle.precision import choose_precision
 from scripts.bundle.weights import load_weights
 from scripts.data.intensity_window import ScaleIntensityWindowd
 from scripts.data.synthetic_heads import t1_template
-from scripts.evaluation.codecs import block_dct_reconstruction
+from scripts.evaluation.codecs import BlockDCT
 from tests.conftest import ROOT
 
 METRICS = json.loads((ROOT / "configs/metadata.json").read_text())["eval_metrics"]
@@ -35,6 +35,6 @@ def test_quality_on_the_t1_template_is_what_the_metadata_says(folder, metrics, t
     psnr = PSNRMetric(max_val=1.0)
     bound = 0.04 if mixed else 0.02  # measured in float32, from which bfloat16 differs by up to 0.02 dB
     assert psnr(reconstruction, image).item() == pytest.approx(metrics["psnr"], abs=bound)
-    dct = block_dct_reconstruction(image, network.total_downsample_factor, network.latent_channels)
+    dct = BlockDCT(network.total_downsample_factor, network.latent_channels).reconstruct(image)
     assert psnr(dct, image).item() == pytest.approx(metrics["block_dct_psnr"], abs=0.01)
     assert metrics["psnr"] > metrics["block_dct_psnr"]

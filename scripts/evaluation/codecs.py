@@ -60,7 +60,7 @@ def read_codecs(
     codecs: Mapping[str, Any], image_channels: int, device: Any, memory_format: Any = torch.contiguous_format
 ) -> dict[str, Codec]:
     """
-    Load all codecs of a comparison and let each reconstruct a small volume, so that one which cannot be used ends the run
+    Load the codecs of a comparison and let each reconstruct a small volume, so that one which cannot be used ends the run
     before the first volume is read.
 
     Args:
@@ -109,11 +109,10 @@ class _Exported(nn.Module):
             with torch.device("meta"):
                 known = AutoencoderKL(**description.network)
         factor = total_downsample_factor or getattr(known, "total_downsample_factor", None)
-        channels = latent_channels or getattr(known, "latent_channels", None)
-        if factor is None or channels is None:
+        self.latent_channels = latent_channels or getattr(known, "latent_channels", None)
+        if factor is None or self.latent_channels is None:
             raise ValueError(f"{path} does not say `total_downsample_factor` and `latent_channels`: give both.")
         self.total_downsample_factor = per_axis("total_downsample_factor", factor, SPATIAL_DIMS)
-        self.latent_channels = channels
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -168,36 +167,14 @@ def _try(codec: Codec, device: Any) -> None:
         raise ValueError(f"it makes {by(result.shape)} of {by(volume.shape)} values, or values that are not finite.")
 
 
-def block_dct_reconstruction(image: torch.Tensor, factors: Sequence[int], count: int) -> torch.Tensor:
-    """
-    Keep the same ``count`` coefficients of every block, those with the most energy over this volume.
-
-    Args:
-        image: ``1xCxHxWxD``; sizes that the factors do not divide are padded as the network pads them, and cropped back.
-        factors: size of a block along each axis.
-        count: coefficients per block, of all channels together.
-
-    Returns:
-        the same shape on the CPU, clipped to [0, 1].
-    """
-    shape = image.shape[2:]
-    padded = pad_to_multiple(image, factors)[0].cpu().numpy()
-    grid = [n // f for n, f in zip(padded.shape[1:], factors)]
-    blocks = padded.reshape(-1, grid[0], factors[0], grid[1], factors[1], grid[2], factors[2]).transpose(1, 3, 5, 0, 2, 4, 6)
-    spectrum = dctn(blocks, axes=(4, 5, 6), norm="ortho")
-    energy = (spectrum**2).sum((0, 1, 2))
-    spectrum *= energy >= sorted(energy.ravel())[-min(count, energy.size)]
-    restored = idctn(spectrum, axes=(4, 5, 6), norm="ortho").transpose(3, 0, 4, 1, 5, 2, 6).reshape(padded.shape)
-    return torch.from_numpy(restored[:, : shape[0], : shape[1], : shape[2]].copy())[None].clamp(0, 1)
-
-
 class BlockDCT(nn.Module):
     """
-    :py:func:`block_dct_reconstruction` in the place of an autoencoder.
+    Block-wise cosine transform in the place of an autoencoder: of every block it keeps the same coefficients, those with the
+    most energy over the volume.
 
     Args:
         total_downsample_factor: size of a block along each axis.
-        latent_channels: coefficients per block.
+        latent_channels: coefficients per block, of all channels of the volume together.
     """
 
     def __init__(self, total_downsample_factor: Sequence[int], latent_channels: int) -> None:
@@ -207,12 +184,21 @@ class BlockDCT(nn.Module):
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: one volume, ``1xCxHxWxD``.
+            x: one volume, ``1xCxHxWxD``; sizes that the factors do not divide are padded as a network pads them.
 
         Returns:
-            the same shape on the same device.
+            the same shape on the same device, clipped to [0, 1].
         """
-        return block_dct_reconstruction(x, self.total_downsample_factor, self.latent_channels).to(x.device)
+        fx, fy, fz = self.total_downsample_factor
+        padded = pad_to_multiple(x, self.total_downsample_factor)[0].cpu().numpy()
+        _, nx, ny, nz = padded.shape
+        blocks = padded.reshape(-1, nx // fx, fx, ny // fy, fy, nz // fz, fz).transpose(1, 3, 5, 0, 2, 4, 6)
+        spectrum = dctn(blocks, axes=(4, 5, 6), norm="ortho")
+        energy = (spectrum**2).sum((0, 1, 2))
+        spectrum *= energy >= sorted(energy.ravel())[-min(self.latent_channels, energy.size)]
+        restored = idctn(spectrum, axes=(4, 5, 6), norm="ortho").transpose(3, 0, 4, 1, 5, 2, 6).reshape(padded.shape)
+        height, width, depth = x.shape[2:]
+        return torch.from_numpy(restored[None, :, :height, :width, :depth].copy()).clamp(0, 1).to(x.device)
 
 
 def block_dct_of(codec: Codec) -> str:

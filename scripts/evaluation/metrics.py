@@ -32,9 +32,6 @@ class ForegroundPSNRMetric(_PSNROfSomeVoxels):
     """
     Peak signal-to-noise ratio over the voxels of the target above 0.05. Volumes are mostly air, which is easy to
     reconstruct, so the ratio over all voxels is higher.
-
-    Args:
-        kwargs: arguments of MONAI's ``PSNRMetric``.
     """
 
     def _voxels(self, target: torch.Tensor) -> torch.Tensor:
@@ -45,9 +42,6 @@ class EdgePSNRMetric(_PSNROfSomeVoxels):
     """
     Peak signal-to-noise ratio over the tenth of the target's voxels with the largest gradients. There the eye sees whether a
     reconstruction is blurred, while the ratio over all voxels is mostly that of smooth regions.
-
-    Args:
-        kwargs: arguments of MONAI's ``PSNRMetric``.
     """
 
     def _voxels(self, target: torch.Tensor) -> torch.Tensor:
@@ -69,7 +63,7 @@ class _DefinedForLargeVolumes(RegressionMetric):
         return super()._compute_metric(y_pred, y)  # type: ignore[safe-super]
 
     def aggregate(self, reduction: Any = None) -> torch.Tensor:
-        """The mean over the volumes that are large enough, NaN if none is; MONAI's would be 0."""
+        """The mean over the volumes that are large enough; NaN if none is, where MONAI's would be 0."""
         return torch.as_tensor(self.get_buffer()).nanmean()
 
 
@@ -79,19 +73,13 @@ class LargeVolumeSSIMMetric(_DefinedForLargeVolumes, SSIMMetric):
 
 class LargeVolumeMSSSIMMetric(_DefinedForLargeVolumes, MultiScaleSSIMMetric):
     """
-    MONAI's multi-scale structural similarity; NaN for a volume that is too small. With the defaults a volume needs 176
-    voxels along each axis: it is halved four times and must still hold the kernel of 11 voxels.
+    MONAI's multi-scale structural similarity; NaN for a volume that is too small: with the defaults of less than 176 voxels
+    along an axis, as it is halved four times and must still hold the kernel of 11.
     """
 
 
 class GridEnergyMetric(RegressionMetric):
-    """
-    :py:func:`grid_energy` of predictions. In the place of the image, each has the size of its blocks along each axis, a
-    tensor of integers.
-
-    Args:
-        kwargs: arguments of MONAI's ``RegressionMetric``.
-    """
+    """:py:func:`grid_energy` of predictions, whose ``y`` is the size of a block along each axis, a tensor of integers."""
 
     def _check_shape(self, y_pred: torch.Tensor, y: torch.Tensor) -> None:
         """The second one is no image."""
@@ -103,19 +91,16 @@ class GridEnergyMetric(RegressionMetric):
 
 def grid_energy(image: torch.Tensor, factors: Sequence[int]) -> float:
     """
-    How much the energy of detail varies with the position within a block, where the latent's grid divides the volume into
-    blocks. Visible blocks have more energy at their borders, a checkerboard has more at every second voxel; anatomy does not
-    depend on the grid.
-
-    For each axis, the squared differences between neighbours are averaged for each position in a block. The standard
-    deviation of these averages, divided by their mean, is zero for a volume without a grid.
+    How much the energy of detail varies with the position within a block of the latent's grid. Visible blocks have more
+    energy at their borders, a checkerboard has more at every second voxel; anatomy does not depend on the grid.
 
     Args:
         image: ``BxCxHxWxD`` (2D: ``BxCxHxW``).
         factors: size of a block along each axis.
 
     Returns:
-        the largest value of all axes. Compare it with that of the original, which is not quite zero.
+        the largest value of all axes: the standard deviation, divided by the mean, of the squared differences between
+        neighbours, averaged for each position in a block. That of an image without a grid is not quite zero.
     """
     energies = [0.0]
     for axis, factor in enumerate(factors):
@@ -130,11 +115,8 @@ def grid_energy(image: torch.Tensor, factors: Sequence[int]) -> float:
 
 class SharpnessMetric(RegressionMetric):
     """
-    How sharp a reconstruction is: the mean magnitude of the differences between neighbouring voxels, relative to that of
-    the image. 1 is as sharp as the image, less is blurred.
-
-    Args:
-        kwargs: arguments of MONAI's ``RegressionMetric``.
+    Mean magnitude of the differences between neighbouring voxels, relative to that of the image: 1 is as sharp as the image,
+    less is blurred.
     """
 
     def _compute_metric(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.weights import save_weights
-from scripts.evaluation.codecs import BlockDCT, block_dct_reconstruction, read_codecs
+from scripts.evaluation.codecs import BlockDCT, read_codecs
 
 LEVELS = {"channels": [4, 8, 8], "num_res_blocks": 1, "norm_num_groups": 1, "attention_levels": [False] * 3}
 PLAIN = {
@@ -146,8 +146,8 @@ def test_weights_that_were_changed_are_refused(folder, tmp_path):
 
 def test_block_dct_keeps_what_a_volume_has_most_of():
     image = WAVE.expand(1, 1, 20, 24, 32)
-    assert torch.allclose(block_dct_reconstruction(image, [8, 8, 8], 2), image, atol=1e-5)
-    assert (block_dct_reconstruction(image, [8, 8, 8], 1) - 0.5).abs().max() < 1e-5  # the mean is the stronger one
+    assert torch.allclose(BlockDCT([8, 8, 8], 2).reconstruct(image), image, atol=1e-5)
+    assert (BlockDCT([8, 8, 8], 1).reconstruct(image) - 0.5).abs().max() < 1e-5  # the mean is the stronger one
 
 
 def test_channels_share_the_coefficients_of_a_block():

@@ -17,7 +17,7 @@ from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.files import file_hash
 from scripts.bundle.weights import save_weights
 from scripts.data.intensity_window import ScaleIntensityWindowd
-from scripts.evaluation.codecs import block_dct_reconstruction
+from scripts.evaluation.codecs import BlockDCT
 from tests.conftest import ROOT, save_volume
 from tests.evaluation.test_codec_evaluation import Page
 
@@ -108,7 +108,7 @@ def test_each_codec_is_beside_the_cosine_transform_of_its_size(folder, compared)
         assert codec["voxels_per_value"] == pytest.approx(voxels, rel=1e-5)
         assert codec["mean"]["block_dct_grid_energy"] != codec["mean"]["grid_energy"]
         for volume, image in images.items():
-            expected = PSNRMetric(max_val=1.0)(block_dct_reconstruction(image, factors, channels), image).item()
+            expected = PSNRMetric(max_val=1.0)(BlockDCT(factors, channels).reconstruct(image), image).item()
             assert compared["volumes"][volume]["metrics"][name]["block_dct_psnr"] == pytest.approx(expected, rel=1e-5)
     assert compared["codecs"]["mine"]["weights_sha256"] == file_hash(str(folder / "mine" / "model.pt"))
 
