@@ -164,12 +164,12 @@ class LoadSpatiald(Transform):
 
     def _load(self, path: str, kind: SpatialKind, grid: Grid | None) -> MetaTensor:
         values, header = read_volume(path)
+        if kind.is_label_map:
+            kind.check(labels_in(values), path)
+        check_shape(values.shape, 1 if values.ndim == 3 else self.image_channels)
         values = np.moveaxis(values, -1, 0) if values.ndim > 3 else values[None]
-        one_channel = kind.is_label_map or len(values) == 1
-        check_shape((*values.shape[1:], len(values)), 1 if one_channel else self.image_channels)
         known: dict[str, Any]
         if kind.is_label_map:
-            kind.check(labels_in(values[0]), path)
             values, known = values.astype(np.int32), {}
         else:
             image = MetaTensor(torch.from_numpy(values.astype(np.float32)), meta={ImageMetaKey.FILENAME_OR_OBJ: path})

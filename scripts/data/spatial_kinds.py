@@ -111,8 +111,10 @@ def labels_in(values: np.ndarray) -> list[int]:
         values: Voxels of any type, ``HxWxD``.
 
     Raises:
-        ValueError: for voxels that are no labels, with text that follows the name of the volume.
+        ValueError: for voxels that are no labels, or several channels, with text that follows the name of the volume.
     """
+    if values.ndim > 3:
+        raise ValueError(f"has {values.shape[-1]} channels; a label map has one, with an integer for each class.")
     labels = np.unique(np.concatenate([np.unique(part) for part in values]))  # in parts, for memory
     strange = labels[(labels != np.rint(labels)) | (labels < -LARGEST_LABEL) | (labels > LARGEST_LABEL)]
     if len(strange):

@@ -217,8 +217,6 @@ def test_channels_are_one_or_those_of_the_network(tmp_path):
     save(tmp_path / "two.nii", np.stack([head_like(SHAPE)] * 2, -1))
     with pytest.raises(ValueError, match=r"two\.nii has the shape .* and 3 channels"):
         load(tmp_path, {"two": SpatialKind()}, image, image_channels=3)
-    with pytest.raises(ValueError, match=r"three\.nii has the shape .* and 1 channels"):
-        load(tmp_path, {"three": SpatialKind(CLASSES)}, image, image_channels=3)
 
 
 @pytest.mark.parametrize(
@@ -226,23 +224,28 @@ def test_channels_are_one_or_those_of_the_network(tmp_path):
     [
         (head_like(SHAPE) / 7.0, "is no label map: it has voxels of .*, and labels are integers"),
         (labels() * 2, r"has labels that are not among the classes: \[4, 18\]; known are \[0, 1, 2, 9\]"),
+        (np.eye(4, dtype=np.uint8)[labels() % 4], "has 4 channels; a label map has one, with an integer for each class"),
     ],
+    ids=["intensities", "other labels", "one-hot"],
 )
-def test_what_is_no_label_map_of_the_classes_is_refused_by_name(tmp_path, values, words):
+@pytest.mark.parametrize("image_channels", [1, 4])
+def test_what_is_no_label_map_of_the_classes_is_refused_by_name(tmp_path, values, words, image_channels):
     image = image_of(save(tmp_path / "image.nii", head_like(SHAPE)))
     save(tmp_path / "label.nii", values)
     with pytest.raises(ValueError, match=rf"label\.nii {words}"):
-        load(tmp_path, {"label": SpatialKind(CLASSES)}, image)
+        load(tmp_path, {"label": SpatialKind(CLASSES)}, image, image_channels=image_channels)
 
 
 def test_classes_are_those_of_all_label_maps_that_can_be_read(tmp_path, caplog):
     save(tmp_path / "a.nii", labels())
     save(tmp_path / "b.nii", np.full(SHAPE, 12, np.uint8))
     (tmp_path / "c.nii").write_text("no volume")
-    items = [{"image": "", "spatial": {"seg": str(tmp_path / f"{name}.nii")}} for name in "abc"]
+    save(tmp_path / "d.nii", np.eye(10, dtype=np.uint8)[labels()])
+    items = [{"image": "", "spatial": {"seg": str(tmp_path / f"{name}.nii")}} for name in "abcd"]
     kinds = learn_kinds([*items, {"image": "", "spatial": {}}], ["seg", "t2"], ["seg"])
     assert kinds == {"seg": SpatialKind((*CLASSES, 12)), "t2": SpatialKind()}
     assert "c.nii cannot be read to its end" in caplog.text
+    assert "d.nii has 10 channels; a label map has one" in caplog.text
     with pytest.raises(ValueError, match="the label maps 'seg' have 0 labels beside 0"):
         learn_kinds(items[2:], ["seg"], ["seg"])
 
