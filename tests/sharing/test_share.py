@@ -22,7 +22,7 @@ from scripts.sharing import share as sharing
 from scripts.sharing.release import NAME, build_release
 from scripts.sharing.share import share
 from tests.conftest import ROOT, save_volume
-from tests.diffusion.runs import KEYS, encode, generate, make_weights, workflow
+from tests.diffusion.runs import KEYS, encode, generate, make_weights, save_untrained_generator, workflow
 from tests.sharing.test_release import run_python
 
 SHARE = 0.3  # of the volumes that are held out: two of seven
@@ -142,6 +142,20 @@ def test_card_says_what_the_run_recorded(folder, bundle):
     row = next(line for line in card.splitlines() if line.startswith("| ms_ssim"))
     assert f"{sets['samples']['ms_ssim']:.3g}" in row and f"{sets['gaussian']['ms_ssim']:.3g}" in row
     assert not re.search(r"\n\n\n|\{[{%]|\bNone\b", card)
+
+
+def test_card_says_what_the_spatial_conditions_are(folder, bundle, tmp_path):
+    for i in range(2):
+        path = save_volume(tmp_path / "volumes" / f"{i}.nii", (20, 20, 20), i)
+        for key, values in (("label", np.arange(8000).reshape(20, 20, 20) // 2000 * 3), ("t2", nib.load(path).get_fdata())):
+            nib.save(nib.Nifti1Image(values.astype(np.int16), np.eye(4)), path.with_name(f"{i}_{key}.nii"))
+    keys = {"spatial_keys": ["label", "t2"]}
+    latents = encode(tmp_path / "volumes", tmp_path / "latents", folder / "bundle/models/model.pt", **keys)
+    save_untrained_generator(latents, tmp_path / "run", **keys)
+    share(str(tmp_path / "run"))
+    card = text_of(bundle, "README.md")
+    assert "- `label` (in `spatial_keys`): a label map of the classes 3, 6, 9\n" in card
+    assert "- `t2` (in `spatial_keys`): an image\n" in card
 
 
 def test_card_says_how_many_samples_are_close_to_training_volumes(folder, bundle, tmp_path):
