@@ -25,10 +25,10 @@ from monai.data import MetaTensor
 from scipy.sparse.linalg import cg
 
 from benchmarks.tables import print_table
-from scripts.data.consistency import in_units_of
+from scripts.data.consistency import agree_with_slices, in_units_of
 from scripts.data.dataset_tables import dataset_lists
+from scripts.data.degrade import average_slices, fill_hole, hole_equations, interpolate_slices
 from scripts.data.file_names import output_path
-from scripts.data.given_parts import agree_with_slices, average_slices, fill_hole, hole_equations, interpolate_slices
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
 from scripts.data.volume_reader import read_volume, state_of
 from scripts.evaluation.samples.spatial_evaluation import border_step, fidelity, inside_mae

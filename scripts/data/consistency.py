@@ -21,9 +21,18 @@ import numpy as np
 from scripts.bundle.errors import short_messages
 from scripts.bundle.files import write_atomically
 from scripts.bundle.progress import ProgressBar
-from scripts.data.degrade import SHIFT, read_nifti, save_nifti
+from scripts.data.degrade import (
+    SHIFT,
+    along,
+    average_slices,
+    averaging,
+    fill_hole,
+    interpolation,
+    read_nifti,
+    save_nifti,
+    thin_affine,
+)
 from scripts.data.file_names import OUTSIDE, stays_inside, without_ending
-from scripts.data.given_parts import agree_with_slices, average_slices, fill_hole, thin_affine
 from scripts.data.volume_reader import NiftiHeader
 
 
@@ -42,10 +51,25 @@ def in_units_of(given: np.ndarray, sample: np.ndarray, like_given: np.ndarray) -
     return given.mean() + slope * (sample - like_given.mean())
 
 
+def agree_with_slices(sample: np.ndarray, thick: np.ndarray, factor: int, axis: int) -> np.ndarray:
+    """
+    Add to a volume the cubic spline with which its averages become the given slices.
+
+    Args:
+        sample: ``HxWxD``, or ``HxWxDxC``.
+        thick: Slices that are given, as :py:func:`scripts.data.degrade.average_slices` makes them.
+        factor: Number of thin slices in a thick one.
+        axis: Axis along which they lie.
+    """
+    to_thick, spline = averaging(sample.shape[axis], factor), interpolation(sample.shape[axis], factor)
+    correction = spline @ np.linalg.inv(to_thick @ spline)
+    return sample + along(axis, correction, thick - average_slices(sample, factor, axis))
+
+
 def slices(samples_dir: str, dataset_dir: str, output_dir: str, thick_key: str = "thick") -> None:
     """
     Write each sample with a spline added, with which its averages are the thick slices that it was generated from, up to the
-    rounding of their data type, which it gets. See :py:func:`scripts.data.given_parts.agree_with_slices`.
+    rounding of their data type, which it gets.
 
     Args:
         samples_dir: Folder of the samples.
@@ -64,13 +88,14 @@ def slices(samples_dir: str, dataset_dir: str, output_dir: str, thick_key: str =
         averages, affine = average_slices(sample, factor, axis), thin_affine(of_thick.affine, factor, axis)
         if averages.shape != thick.shape or not np.allclose(affine, header.affine, atol=SHIFT):
             raise ValueError(f"{path} is not on a grid of thin slices within those of {source}.")
-        _save(agree_with_slices(in_units_of(thick, sample, averages), thick, factor, axis), path, of_thick, target)
+        agreeing = agree_with_slices(in_units_of(thick, sample, averages), thick, factor, axis)
+        _save(agreeing, path, header.stored_as(**of_thick.stored), target)
 
 
 def holes(samples_dir: str, dataset_dir: str, output_dir: str, masked_key: str = "masked", hole_key: str = "hole") -> None:
     """
     Write each volume with its hole filled by the sample, without a step at the border. All other voxels, and the data type,
-    are those of the volume with the hole. See :py:func:`scripts.data.given_parts.fill_hole`.
+    are those of the volume with the hole.
 
     Args:
         samples_dir: Folder of the samples.
@@ -81,13 +106,14 @@ def holes(samples_dir: str, dataset_dir: str, output_dir: str, masked_key: str =
     """
     for path, target, sources in _samples(samples_dir, output_dir, dataset_dir, [masked_key, hole_key]):
         sample, header = read_nifti(path)
-        (masked, of_masked), (hole, of_hole) = map(read_nifti, sources)
-        for source, values, found in ((sources[0], masked, of_masked), (sources[1], hole, of_hole)):
-            if values.shape[:3] != sample.shape[:3] or not np.allclose(found.affine, header.affine, atol=SHIFT):
+        found = [read_nifti(source) for source in sources]
+        for source, (values, of_source) in zip(sources, found):
+            if values.shape[:3] != sample.shape[:3] or not np.allclose(of_source.affine, header.affine, atol=SHIFT):
                 raise ValueError(f"{path} and {source} have different grids.")
-        known = hole == 0
-        matched = in_units_of(masked[known], sample, sample[known])
-        _save(fill_hole(matched, masked, hole, nib.affines.voxel_sizes(header.affine)), path, of_masked, target)
+        (masked, of_masked), (hole, _) = found
+        matched = in_units_of(masked[hole == 0], sample, sample[hole == 0])
+        filled = fill_hole(matched, masked, hole, nib.affines.voxel_sizes(header.affine))
+        _save(filled, path, header.stored_as(**of_masked.stored), target)
 
 
 def _samples(
@@ -111,14 +137,13 @@ def _samples(
     yield from ProgressBar(found, desc="samples", unit="sample")
 
 
-def _save(values: np.ndarray, path: Path, of_source: NiftiHeader, target: Path) -> None:
-    """Write a sample that was changed, in the data type of the file that it agrees with, and the file beside it."""
+def _save(values: np.ndarray, path: Path, header: NiftiHeader, target: Path) -> None:
+    """Write a sample that was changed, and the JSON file beside it."""
     of_sample: Any = nib.load(path)
-    header = NiftiHeader.of_file(of_sample).stored_as(**of_source.stored)
     sha256 = save_nifti(values, header, target, of_sample.header["descrip"].item().decode())
-    description = json.loads(path.with_name(path.name.removesuffix(".nii.gz") + ".json").read_text())
-    changed = json.dumps({**description, "agrees": True, "volume_sha256": sha256}, indent=2)
-    write_atomically(changed.encode(), target.with_name(target.name.removesuffix(".nii.gz") + ".json"))
+    beside, target_beside = (each.with_suffix("").with_suffix(".json") for each in (path, target))
+    changed = {**json.loads(beside.read_text()), "agrees": True, "volume_sha256": sha256}
+    write_atomically(json.dumps(changed, indent=2).encode(), target_beside)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pytest
 
 from scripts.bundle.files import content_hash
 from scripts.data import consistency, degrade
-from scripts.data.given_parts import average_slices
+from scripts.data.consistency import agree_with_slices
+from scripts.data.degrade import average_slices
 from tests.conftest import head_like
 
 SHAPE = (24, 20, 18)
@@ -91,3 +92,20 @@ def test_other_conditions_grids_and_folders_are_refused_by_name(folder):
     description.write_text(json.dumps({"spatial": {"masked": "../a.nii.gz", "hole": "a_hole.nii.gz"}}))
     with pytest.raises(ValueError, match=r"a_sample_00_0000.json names '../a.nii.gz', which is no path within a folder"):
         run(folder, "holes")
+
+
+@pytest.mark.parametrize("num_slices", [1, 3, 13, 16, 64])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_sample_has_the_given_averages_afterwards(num_slices, factor):
+    random = np.random.default_rng(0)
+    sample, truth = random.random((2, 3, num_slices, 4))
+    thick = average_slices(truth, factor, 1)
+    agreeing = agree_with_slices(sample, thick, factor, 1)
+    np.testing.assert_allclose(average_slices(agreeing, factor, 1), thick, atol=1e-9)
+
+
+def test_what_is_added_to_a_sample_is_smooth():
+    sample = np.zeros((1, 1, 64))
+    thick = np.sin(np.arange(8) / 2).reshape(1, 1, 8)
+    added = agree_with_slices(sample, thick, 8, 2)[0, 0]
+    assert np.abs(np.diff(added)).max() < 0.25 * np.abs(np.diff(np.repeat(thick, 8))).max()
