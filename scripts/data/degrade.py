@@ -49,7 +49,7 @@ def thick_slices(dataset_dir: str, output_dir: str, factor: int, axis: int = 2, 
         output_dir: Folder to write, with a ``dataset.json`` whose items have ``image``, ``thick`` and what is known of them.
         factor: Number of slices that are averaged to one. Where it does not divide their number, the last is repeated.
         axis: Axis of the file, 0 to 2, along which the slices lie.
-        image_glob: Pattern of the volumes, see :py:func:`scripts.data.find_images`.
+        image_glob: Pattern of the volumes.
     """
 
     def thick(values: np.ndarray, header: NiftiHeader, item: Item) -> Files:
@@ -70,7 +70,7 @@ def thin_grid(dataset_dir: str, output_dir: str, factor: int, axis: int = 2, ima
         output_dir: Folder to write.
         factor: Number of slices that each becomes.
         axis: Axis of the file, 0 to 2, along which the slices lie.
-        image_glob: Pattern of the volumes, see :py:func:`scripts.data.find_images`.
+        image_glob: Pattern of the volumes.
     """
     items = [item for of_list in _lists(dataset_dir, image_glob, output_dir).values() for item in of_list]
     for item in ProgressBar(items, desc="volumes", unit="volume"):
@@ -100,7 +100,7 @@ def holes(
         per_volume: Number of balls.
         seed: Seed of the places, which depend on it and on the name of the file.
         hole_key: Key of label maps in ``dataset.json`` whose labels are the holes instead.
-        image_glob: Pattern of the volumes, see :py:func:`scripts.data.find_images`.
+        image_glob: Pattern of the volumes.
     """
 
     def masked(values: np.ndarray, header: NiftiHeader, item: Item) -> Files:
@@ -215,20 +215,8 @@ def along(axis: int, matrix: np.ndarray, volume: np.ndarray) -> np.ndarray:
 
 def draw_hole(volume: np.ndarray, affine: np.ndarray, radius: float, count: int, random: np.random.Generator) -> np.ndarray:
     """
-    Balls around random voxels that are brighter than the mean of the volume.
-
-    Args:
-        volume: ``HxWxD``, finite.
-        affine: 4x4, from voxels to mm.
-        radius: Radius of a ball, mm.
-        count: Number of balls, which may overlap and reach beyond the volume.
-        random: Source of the centres.
-
-    Returns:
-        ``HxWxD``, true in the balls.
-
-    Raises:
-        ValueError: for a constant volume.
+    Balls of a radius in mm around random voxels that are brighter than the mean of the volume: ``HxWxD``, true in the balls,
+    which may overlap and reach beyond the volume.
     """
     content = np.flatnonzero(volume > volume.mean())
     if not len(content):
@@ -290,12 +278,7 @@ def hole_equations(
 
 
 def read_nifti(path: str | Path) -> tuple[np.ndarray, NiftiHeader]:
-    """
-    Voxels, ``HxWxD`` or ``HxWxDxC``, and the header of a NIfTI file.
-
-    Raises:
-        ValueError: for a file that cannot be used, by name.
-    """
+    """Finite voxels, ``HxWxD`` or ``HxWxDxC``, and the header of a NIfTI file."""
     values, header = read_volume(str(path))
     if not np.isfinite(values).all():
         raise ValueError(f"{path} has voxels that are NaN or infinite.")

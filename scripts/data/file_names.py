@@ -14,12 +14,11 @@ ENDING = re.compile(rf"{FORMATS}(?:\.gz)?$", re.IGNORECASE)
 ENDING_WITHIN = re.compile(rf"{FORMATS}(?![a-z0-9])", re.IGNORECASE)  # as in x.nii.gz.md5 and x.nii.bak
 OUTSIDE = "is no path within a folder (no '..', no '/' or drive in front, no control characters)"
 LABELS = re.compile(
-    r"(?:^|[^a-z])(?:labels?(?:tr|ts|val)?|seg|segs|segmentations?|masks?|[ad]seg|(?:prob|pve)seg|rois?|annot(?:ation)?s?)"
-    r"(?:[^a-z]|$)"
+    r"(?<![a-z])(?:labels?(?:tr|ts|val)?|(?:[ad]|prob|pve)?seg|segs|segmentations?|masks?|rois?|annot(?:ation)?s?)(?![a-z])"
 )
 LABELS_OF_FILES = re.compile(  # not of folders, where they may name a study
-    r"(?:^|[^a-z])(?:brain_?masks?|label_?maps?|lesions?|gt|ground_?truth|atlas(?:es)?|contours?|wmparc|aparc|parc"
-    r"|parcellations?)(?:[^a-z]|$)"
+    r"(?<![a-z])(?:brainmasks?|labelmaps?|lesions?|gt|ground_?truth|atlas(?:es)?|contours?|(?:wm|a)?parc|parcellations?)"
+    r"(?![a-z])"
 )
 BIDS_ENTITY = re.compile(r"(?:^|_)(?:sub|ses|acq|task|run|rec|dir|space|res|ce|mod|inv|echo|part)-[^_.]+")
 CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")  # as in liverMask
@@ -48,17 +47,11 @@ def has_label_name(relative: Path) -> bool:
 
 def output_path(output_dir: str, source: str, postfix: str, keep_ending: bool = False) -> Path:
     """
-    Where the result of a volume goes: ``folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``.
-
-    Args:
-        output_dir: folder of the results.
-        source: path of the volume relative to its folder.
-        postfix: kind of the result.
-        keep_ending: whether the name keeps its ending: those of folders do, and those that would not be unique.
+    Where the result of a volume goes: ``folder/name_postfix.nii.gz`` for the source ``folder/name.nii.gz``, or with
+    ``keep_ending``, as names of folders and those that would not be unique have it, ``folder/name.nii.gz_postfix.nii.gz``.
 
     Raises:
-        ValueError: for a source that leads out of its folder on Linux or Windows, so that the result would lie outside of
-            ``output_dir``.
+        ValueError: for a source that does not stay in its folder.
     """
     if not stays_inside(source):
         raise ValueError(f"{shortened(source)} {OUTSIDE}, so that its result could lie outside of `output_dir`.")

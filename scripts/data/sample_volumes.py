@@ -125,10 +125,8 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 
 def _affine_of_middle(affine: np.ndarray, spatial_size: tuple[int, ...]) -> np.ndarray:
     """From voxels of an unmoved demonstration head to mm: it lies in the middle of the shrunk template."""
-    to_shrunk = np.eye(4)
-    to_shrunk[:3, 3] = [(shrunk - size) / 2 for shrunk, size in zip(spatial_size, DEMONSTRATION_SIZE)]
-    to_template = np.diag([DEMONSTRATION_SPACING] * 3 + [1.0])
-    to_template[:3, 3] = (DEMONSTRATION_SPACING - 1) / 2
+    to_shrunk = nib.affines.from_matvec(np.eye(3), np.subtract(spatial_size, DEMONSTRATION_SIZE) / 2)
+    to_template = nib.affines.from_matvec(DEMONSTRATION_SPACING * np.eye(3), [(DEMONSTRATION_SPACING - 1) / 2] * 3)
     return affine @ to_template @ to_shrunk
 
 

@@ -32,11 +32,6 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
     has the volume's entities and the suffix ``KEY`` or ``desc-KEY``; for the key ``label`` also the file of the same name in
     ``labelsTr`` beside ``imagesTr``.
 
-    Args:
-        items: ``[{"image": path, ...}, ...]``.
-        dataset_dir: Folder of the volumes.
-        spatial_keys: Names of the conditions.
-
     Returns:
         Those of ``items`` that are not conditions of others, each with ``"spatial": {key: path}``; a volume may lack some.
 
@@ -67,11 +62,7 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
     left = [item for item in found if os.path.realpath(item["image"]) not in used]
     if found and not left:
         raise ValueError(f"every volume below {dataset_dir} is a condition of another one; name the others in `image_glob`.")
-    for key in spatial_keys:
-        count = sum(key in item["spatial"] for item in left)
-        if not count:
-            raise ValueError(f"no volume below {dataset_dir} has the spatial condition {key!r}, such as NAME_{key}.")
-        logger.info(f"{count} of {len(left)} volumes have the spatial condition {key!r}")
+    _count([item["spatial"] for item in left], dataset_dir, spatial_keys)
     return left
 
 
@@ -81,10 +72,6 @@ def find_spatial_items(dataset_dir: str, spatial_keys: Sequence[str]) -> list[It
     called as :py:func:`find_spatial` says, those of one case together. Of a single key these are, if no file is called so,
     all NIfTI files.
 
-    Args:
-        dataset_dir: Folder to search.
-        spatial_keys: Names of the conditions.
-
     Returns:
         ``[{"name": of the case, "image": path or None, "spatial": {key: path}}, ...]``, sorted by name; names are unique.
 
@@ -93,11 +80,7 @@ def find_spatial_items(dataset_dir: str, spatial_keys: Sequence[str]) -> list[It
     """
     listed = {Path(image): of_item for image, of_item in _listed(dataset_dir, spatial_keys).items()}
     cases = listed or _cases_of_files(dataset_dir, spatial_keys)
-    for key in spatial_keys:
-        count = sum(key in of_case for of_case in cases.values())
-        if not count:
-            raise ValueError(f"there is no spatial condition {key!r} below `dataset_dir` {dataset_dir!r}.")
-        logger.info(f"{count} of {len(cases)} cases have the spatial condition {key!r}")
+    _count(list(cases.values()), dataset_dir, spatial_keys)
     names = {case: without_ending(case.name) for case in cases}
     if len({*names.values()}) < len(cases):
         names = {case: "_".join([*case.relative_to(dataset_dir).parts[:-1], name]) for case, name in names.items()}
@@ -111,6 +94,15 @@ def find_spatial_items(dataset_dir: str, spatial_keys: Sequence[str]) -> list[It
         }
         for case in sorted(cases, key=lambda case: names[case])
     ]
+
+
+def _count(found: Sequence[dict[str, str]], dataset_dir: str, spatial_keys: Sequence[str]) -> None:
+    """Log how many volumes or cases have each condition, and refuse one that none has."""
+    for key in spatial_keys:
+        count = sum(key in of_volume for of_volume in found)
+        if not count:
+            raise ValueError(f"no volume below {dataset_dir} has the spatial condition {key!r}, such as NAME_{key}.")
+        logger.info(f"{count} of {len(found)} volumes have the spatial condition {key!r}")
 
 
 def _listed(dataset_dir: str, spatial_keys: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -61,16 +61,7 @@ def _nilearn_volume(tissue: str) -> Any:
 
 
 def synthesise_head(tissues: torch.Tensor, seed: int) -> np.ndarray:
-    """
-    A head of any contrast, skull-stripped or not: wide variation, for an autoencoder.
-
-    Args:
-        tissues: shares of the six tissues, ``6xHxWxD`` at 1 mm.
-        seed: of everything that is random.
-
-    Returns:
-        ``HxWxD``, values in [0, 255].
-    """
+    """A head of any contrast, stripped or not, for an autoencoder: ``HxWxD`` in [0, 255], from :py:func:`tissue_maps`."""
     random = np.random.RandomState(seed)
     deform = Rand3DElastic(
         sigma_range=(7, 11),
@@ -96,10 +87,8 @@ def synthesise_similar_head(
     """
     A T1-weighted head and its label map: moderate variation, which a small generator can learn in minutes.
 
-    The deformation is drawn at few points, so that a head of 3 mm takes a small part of a second.
-
     Args:
-        tissues: shares of the six tissues, ``6xHxWxD``.
+        tissues: shares of the six tissues, ``6xHxWxD``, of any voxel size.
         seed: of everything that is random.
         stripped: whether skull and scalp are missing.
         spatial_size: of the head, cut from the middle or padded; multiples of 16.

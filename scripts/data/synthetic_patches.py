@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, RandomizableTransform
+from monai.transforms import MapTransform, Randomizable
 from torch.nn import functional
 
 from scripts.data.synthetic_heads import tissue_maps
@@ -37,7 +37,7 @@ SLIGHTEST_SLOPE = 1e-3
 _tissues = functools.cache(tissue_maps)
 
 
-class SyntheticPatchd(RandomizableTransform, MapTransform):
+class SyntheticPatchd(Randomizable, MapTransform):
     """
     Put a synthetic patch under each key, with a seed drawn for each.
 
@@ -47,8 +47,7 @@ class SyntheticPatchd(RandomizableTransform, MapTransform):
     """
 
     def __init__(self, keys: KeysCollection, spatial_size: Sequence[int]) -> None:
-        MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, prob=1.0)
+        super().__init__(keys)
         self.spatial_size = tuple(spatial_size)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -65,7 +64,7 @@ class SyntheticPatchd(RandomizableTransform, MapTransform):
 class HeadPatchd(SyntheticPatchd):
     """
     Patches of synthetic heads: the tissue maps of an average brain, deformed, with folds that no atlas has, and with any
-    contrast and voxel size. Half of the heads are skull-stripped. Arguments as :py:class:`SyntheticPatchd`.
+    contrast and voxel size. Half of the heads are skull-stripped.
     """
 
     def make(self, seed: int) -> torch.Tensor:
@@ -76,7 +75,6 @@ class ProceduralVolumed(SyntheticPatchd):
     """
     Procedural volumes: dead leaves (bodies that hide each other) with fractal texture, crossed by thin sheets and vessels.
     Voxels are anisotropic in half of the volumes, as in thick slices. An edge takes its share of each voxel, as in a scan.
-    Arguments as :py:class:`SyntheticPatchd`.
     """
 
     def make(self, seed: int) -> torch.Tensor:
@@ -84,17 +82,7 @@ class ProceduralVolumed(SyntheticPatchd):
 
 
 def head_patch(tissues: torch.Tensor, spatial_size: Sequence[int], seed: int) -> torch.Tensor:
-    """
-    A patch of a synthetic head.
-
-    Args:
-        tissues: Shares of the six tissues of :py:func:`tissue_maps`, ``6xHxWxD`` at 1 mm.
-        spatial_size: Size of the patch, voxels.
-        seed: Seed of everything that is random.
-
-    Returns:
-        ``HxWxD`` in [0, 1].
-    """
+    """A patch of a synthetic head, ``HxWxD`` in [0, 1], from :py:func:`tissue_maps`, ``6xHxWxD`` at 1 mm."""
     random = torch.Generator().manual_seed(seed)
     spacing = random_spacing(random)
     finest = uniform(random, FINEST, COARSEST)
@@ -133,16 +121,7 @@ def _sampled(tissues: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 
 def procedural_volume(spatial_size: Sequence[int], seed: int) -> torch.Tensor:
-    """
-    A procedural volume.
-
-    Args:
-        spatial_size: Size of the volume, voxels.
-        seed: Seed of everything that is random.
-
-    Returns:
-        ``HxWxD`` in [0, 1].
-    """
+    """A procedural volume, ``HxWxD`` in [0, 1], see :py:class:`ProceduralVolumed`."""
     random = torch.Generator().manual_seed(seed)
     spacing = random_spacing(random)
     volume = torch.full(tuple(spatial_size), uniform(random) * (uniform(random) < 0.5))  # air in half of them
@@ -213,16 +192,8 @@ def fractal_noise(
     spatial_size: Sequence[int], spacing: Sequence[float], roughness: float, random: torch.Generator
 ) -> torch.Tensor:
     """
-    Gaussian noise whose amplitude falls with a power of the frequency.
-
-    Args:
-        spatial_size: Size of the volume, voxels.
-        spacing: Size of a voxel along each axis, in any unit.
-        roughness: That power; larger is smoother.
-        random: Source of random numbers.
-
-    Returns:
-        Mean 0 and deviation 1, of ``spatial_size``; opposite faces fit together.
+    Gaussian noise of mean 0 and deviation 1 whose amplitude falls with a power of the frequency, ``roughness``: a larger one
+    is smoother. Opposite faces fit together. ``spacing`` is in any unit.
     """
     last = len(spatial_size) - 1
     frequencies = [

@@ -44,8 +44,7 @@ def usable_volumes(
     guess_labels: bool = False,
 ) -> Lists:
     """
-    Check all volumes (:py:func:`find_problem`), in parallel, and log their number, sizes and spacings. Distributed
-    processes share the work.
+    Check all volumes (:py:func:`find_problem`) and log their number, sizes and spacings. Processes share the work.
 
     Args:
         lists: ``{"training": [{"image": path}, ...], "validation": [...]}``.
@@ -88,15 +87,8 @@ def usable_volumes(
 
 def find_problem(path: str, image_channels: int) -> str | None:
     """
-    Read a whole volume and say why it cannot be trained on.
-
-    Args:
-        path: path of the volume, in any format that is read.
-        image_channels: number of channels that it must have.
-
-    Returns:
-        None when it can be trained on, otherwise what is wrong, as text that follows the path; :py:data:`LABEL_MAP`
-        when that is all.
+    Read a whole volume and say why it cannot be trained on, as text that follows the path: None when it can,
+    :py:data:`LABEL_MAP` for one that can but should not.
     """
     try:
         values = np.asarray(read_volume(path, image_channels)[0], dtype=np.float32)
@@ -107,15 +99,12 @@ def find_problem(path: str, image_channels: int) -> str | None:
 
 
 class LabelMapError(ValueError):
-    """A volume that is left out."""
+    """A volume that :py:class:`RefuseLabelMapd` refuses."""
 
 
 class RefuseLabelMapd(MapTransform):
     """
-    Refuse volumes that look like label maps, see :py:func:`is_label_map`.
-
-    Args:
-        keys: key of the image, ``CxHxWxD``, as it was read.
+    Refuse volumes, ``CxHxWxD`` as they were read, that look like label maps (:py:func:`is_label_map`).
 
     Raises:
         LabelMapError: when called, for a label map.
@@ -130,10 +119,8 @@ class RefuseLabelMapd(MapTransform):
 
 def is_label_map(values: np.ndarray) -> bool:
     """
-    Whether voxels are labels: at most 256 integers, most of which have neighbours with the same one; or at most 4 integers.
-
-    Args:
-        values: voxels of a volume, ``HxWxD`` or ``HxWxDxC``.
+    Whether voxels, ``HxWxD`` or ``HxWxDxC``, are labels: at most 256 integers, most of which have neighbours with the same
+    one; or at most 4 integers.
     """
     sampled = values[:, :: max(1, values.size // SAMPLED)]  # lines along the first axis
     labels, counts = np.unique(sampled, return_counts=True)
@@ -154,12 +141,10 @@ def _check_all(paths: list[str], image_channels: int, cache: Path, num_threads: 
     known = _read_cache(cache)
     keys = {path: f"{image_channels} {state_of(path)} {path}" for path in share_of(paths)}
     unknown = [path for path, key in keys.items() if key not in known]
-    bar = ProgressBar(total=len(unknown), desc="checking volumes", unit="file")
-    with bar, ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         results = pool.map(lambda path: find_problem(path, image_channels), unknown)
-        for path, problem in zip(unknown, results):
-            known[keys[path]] = problem
-            bar.update()
+        bar = ProgressBar(zip(unknown, results), total=len(unknown), desc="checking volumes", unit="file")
+        known |= {keys[path]: problem for path, problem in bar}
     found = merged({path: (key, known[key]) for path, key in keys.items()})
     if idist.get_rank() == 0:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -168,10 +153,8 @@ def _check_all(paths: list[str], image_channels: int, cache: Path, num_threads: 
 
 
 def _read_cache(file: Path) -> dict[str, str | None]:
-    if not file.is_file():
-        return {}
     try:
-        return read_dataclass(file, dict[str, str | None], MAX_CACHE)
+        return read_dataclass(file, dict[str, str | None], MAX_CACHE) if file.is_file() else {}
     except (OSError, ValueError) as error:
         logger.warning(f"{error} So all volumes are checked again.")
         return {}

@@ -20,6 +20,7 @@ from scripts.bundle.machine import free_memory, processes_on_host
 from scripts.data.dataset_tables import dataset_lists
 from scripts.data.file_names import has_label_name, is_nifti, is_volume_name, without_ending
 from scripts.data.volume_reader import NiftiHeader, identity_of, read_header
+from scripts.layers.factors import by
 
 EVERY_NIFTI = "**/*.nii*"  # the default `image_glob`
 RESULT = re.compile(r"_(?:reconstruction|latent|(?:spatial|labels)-[\w-]+)\.nii\.gz$|^sample_\d{4,}\.nii\.gz$")
@@ -54,8 +55,8 @@ def training_and_validation(
         image_glob: pattern relative to it, used when there is no ``dataset.json``.
         val_fraction: share of the subjects for validation, between 0 and 1.
         seed: seed of the split.
-        subject_pattern: see :py:func:`split_by_subject`.
-        output_dir: see :py:func:`find_images`.
+        subject_pattern: see :py:func:`subjects_of`.
+        output_dir: folder that is left out.
 
     Returns:
         ``{"training": [{"image": path}, ...], "validation": [...]}``.
@@ -114,23 +115,15 @@ def find_images(dataset_dir: str, image_glob: str, output_dir: str | None = None
 
 def visible_files(dataset_dir: str, image_glob: str, output_dir: str | None = None) -> list[Path]:
     """
-    The files or folders below a folder that match a pattern and can be volumes by their names; those reached by a link come
-    last.
-
-    Args:
-        dataset_dir: folder to search.
-        image_glob: pattern relative to it, as for :py:func:`find_images`.
-        output_dir: folder that is left out.
-
-    Raises:
-        FileNotFoundError: when the folder does not exist.
+    The files or folders that match a pattern and can be volumes by their names, see :py:func:`find_images`; those reached by
+    a link come last.
     """
     folder, pattern = Path(dataset_dir), image_glob.lower().removesuffix("/").split("/")
     if not folder.is_dir():
         raise FileNotFoundError(f"`dataset_dir` is {dataset_dir!r}, which is not a folder.")
     seen = {identity_of(Path(output_dir))} - {identity_of(folder)} if output_dir and Path(output_dir).exists() else set()
     candidates = []
-    for name, subfolders, files in os.walk(folder, onerror=_warn_of, followlinks=True):
+    for name, subfolders, files in os.walk(folder, onerror=logger.warning, followlinks=True):
         root = Path(name)
         if identity_of(root) in seen:
             subfolders.clear()
@@ -158,17 +151,11 @@ def split_by_subject(
 ) -> Lists:
     """
     Set a share of the subjects aside. Where a subject goes depends on its name, ``val_fraction`` and ``seed`` alone, so that
-    further volumes move nobody; except that both lists get one subject at least.
-
-    Args:
-        items: ``[{"image": path}, ...]``, with any further keys.
-        dataset_dir: folder of the volumes.
-        val_fraction: probability of a subject to be for validation, between 0 and 1.
-        seed: seed of the split.
-        subject_pattern: see :py:func:`subjects_of`.
+    further volumes move nobody; except that both lists get one subject at least. Arguments as
+    :py:func:`training_and_validation`, and ``[{"image": path}, ...]`` with any further keys.
 
     Raises:
-        ValueError: for another share, or when there is only one subject.
+        ValueError: for a share that is not between 0 and 1, or when there is only one subject.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"`val_fraction` is {val_fraction!r}; it must lie between 0 and 1, both excluded.")
@@ -247,22 +234,13 @@ def affordable_cache_rate(items: Sequence[dict[str, str]], volumes_per_item: int
 
 
 def describe(items: Sequence[dict[str, str]]) -> str:
-    """
-    Number, sizes and spacings of volumes, for the log. Files that are not NIfTI are only counted.
-
-    Args:
-        items: ``[{"image": path}, ...]``.
-    """
+    """Number, sizes and spacings of volumes, ``[{"image": path}, ...]``. Files that are not NIfTI are only counted."""
     headers, text = _headers(items), f"{len(items)} volume{'s' if len(items) != 1 else ''}"
     if not headers:
         return text
     sizes = [header.shape[:3] for header in headers]
     spacings = [nib.affines.voxel_sizes(header.affine) for header in headers]
-    return f"{text}, size {_range(sizes, '{:d}')} voxels, spacing {_range(spacings, '{:.3g}')} mm"
-
-
-def _warn_of(error: OSError) -> None:
-    logger.warning(f"{error.filename} cannot be searched ({error.strerror})")
+    return f"{text}, size {_range(sizes)} voxels, spacing {_range(spacings)} mm"
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -288,6 +266,6 @@ def _headers(items: Sequence[dict[str, str]]) -> list[NiftiHeader]:
     return [read_header(item["image"]) for item in items if is_nifti(item["image"])]
 
 
-def _range(values: Sequence[Sequence[float]], form: str) -> str:
-    low, high = ("x".join(form.format(pick(axis)) for axis in zip(*values)) for pick in (min, max))
+def _range(values: Sequence[Sequence[float]]) -> str:
+    low, high = (by(map(pick, zip(*values))) for pick in (min, max))
     return low if low == high else f"{low} to {high}"

@@ -56,7 +56,6 @@ def build_release(output_dir: str = "dist", url: str = "") -> str:
         path and SHA-256 of the file, for a person to read.
 
     Raises:
-        FileNotFoundError: when there are no weights in ``models``.
         ValueError: when weights are damaged, or not those that their JSON file describes, or when the generator was made for
             another autoencoder.
     """

@@ -153,7 +153,7 @@ def test_cases_of_files_are_those_that_belong_together(tmp_path):
         ("sub-1", None, {"dseg": "sub-1_dseg.nii.gz", "hole": "sub-1_desc-hole_T1w.nii.gz"}),
         ("sub-2", None, {"dseg": "sub-2_dseg.nii.gz"}),
     ]
-    with pytest.raises(ValueError, match="there is no spatial condition 'T2w' below"):
+    with pytest.raises(ValueError, match="no volume below .* has the spatial condition 'T2w'"):
         cases(tmp_path, "dseg", "T2w")
 
 
