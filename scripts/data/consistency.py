@@ -29,10 +29,10 @@ from scripts.data.degrade import (
     fill_hole,
     interpolation,
     read_nifti,
-    save_nifti,
     thin_affine,
 )
 from scripts.data.file_names import OUTSIDE, stays_inside, without_ending
+from scripts.data.restored_volumes import save_nifti
 from scripts.data.volume_reader import NiftiHeader
 
 

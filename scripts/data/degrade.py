@@ -26,11 +26,10 @@ from scipy.sparse import csr_array, kronsum
 from scipy.sparse.linalg import cg
 
 from scripts.bundle.errors import short_messages
-from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.data.dataset_tables import conditions_of, dataset_lists
 from scripts.data.file_names import is_nifti, output_path, stays_inside
-from scripts.data.restored_volumes import nifti_bytes
+from scripts.data.restored_volumes import save_nifti
 from scripts.data.volume_lists import EVERY_NIFTI, find_images
 from scripts.data.volume_reader import NiftiHeader, read_volume
 
@@ -283,14 +282,6 @@ def read_nifti(path: str | Path) -> tuple[np.ndarray, NiftiHeader]:
     if not np.isfinite(values).all():
         raise ValueError(f"{path} has voxels that are NaN or infinite.")
     return values, header
-
-
-def save_nifti(values: np.ndarray, header: NiftiHeader, path: Path, description: str = "") -> str:
-    """Write intensities in the data type of a header, and return the hash of the file."""
-    content = nifti_bytes(values, header, description)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(content, path)
-    return content_hash(content)
 
 
 if __name__ == "__main__":

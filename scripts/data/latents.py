@@ -35,13 +35,14 @@ from scripts.data.restored_volumes import (
     Record,
     clipped_shares,
     conditions_and_list,
-    nifti_bytes,
     record_of,
     rows_of,
+    save_labels,
+    save_nifti,
     with_record,
 )
 from scripts.data.spatial_conditions import SpatialDescription
-from scripts.data.spatial_kinds import SpatialKind, with_smallest_type
+from scripts.data.spatial_kinds import SpatialKind
 from scripts.data.volume_lists import EVERY_NIFTI, visible_files
 from scripts.data.volume_reader import NiftiHeader, read_volume, state_of
 
@@ -110,15 +111,15 @@ class SaveLatentd(Transform):
         latents = data[self.key].detach().as_subclass(torch.Tensor).float().cpu()
         z_mu, *planes = latents.split([channels, *(channels * each.kind.num_planes for each in spatial.values())])
         path = output_path(self.output_dir, record.source, "latent", record.keep_ending)
-        path.parent.mkdir(parents=True, exist_ok=True)
         affine = np.array(record.preprocessed_affine) @ _to_volume(self.network.total_downsample_factor)
         header = NiftiHeader.of_affine(affine, like=record)
         for (key, known), z in zip(spatial.items(), planes):
             if known.covered < 1:
                 logger.info(f"{path}: {known.source} covers {known.covered:.1%} of the volume")
-            hashes = {"latent_sha256": _save(z.movedim(0, -1).numpy(), header, _beside(path, "spatial", key))}
+            hashes = {"latent_sha256": save_nifti(z.movedim(0, -1).numpy(), header, _beside(path, "spatial", key))}
             if known.kind.is_label_map:
-                hashes["labels_sha256"] = _save_labels(volumes[key], _beside(path, "labels", key))
+                of_labels = NiftiHeader.of_affine(volumes[key].affine.numpy())
+                hashes["labels_sha256"] = save_labels(volumes[key][0].numpy(), of_labels, _beside(path, "labels", key))
             spatial[key] = replace(known, **hashes)
         by_channel, shortcut = z_mu.double().flatten(1), self.network.shortcut
         description = LatentDescription(
@@ -130,24 +131,12 @@ class SaveLatentd(Transform):
             image_scale=(1.0,) * channels if shortcut is None else tuple(shortcut.scale.flatten().tolist()),
             network=self.network.arguments,
             weights_sha256=file_hash(self.weights),
-            latent_sha256=_save(z_mu.movedim(0, -1).numpy(), header, path),
+            latent_sha256=save_nifti(z_mu.movedim(0, -1).numpy(), header, path),
             spatial=spatial,
         )
         _write_description(description, path)
         logger.info(f"{path}: {clipped_shares(record)}")
         return dict(data)
-
-
-def _save(values: np.ndarray, header: NiftiHeader, path: Path) -> str:
-    """Write voxels, ``HxWxD`` or ``HxWxDxC``, and return the hash of the file."""
-    content = nifti_bytes(values, header)
-    write_atomically(content, path)
-    return content_hash(content)
-
-
-def _save_labels(volume: MetaTensor, path: Path) -> str:
-    labels = with_smallest_type(volume.as_tensor()[0].numpy())
-    return _save(labels, NiftiHeader.of_affine(volume.affine.numpy()).stored_as(labels.dtype.str), path)
 
 
 class LoadLatentd(Transform):

@@ -22,7 +22,7 @@ from monai.transforms import MapTransform, TraceableTransform, Transform
 from monai.utils import ImageMetaKey, MetaKeys
 from monai.utils.enums import CommonKeys as Keys
 
-from scripts.bundle.files import write_atomically
+from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.json_files import Must, PositiveInt, Share, checked
 from scripts.data.dataset_tables import conditions_of, dataset_list_of
 from scripts.data.file_names import output_path, stays_inside
@@ -202,9 +202,7 @@ class SaveImageOfRecordd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         record = record_of(data[self.key])
         path = output_path(self.output_dir, record.source, self.postfix, record.keep_ending)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = data[self.key].movedim(0, -1).numpy().reshape(record.shape)
-        write_atomically(nifti_bytes(values, record), path)
+        save_nifti(data[self.key].movedim(0, -1).numpy().reshape(record.shape), record, path)
         logger.info(f"{path}: {clipped_shares(record)}")
         return dict(data)
 
@@ -234,13 +232,14 @@ def restore(image: torch.Tensor, record: Record) -> np.ndarray:
     return values
 
 
-def nifti_bytes(values: np.ndarray, header: NiftiHeader, description: str = "") -> bytes:
+def save_nifti(values: np.ndarray, header: NiftiHeader, path: Path, description: str = "") -> str:
     """
-    A compressed NIfTI file, the same bytes for the same content.
+    Write a compressed NIfTI file, the same bytes for the same content, and return its SHA-256.
 
     Args:
         values: intensities, of any shape; they are rounded to the data type and the slope of the header.
         header: header of the file.
+        path: path of the file, whose folder is made.
         description: text for the header.
     """
     found, scale = header.with_shape(values.shape).nibabel, header.stored
@@ -253,7 +252,16 @@ def nifti_bytes(values: np.ndarray, header: NiftiHeader, description: str = "") 
     found["descrip"] = description
     image = nib.Nifti1Image(stored.astype(data_type), None, found)  # without an affine, so that the header stays as it is
     image.header.set_slope_inter(scale["scl_slope"], scale["scl_inter"])  # nibabel then writes the voxels as they are
-    return gzip.compress(image.to_bytes(), COMPRESSION, mtime=0)
+    content = gzip.compress(image.to_bytes(), COMPRESSION, mtime=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(content, path)
+    return content_hash(content)
+
+
+def save_labels(labels: np.ndarray, header: NiftiHeader, path: Path) -> str:
+    """Write a label map in the smallest data type that holds its labels, and return the file's SHA-256."""
+    data_type = np.result_type(*(np.min_scalar_type(int(end)) for end in (labels.min(), labels.max())))
+    return save_nifti(labels, header.stored_as(data_type.str), path)
 
 
 def conditions_and_list(path: str, dataset_dir: str) -> dict[str, Any]:

@@ -122,8 +122,3 @@ def labels_in(values: np.ndarray) -> list[int]:
     if len(labels) > MOST_CLASSES + 1:
         raise ValueError(f"is no label map: it has more than {MOST_CLASSES} different values.")
     return labels.astype(np.int64).tolist()
-
-
-def with_smallest_type(labels: np.ndarray) -> np.ndarray:
-    """Labels in the smallest data type that holds them, for a file."""
-    return labels.astype(np.result_type(*(np.min_scalar_type(int(end)) for end in (labels.min(), labels.max()))))

@@ -20,9 +20,8 @@ from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.machine import share_of
 from scripts.data.dataset_tables import conditions_of
 from scripts.data.grids import back_on_grid
-from scripts.data.restored_volumes import Record, nifti_bytes, record_of, restore, rows_of, with_record
+from scripts.data.restored_volumes import Record, record_of, restore, rows_of, save_labels, save_nifti, with_record
 from scripts.data.spatial_files import find_spatial_items
-from scripts.data.spatial_kinds import with_smallest_type
 from scripts.data.volume_reader import NiftiHeader, read_header, state_of
 from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
@@ -172,17 +171,17 @@ class Samples:
         """Transform: write a sample (``pred``, ``CxHxWxD``), its label maps, and last the JSON file."""
         sample, record = self.samples[data["number"]], record_of(data[Keys.IMAGE])
         values = np.moveaxis(restore(data[Keys.PRED], record), 0, -1).reshape(record.shape)
-        content = nifti_bytes(values, record, HEADER)
-        _write(sample.path, content)
+        sha256 = save_nifti(values, record, sample.path, HEADER)
         for key, path in sample.labels.items():
-            _write(path, _label_map(data["spatial"][key], record))
+            labels = data["spatial"][key].as_tensor().numpy()
+            save_labels(back_on_grid(labels, np.array(record.preprocessed_affine), record.grid)[0], record, path)
         found = {
             "spatial_size": list(record.preprocessed_shape),
             "spacing": _spacing(record.preprocessed_affine),
             "intensity_low": record.intensity_low,
             "intensity_high": record.intensity_high,
             **sample.settings,
-            "volume_sha256": content_hash(content),
+            "volume_sha256": sha256,
         }
         _write(sample.description_path, json.dumps(found, indent=2).encode())
         logger.info(f"{sample.path}")
@@ -282,13 +281,6 @@ class Samples:
 
 def _spacing(affine: Any) -> list[float]:
     return [round(float(length), 4) for length in nib.affines.voxel_sizes(np.array(affine))]
-
-
-def _label_map(labels: MetaTensor, record: Record) -> bytes:
-    """A label map on the grid of its sample, in the smallest type that has its labels."""
-    (stored,) = back_on_grid(labels.as_tensor().numpy(), np.array(record.preprocessed_affine), record.grid)
-    stored = with_smallest_type(stored)
-    return nifti_bytes(stored, record.stored_as(stored.dtype.str))
 
 
 def _write(path: Path, content: bytes) -> None:
