@@ -103,12 +103,12 @@ def _cases(
             continue
         image = MetaTensor(torch.from_numpy(_voxels(Path(item["image"])).astype(np.float32))[None])
         scaled = ScaleIntensityWindowd("image", PERCENTILES)({"image": image})["image"]
-        window = {side: intensity_window(scaled)[side][0] for side in ("low", "high")}
+        low, high = (intensity_window(scaled)[f"intensity_{side}"][0] for side in ("low", "high"))
         estimates = {"sample": [_voxels(path) for path in found]}
         if decoded_dir is not None:
             image_path = Path(item["image"]).relative_to(dataset_dir).as_posix()
             estimates["decoded true latents"] = [_voxels(output_path(decoded_dir, image_path, "reconstruction"))]
-        given = [(_voxels(Path(dataset_dir, item[key])) - window["low"]) / (window["high"] - window["low"]) for key in keys]
+        given = [(_voxels(Path(dataset_dir, item[key])) - low) / (high - low) for key in keys]
         yield scaled.as_tensor()[0].numpy().astype(np.float64), given, estimates
 
 

@@ -33,11 +33,11 @@ def read_dicom(path: str) -> tuple[np.ndarray, np.ndarray]:
         path: folder of one series, whose sub-folders are not searched, or a multi-frame file.
 
     Returns:
-        the volume, ``HxWxD`` (columns, rows, slices) in float32, and its 4x4 affine from voxels to RAS in mm.
+        the volume, ``HxWxD`` (columns, rows, slices) in float32, and its affine from voxels to RAS in mm.
 
     Raises:
-        ValueError: when there is no volume, more than one, or one with missing slices or without geometry; its text follows
-            the path.
+        ValueError: when there is no volume, more than one, or one with missing slices or without geometry; with text that
+            follows the path.
     """
     stacks = _stacks(_images(Path(path)))
     if len(stacks) > 1:

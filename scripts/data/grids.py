@@ -17,16 +17,10 @@ SAME = 0.01  # voxels between two grids that are one, up to the rounding of head
 
 
 class Grid(NamedTuple):
-    """
-    Where the voxels of a volume are.
+    """Where the voxels of a volume are."""
 
-    Args:
-        shape: ``HxWxD``.
-        affine: 4x4, from voxels to mm.
-    """
-
-    shape: tuple[int, ...]
-    affine: np.ndarray
+    shape: tuple[int, ...]  # HxWxD
+    affine: np.ndarray  # 4x4, from voxels to mm
 
     def corners_in(self, affine: np.ndarray) -> np.ndarray:
         """The eight corners of the grid, in voxels of another affine."""
@@ -42,14 +36,13 @@ class Grid(NamedTuple):
         return self.shape == other.shape and self.shift_to(other.affine) < SAME
 
 
-def preprocessed_grid(grid: Grid, spacing: float | Sequence[float] | None = None) -> Grid:
-    """
-    The grid of a volume after its preprocessing.
+def grid_of(image: MetaTensor) -> Grid:
+    """The grid of an image, ``CxHxWxD``."""
+    return Grid(tuple(image.shape[1:]), image.affine.numpy())
 
-    Args:
-        grid: grid of its file.
-        spacing: mm along each axis (right, anterior, superior), or None for that of the file.
-    """
+
+def preprocessed_grid(grid: Grid, spacing: float | Sequence[float] | None = None) -> Grid:
+    """The grid of a file after its preprocessing; spacing in mm to the right, anterior and superior, or that of the file."""
     volume = MetaTensor(torch.empty(1).expand(1, *grid.shape), affine=torch.from_numpy(grid.affine))
     turned: Any = Orientation("RAS", labels=None, lazy=True)(volume)
     if spacing is not None:
@@ -59,13 +52,8 @@ def preprocessed_grid(grid: Grid, spacing: float | Sequence[float] | None = None
 
 def on_grid(values: np.ndarray, affine: np.ndarray, grid: Grid, nearest: bool = False) -> tuple[np.ndarray, float]:
     """
-    Bring a volume to a grid. Where that is its own, whatever the order and direction of the axes, voxels are not changed.
-
-    Args:
-        values: ``CxHxWxD``.
-        affine: affine from its voxels to mm.
-        grid: grid that it is brought to.
-        nearest: whether to take the nearest voxel instead of interpolating linearly.
+    Bring a volume, ``CxHxWxD``, to a grid by linear interpolation, or by the nearest voxel. Where that is its own grid,
+    whatever the order and direction of the axes, voxels are not changed.
 
     Returns:
         the volume in its data type, 0 outside of its field of view, and the share of the grid that the field of view covers.
@@ -88,13 +76,8 @@ def on_grid(values: np.ndarray, affine: np.ndarray, grid: Grid, nearest: bool = 
 
 def back_on_grid(values: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
     """
-    Bring a preprocessed volume back to the grid of its file: voxels are turned, and interpolated only where the spacing was
-    changed; those outside of its field of view are its nearest ones.
-
-    Args:
-        values: ``CxHxWxD``.
-        affine: affine from its voxels to mm.
-        grid: grid of the file.
+    Bring a preprocessed volume, ``CxHxWxD``, back to the grid of its file: voxels are turned, and interpolated only where
+    the spacing was changed; those outside of its field of view are its nearest ones.
     """
     values, own = _turned(values, affine, grid)
     if own.is_grid(grid):

@@ -1,5 +1,5 @@
-"""Scaling of an intensity window to [0, 1] that records it, and the voxels without a measurement, which are left out: NaN,
-infinite, and the padding of CT outside of the scanner's circle. So both can be restored."""
+"""Scaling of an intensity window to [0, 1], without the voxels that hold no measurement: NaN, infinite, and the padding of
+CT outside of the scanner's circle. Both are recorded and can be restored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import math
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, TraceableTransform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import ImageMetaKey
+
+from scripts.bundle.json_files import Must, checked
 
 FEW = 0.1  # percent of the voxels
 FAR = 0.1  # of the window; in clinical CT and MR the minimum is at most 0.01 of it below the 0.1st percentile
@@ -29,55 +31,36 @@ LOWEST = -1500  # HU; less is no measurement in CT, whose air is at -1000, or -1
 PADDING_FAR = 0.1  # of the range of the other voxels. In CT padded with -1500 the gap is 0.25 of it, with -3024 it is 1
 PADDING_SHARE = 0.001  # of the voxels, at least
 LEVEL = 6  # of zlib
+Range = Annotated[tuple[float, float], Must("two numbers with the lower one first", lambda pair: pair[0] < pair[1])]
 logger = logging.getLogger(__name__)
 warn_once = functools.cache(logger.warning)  # a training reads a file many times
 
 
 def intensity_window(image: MetaTensor) -> dict[str, Any]:
     """
-    The window that :py:class:`ScaleIntensityWindowd` scaled to [0, 1].
-
-    Args:
-        image: ``CxHxWxD``, after the transform and possibly further ones.
+    What :py:class:`ScaleIntensityWindowd` did to an image, ``CxHxWxD``, which further transforms may have changed.
 
     Returns:
-        ``low`` and ``high``, lists with an intensity for each channel; ``clipped``, the share of voxels outside, and its
-        parts ``clipped_below`` and ``clipped_above``; ``missing``, the masks of voxels without a measurement, packed by
-        :py:func:`scripts.data.intensity_window.pack_missing`.
+        ``intensity_low`` and ``intensity_high``, for each channel the intensity that became 0 and the one that became 1;
+        ``clipped``, the share of voxels outside, and its parts ``clipped_below`` and ``clipped_above``; ``missing``, the
+        masks of voxels without a measurement, see :py:func:`scripts.data.intensity_window.pack_missing`.
     """
     name = ScaleIntensityWindowd.__name__
     return next(op for op in reversed(image.applied_operations) if op["class"] == name)["extra_info"]
 
 
 def unscaled(values: torch.Tensor, low: Sequence[float], high: Sequence[float]) -> torch.Tensor:
-    """
-    Map [0, 1] back to a window of intensities.
-
-    Args:
-        values: ``CxHxWxD``.
-        low: intensity of each channel that 0 stands for.
-        high: intensity of each channel that 1 stands for.
-
-    Returns:
-        the same shape, in the units of the file.
-    """
-    bottom, top = (_per_channel(values.new_tensor(side), values) for side in (low, high))
+    """Map [0, 1], ``CxHxWxD``, back to the intensities of each channel from ``low`` to ``high``."""
+    bottom, top = (_per_channel(side, values) for side in (low, high))
     return values * (top - bottom) + bottom
 
 
 def measured_voxels(channels: torch.Tensor, name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """
-    The voxels that decide about an intensity window.
-
-    Args:
-        channels: ``CxHxWxD``.
-        name: name of the file, for errors.
-
-    Returns:
-        masks of the others, see :py:func:`find_missing`, and the mask of those that decide.
+    The masks of :py:func:`find_missing`, and the mask of the other voxels, which decide about an intensity window.
 
     Raises:
-        ValueError: for a channel that is constant or nearly all of whose voxels are missing, with text that starts with
+        ValueError: for a channel that is constant or nearly all of whose voxels are missing, with text that begins with
             ``name``.
     """
     missing = find_missing(channels)
@@ -101,8 +84,8 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
     have one value, the percentiles are those of the others.
 
     Voxels without a measurement (:py:func:`scripts.data.intensity_window.find_missing`) are left out and set to 0. They are
-    recorded in the file's grid, so this comes before the volume is turned or resampled. The window and the shares of voxels
-    that were clipped are recorded too, for :py:func:`intensity_window`.
+    recorded in the file's grid, so this comes before the volume is turned or resampled. What was done is recorded, for
+    :py:func:`intensity_window`.
 
     Args:
         keys: keys of the images, each ``CxHxWxD``.
@@ -123,11 +106,8 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        for name, window in (("intensity_percentiles", percentiles), ("intensity_range", intensity_range)):
-            if window is not None and (len(window) != 2 or not window[0] < window[1]):
-                raise ValueError(f"`{name}` is {window!r}; it needs two numbers, the lower one first.")
-        self.percentiles = [float(p) for p in percentiles]
-        self.intensity_range = intensity_range
+        self.percentiles = checked(percentiles, Range, "intensity_percentiles")
+        self.intensity_range = checked(intensity_range, Range | None, "intensity_range")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -136,12 +116,12 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
             values, name = image.as_tensor(), str(image.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "the volume"))
             missing, present = measured_voxels(values, name)
             windows = [self._window(channel[mask], name) for channel, mask in zip(values, present)]
-            low, high = (_per_channel(values.new_tensor(side), values) for side in zip(*windows))
+            low, high = (_per_channel(side, values) for side in zip(*windows))
             scaled = ((image - low) / (high - low)).clamp_(0, 1).masked_fill_(~present, 0)
             below, above = ((mask & present).float().mean().item() for mask in (values < low, values > high))
             window = {
-                "low": low.flatten().tolist(),
-                "high": high.flatten().tolist(),
+                "intensity_low": low.flatten().tolist(),
+                "intensity_high": high.flatten().tolist(),
                 "clipped": below + above,
                 "clipped_below": below,
                 "clipped_above": above,
@@ -155,7 +135,7 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
         if self.intensity_range is None:
             low, high = _percentile_window(channel, self.percentiles)
         else:
-            low, high = map(float, self.intensity_range)
+            low, high = self.intensity_range
             least, greatest = (float(end) for end in channel.aminmax())
             used = max(0.0, (min(greatest, high) - max(least, low)) / (high - low))
             if used < LEAST_RANGE:
@@ -187,33 +167,26 @@ def _percentile_window(values: torch.Tensor, percentiles: Sequence[float]) -> tu
     return low, high
 
 
-def _per_channel(side: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+def _per_channel(side: Sequence[float], channels: torch.Tensor) -> torch.Tensor:
     """A number for each channel, shaped for arithmetic with ``CxHxWxD``."""
-    return side.reshape(-1, *[1] * (channels.ndim - 1))
+    return channels.new_tensor(side).reshape(-1, *[1] * (channels.ndim - 1))
 
 
 def find_missing(channels: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    Find the voxels that hold no measurement. A padding value is one of -1500 or less that many voxels have, and that lies
-    far below all higher ones.
-
-    Args:
-        channels: ``CxHxWxD``.
-
-    Returns:
-        A mask for each value, such as ``"nan"`` or ``"-3024.0"``, that is found; none in the usual case.
+    Masks, ``CxHxWxD``, of the voxels that hold no measurement, by their value, such as ``"nan"`` or ``"-3024.0"``; usually
+    none. A padding value is one of -1500 or less that many voxels have, and that lies far below all higher ones.
     """
     low, high = (float(end) for end in channels.aminmax())  # NaN if any voxel is
-    masks = {}
-    if not math.isfinite(low) or not math.isfinite(high):
-        found = {"nan": channels.isnan(), "inf": channels == math.inf, "-inf": channels == -math.inf}
-        masks = {value: mask for value, mask in found.items() if mask.any()}
-    if masks or low <= LOWEST:
-        for index, channel in enumerate(channels):
-            rest = channel[channel.isfinite()]
-            while (value := _padding(rest)) is not None:
-                masks.setdefault(str(value), torch.zeros_like(channels, dtype=torch.bool))[index] = channel == value
-                rest = rest[rest > value]
+    if low > LOWEST and high < math.inf:
+        return {}
+    found = {"nan": channels.isnan(), "inf": channels == math.inf, "-inf": channels == -math.inf}
+    masks = {value: mask for value, mask in found.items() if mask.any()}
+    for index, channel in enumerate(channels):
+        rest = channel[channel.isfinite()]
+        while (value := _padding(rest)) is not None:
+            masks.setdefault(str(value), torch.zeros_like(channels, dtype=torch.bool))[index] = channel == value
+            rest = rest[rest > value]
     return masks
 
 
@@ -239,14 +212,10 @@ def pack_missing(masks: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 def put_back_missing(channels: np.ndarray, packed: Mapping[str, str]) -> None:
     """
-    Write the values of voxels that were missing into a volume, in place.
-
-    Args:
-        channels: ``CxHxWxD``, of the shape in which they were found.
-        packed: result of :py:func:`pack_missing`.
+    Write the values of missing voxels into a volume, ``CxHxWxD``, in place.
 
     Raises:
-        ValueError: for text that is not a mask of this shape.
+        ValueError: for text that :py:func:`pack_missing` does not make of a mask of this shape.
     """
     size = -(-channels.size // 8)
     for value, text in packed.items():

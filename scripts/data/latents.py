@@ -1,10 +1,9 @@
-"""Latents on disk: ``z_mu`` as NIfTI, and beside it a JSON file with everything that is needed to restore the volume.
-
-The JSON file is written last and holds the latent's hash: where the two agree, the latent is complete.
-"""
+"""Latents on disk: ``z_mu`` as NIfTI, and beside it a JSON file with everything that is needed to restore the volume. The
+JSON file is written last and holds the latent's hash: where the two agree, the latent is complete."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -26,17 +25,16 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.files import content_hash, file_hash, write_atomically
-from scripts.bundle.json_files import NetworkArguments, PositiveInt, Sha256, read_dataclass, total_downsample_factor
+from scripts.bundle.json_files import NetworkArguments, PositiveInt, Sha256, checked, read_dataclass, total_downsample_factor
 from scripts.bundle.machine import share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.bundle.weights import check_arguments
-from scripts.data.file_names import is_nifti, output_path, stays_inside, without_ending
+from scripts.data.file_names import output_path, without_ending
 from scripts.data.restored_volumes import (
     Record,
     clipped_shares,
     conditions_and_list,
     record_of,
-    rows_of,
     save_labels,
     save_nifti,
     with_record,
@@ -58,15 +56,15 @@ class LatentDescription(Record):
     What lies beside a latent.
 
     Args:
-        settings: Config values that the latent depends on.
-        count: Number of its values.
-        channel_mean: Mean of each channel.
-        channel_mean_square: Mean square of each channel.
-        image_scale: Factor of each channel that brings it to units of the image.
-        network: Arguments of the autoencoder.
-        weights_sha256: Hash of its weights.
-        latent_sha256: Hash of the latent's file.
-        spatial: Spatial conditions, by name, whose latents and label maps lie beside it.
+        settings: config values that the latent depends on.
+        count: number of its values.
+        channel_mean: mean of each channel.
+        channel_mean_square: mean square of each channel.
+        image_scale: factor of each channel that brings it to units of the image.
+        network: arguments of the autoencoder.
+        weights_sha256: hash of its weights.
+        latent_sha256: hash of the latent's file.
+        spatial: spatial conditions, by name, whose latents and label maps lie beside it.
     """
 
     settings: dict[str, Any]
@@ -92,11 +90,11 @@ class SaveLatentd(Transform):
     :py:class:`scripts.data.LoadSpatiald`) and their label maps, and last the description.
 
     Args:
-        key: Key of the latent, ``CxHxWxD``, with the channels of the conditions after its own.
-        output_dir: Folder to write to; the files get the relative path that the volume has in its folder.
-        network: Network that made it.
-        weights: Path of its weights.
-        settings: Config values that the latent depends on; a run with other values encodes the volume again.
+        key: key of the latent, ``CxHxWxD``, with the channels of the conditions after its own.
+        output_dir: folder to write to; the files get the relative path that the volume has in its folder.
+        network: network that made it.
+        weights: path of its weights.
+        settings: config values that the latent depends on; a run with other values encodes the volume again.
     """
 
     def __init__(self, key: str, output_dir: str, network: AutoencoderKL, weights: str, settings: Mapping[str, Any]) -> None:
@@ -145,11 +143,11 @@ class LoadLatentd(Transform):
     with channels last. The volume of that one has the latent's spacing divided by the total factor of the network.
 
     Args:
-        key: Key of the path, which is replaced by the latent, ``CxHxWxD``.
-        network: Network that is to decode it.
-        weights: Path of its weights.
-        dataset_dir: Folder of the latents.
-        intensity_range: Intensities of a volume whose latent is of another program; None for 0 to 1.
+        key: key of the path, which is replaced by the latent, ``CxHxWxD``.
+        network: network that is to decode it.
+        weights: path of its weights.
+        dataset_dir: folder of the latents.
+        intensity_range: intensities of a volume whose latent is of another program; None for 0 to 1.
 
     Raises:
         ValueError: when called, for a latent that is damaged or was made by another network or other weights.
@@ -180,27 +178,26 @@ class LoadLatentd(Transform):
     def _of_another_program(self, path: Path, keep_ending: bool) -> MetaTensor:
         latent_channels, channels = self.arguments["latent_channels"], self.arguments["out_channels"]
         values, header = read_volume(str(path))
-        if latent_channels == 1 and values.ndim == 3:
-            values = values[..., None]
-        if values.ndim != 4 or values.shape[-1] != latent_channels:
+        values = values if values.ndim > 3 else values[..., None]
+        if values.shape[3:] != (latent_channels,):
             raise ValueError(
                 f"has the shape {values.shape}; the last axis must be the {latent_channels} channels of the network."
             )
         if not np.isfinite(values).all():
             raise ValueError("has values that are NaN or infinite.")
         affine = header.affine @ np.linalg.inv(_to_volume(self.factors))
-        shape = tuple(int(n) * factor for n, factor in zip(values.shape, self.factors))
-        low, high = ((float(end),) * channels for end in self.window)
-        record = Record(
-            **vars(NiftiHeader.of_affine(affine, (*shape, channels) if channels > 1 else shape)),
-            source=path.relative_to(self.dataset_dir).as_posix(),
-            keep_ending=keep_ending,
-            preprocessed_shape=shape,  # type: ignore[arg-type]  # of three axes
-            preprocessed_affine=rows_of(affine),
-            intensity_low=low,
-            intensity_high=high,
-        )
-        return with_record(torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32)), record)
+        shape = [n * factor for n, factor in zip(values.shape, self.factors)]
+        known = {
+            **vars(NiftiHeader.of_affine(affine, [*shape, channels] if channels > 1 else shape)),
+            "source": path.relative_to(self.dataset_dir).as_posix(),
+            "keep_ending": keep_ending,
+            "preprocessed_shape": shape,
+            "preprocessed_affine": affine.tolist(),
+            "intensity_low": [self.window[0]] * channels,
+            "intensity_high": [self.window[1]] * channels,
+        }
+        latent = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32))
+        return with_record(latent, checked(known, Record))
 
 
 def _to_volume(factors: Sequence[int]) -> np.ndarray:
@@ -212,10 +209,7 @@ def _to_volume(factors: Sequence[int]) -> np.ndarray:
 
 def read_description(path: Path) -> LatentDescription:
     """
-    The description beside a latent.
-
-    Args:
-        path: Path of the latent.
+    The description beside a latent, whose path is given.
 
     Raises:
         OSError: when it is missing.
@@ -226,35 +220,21 @@ def read_description(path: Path) -> LatentDescription:
 
 def read_latent(path: Path, description: LatentDescription) -> torch.Tensor:
     """
-    Read the voxels of a latent.
-
-    Args:
-        path: Path of the latent.
-        description: Description beside it.
-
-    Returns:
-        ``CxHxWxD``.
+    The voxels of a latent, ``CxHxWxD``.
 
     Raises:
-        ValueError: for a file that is not what its description names.
+        ValueError: for a file that is not the one that the description beside it names.
     """
     return _read(path, description.latent_sha256, description.latent_shape).movedim(-1, 0)
 
 
 def read_spatial(path: Path, description: LatentDescription, keys: Iterable[str]) -> dict[str, torch.Tensor]:
     """
-    Read the latents of the spatial conditions of a volume.
-
-    Args:
-        path: Path of the latent of the volume.
-        description: Description beside it.
-        keys: Names of conditions; those that the volume has not are left out.
-
-    Returns:
-        Latents of the planes one after the other, ``num_planes * CxHxWxD`` for a latent of ``CxHxWxD``, by key.
+    The latents of those of ``keys`` that are spatial conditions of a volume: by key, for a latent of ``CxHxWxD``, those of
+    its planes one after the other, ``(planes * C)xHxWxD``.
 
     Raises:
-        ValueError: for a file that is not what the description names.
+        ValueError: for a file that is not the one that the description names.
     """
     *size, channels = description.latent_shape
     latents = {}
@@ -267,18 +247,10 @@ def read_spatial(path: Path, description: LatentDescription, keys: Iterable[str]
 
 def read_labels(path: Path, description: LatentDescription, key: str) -> torch.Tensor:
     """
-    Read a label map on the preprocessed grid.
-
-    Args:
-        path: Path of the latent of its volume.
-        description: Description beside it.
-        key: Name of the label map.
-
-    Returns:
-        ``1xHxWxD``, int32.
+    A label map of a volume on its preprocessed grid, ``1xHxWxD``, int32.
 
     Raises:
-        ValueError: for a file that is not what the description names, and a condition that is no label map.
+        ValueError: for a file that is not the one that the description names, and a condition that is no label map.
     """
     sha256 = description.spatial[key].labels_sha256
     return _read(_beside(path, "labels", key), sha256, description.preprocessed_shape, np.int32)[None]
@@ -315,12 +287,7 @@ def _write_description(description: LatentDescription, path: Path) -> None:
 
 
 def all_latents(dataset_dir: str) -> list[str]:
-    """
-    The latents below a folder that this bundle wrote, sorted.
-
-    Raises:
-        FileNotFoundError: when there are none.
-    """
+    """The latents below a folder that this bundle wrote, sorted; a FileNotFoundError when there are none."""
     found = sorted(str(path) for path in visible_files(dataset_dir, f"**/*{OWN}"))
     if not found:
         raise FileNotFoundError(f"there is no latent (*{OWN}) below `dataset_dir` {dataset_dir!r}; encode first.")
@@ -337,18 +304,11 @@ def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
         FileNotFoundError: when there are no latents.
     """
     files = (str(path) for path in visible_files(dataset_dir, EVERY_NIFTI))
-    found = sorted(file for file in files if is_nifti(file) and not OF_CONDITION.search(file))
+    found = sorted(file for file in files if not OF_CONDITION.search(file))
     if not found:
         raise FileNotFoundError(f"there is no latent below `dataset_dir` {dataset_dir!r}; encode first.")
     counts = Counter(without_ending(path.replace(OWN, ".nii.gz")) for path in found)
     return share_of([{"image": path, "keep_ending": counts[without_ending(path)] > 1} for path in found])
-
-
-def _usable_description(path: Path) -> LatentDescription | None:
-    try:
-        return read_description(path)
-    except (OSError, ValueError):
-        return None
 
 
 def without_whole_latents(
@@ -357,44 +317,42 @@ def without_whole_latents(
     output_dir: str,
     weights: str,
     settings: Mapping[str, Any],
-    kinds: Mapping[str, SpatialKind] | None = None,
+    kinds: Mapping[str, SpatialKind],
 ) -> list[dict[str, Any]]:
     """
-    Those of ``items`` that have no complete latent of an earlier run in the folder. The others get the conditions that
-    ``dataset.json`` and ``participants.tsv`` say now.
+    Those of ``items`` that have no complete latent of an earlier run with the same weights, settings and spatial conditions.
+    The others get the conditions that ``dataset.json`` and ``participants.tsv`` say now.
 
     Args:
         items: ``[{"image": path, "spatial": {key: path}}, ...]``; the latter may be missing.
-        dataset_dir: Folder of the volumes.
-        output_dir: Folder of the latents.
-        weights: Path of the weights; latents made with others do not count.
-        settings: Config values; latents made with others do not count.
-        kinds: Kinds of the spatial conditions; latents with others, or of other files, do not count.
+        dataset_dir: folder of the volumes.
+        output_dir: folder of the latents.
+        weights: path of the weights.
+        settings: config values that latents depend on.
+        kinds: kinds of the spatial conditions.
     """
     missing, others, weights_sha256 = [], 0, file_hash(weights)
     for item in ProgressBar(items, desc="looking for latents", unit="volume", leave=False):
-        source = os.path.relpath(item["image"], dataset_dir)
-        if not stays_inside(source):  # an error where it is encoded
+        image, spatial = item["image"], item.get("spatial", {})
+        try:
+            source = os.path.relpath(image, dataset_dir)
+            path = output_path(output_dir, source, "latent", item.get("keep_ending", False))
+            found = read_description(path)
+        except (OSError, ValueError):  # a bad name is an error where it is encoded
             missing.append(item)
             continue
-        path = output_path(output_dir, source, "latent", item.get("keep_ending", False))
-        found = _usable_description(path)
-        origins = {
-            key: ((kinds or {})[key], os.path.relpath(file, dataset_dir), state_of(file))
-            for key, file in item.get("spatial", {}).items()
-        }
+        origins = {key: (kinds[key], os.path.relpath(file, dataset_dir), state_of(file)) for key, file in spatial.items()}
         if (
-            found is None
-            or found.settings != dict(settings)
+            found.settings != dict(settings)
             or found.weights_sha256 != weights_sha256
-            or found.source_state != state_of(item["image"])
-            or {key: each.origin for key, each in found.spatial.items()} != origins
+            or found.source_state != state_of(image)
+            or {key: (each.kind, each.source, each.source_state) for key, each in found.spatial.items()} != origins
             or not all(_is_file(*pair) for pair in _files_of(path, found))
         ):
             missing.append(item)
-            others += found is not None and found.weights_sha256 != weights_sha256
+            others += found.weights_sha256 != weights_sha256
             continue
-        known = replace(found, **conditions_and_list(item["image"], dataset_dir))
+        known = replace(found, **conditions_and_list(image, dataset_dir))
         if known != found:
             _write_description(known, path)
     if len(missing) < len(items):
@@ -405,7 +363,7 @@ def without_whole_latents(
 
 
 def _files_of(path: Path, found: LatentDescription) -> Iterator[tuple[Path, str | None]]:
-    """The files beside a description with their hashes."""
+    """The files that a description is of, with their hashes."""
     yield path, found.latent_sha256
     for key, each in found.spatial.items():
         yield _beside(path, "spatial", key), each.latent_sha256
@@ -413,31 +371,28 @@ def _files_of(path: Path, found: LatentDescription) -> Iterator[tuple[Path, str 
             yield _beside(path, "labels", key), each.labels_sha256
 
 
-def save_latent_scale(output_dir: str, weights: str) -> float | None:
+def save_latent_scale(output_dir: str, weights: str) -> None:
     """
-    Write the number by which latents are multiplied for a diffusion model: 1 / their standard deviation, over all latents
-    below the folder. Waits for the other processes of the run.
+    Write ``latent_scale.json``: the number by which latents are multiplied for a diffusion model, 1 / their standard
+    deviation, over all latents below the folder. Waits for the other processes of the run.
 
     Args:
-        output_dir: Folder of the latents, where ``latent_scale.json`` is written.
-        weights: Path of the weights; latents made with others do not count.
-
-    Returns:
-        The scale; None where there is no latent.
+        output_dir: folder of the latents.
+        weights: path of the weights; latents made with others do not count.
     """
-    if idist.get_world_size() > 1:
-        idist.barrier()
-    descriptions = map(_usable_description, sorted(visible_files(output_dir, f"**/*{OWN}")))
-    found = [each for each in descriptions if each is not None and each.weights_sha256 == file_hash(weights)]
-    if not found:
-        return None
+    idist.barrier()
+    found: list[LatentDescription] = []
+    for path in sorted(visible_files(output_dir, f"**/*{OWN}")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(read_description(path))
+    found = [each for each in found if each.weights_sha256 == file_hash(weights)]
+    if idist.get_rank() > 0 or not found:
+        return
     counts = [each.count for each in found]
     mean = np.average([np.mean(each.channel_mean) for each in found], weights=counts)
     mean_square = np.average([np.mean(each.channel_mean_square) for each in found], weights=counts)
     scale = 1 / math.sqrt(mean_square - mean**2)
-    if idist.get_rank() == 0:
-        file = Path(output_dir) / "latent_scale.json"
-        content = {"latent_scale": scale, "mean": mean, "volumes": len(found), "weights_sha256": file_hash(weights)}
-        write_atomically(json.dumps(content, indent=2).encode(), file)
-        logger.info(f"latent_scale {scale:.6g} over {len(found)} volumes, in {file}")
-    return scale
+    content = {"latent_scale": scale, "mean": mean, "volumes": len(found), "weights_sha256": file_hash(weights)}
+    file = Path(output_dir) / "latent_scale.json"
+    write_atomically(json.dumps(content, indent=2).encode(), file)
+    logger.info(f"latent_scale {scale:.6g} over {len(found)} volumes, in {file}")

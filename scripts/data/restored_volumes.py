@@ -1,7 +1,5 @@
-"""Restores a reconstruction to the shape, affine, intensities and header of the file that its volume came from.
-
-What is needed for that is a record, which travels with the volume and is kept beside a latent.
-"""
+"""Restores a reconstruction to the shape, affine, intensities and header of the file that its volume came from, by a record
+that travels with the volume and is kept beside a latent."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ class Record(NiftiHeader):
 
     Args:
         source: path of the file, relative to ``dataset_dir``.
-        source_state: state of the file, see :py:func:`scripts.data.volume_reader.state_of`.
+        source_state: hash of :py:func:`scripts.data.volume_reader.state_of`.
         keep_ending: whether names of results keep the file's ending.
         preprocessed_shape: shape of the volume that the network sees, without padding, ``HxWxD``.
         preprocessed_affine: its affine, from voxels to mm.
@@ -62,7 +60,7 @@ class Record(NiftiHeader):
         intensity_high: intensity of each channel that 1 stands for.
         clipped_below: share of the voxels below that window.
         clipped_above: share of the voxels above it.
-        missing: masks of the voxels without a measurement, see :py:func:`scripts.data.intensity_window.pack_missing`.
+        missing: masks of :py:func:`scripts.data.intensity_window.pack_missing`.
         conditions: numbers and words that are known of the volume.
         dataset_list: list of ``dataset.json`` that has the volume.
 
@@ -111,7 +109,7 @@ class Record(NiftiHeader):
 
 class DescribeSourced(MapTransform, TraceableTransform):
     """
-    Trace the record of a volume, for :py:func:`record_of`. It must be the last transform.
+    Trace the :py:class:`Record` of a volume. It must be the last transform.
 
     Args:
         keys: key of the image, which ``VolumeReader`` has read and ``ScaleIntensityWindowd`` has scaled.
@@ -132,28 +130,20 @@ class DescribeSourced(MapTransform, TraceableTransform):
         return d
 
     def _record(self, image: MetaTensor, keep_ending: bool) -> Record:
-        path, header = str(image.meta.get(ImageMetaKey.FILENAME_OR_OBJ) or ""), image.meta.get(HEADER)
-        of_file: dict[str, Any] = {"source": IN_MEMORY}
-        if path:
-            of_file = {"source": Path(path).relative_to(self.dataset_dir).as_posix(), "source_state": state_of(path)}
-            of_file |= conditions_and_list(path, self.dataset_dir)
-        if path and header is None:
-            raise ValueError(f"{path} was not read by scripts.data.VolumeReader, as it must be.")
-        if header is None:
-            shape = (*map(int, image.meta[MetaKeys.SPATIAL_SHAPE]), *([len(image)] if len(image) > 1 else []))
+        path = str(image.meta.get(ImageMetaKey.FILENAME_OR_OBJ) or "")
+        if not path:
+            shape = [*map(int, image.meta[MetaKeys.SPATIAL_SHAPE]), *([len(image)] if len(image) > 1 else [])]
             header = NiftiHeader.of_affine(np.array(image.meta[MetaKeys.ORIGINAL_AFFINE]), shape).header
-        window = intensity_window(image)
-        described = {
-            **of_file,
-            "header": header,
-            "keep_ending": keep_ending,
-            "preprocessed_shape": tuple(image.shape[1:]),
-            "preprocessed_affine": rows_of(image.affine),
-            "intensity_low": tuple(window["low"]),
-            "intensity_high": tuple(window["high"]),
-            **{name: window[name] for name in ("clipped_below", "clipped_above", "missing")},
-        }
-        return checked(described, Record)  # what is encoded can be decoded
+            known = {"source": IN_MEMORY, "header": header}
+        elif HEADER not in image.meta:
+            raise ValueError(f"{path} was not read by scripts.data.VolumeReader, as it must be.")
+        else:
+            source = Path(path).relative_to(self.dataset_dir).as_posix()
+            known = {"source": source, "header": image.meta[HEADER], "source_state": state_of(path)}
+            known |= conditions_and_list(path, self.dataset_dir)
+        grid = {"preprocessed_shape": image.shape[1:], "preprocessed_affine": image.affine.tolist()}
+        # checked, so that what is encoded can be decoded
+        return checked({**known, **grid, **intensity_window(image), "keep_ending": keep_ending}, Record)
 
 
 def with_record(image: torch.Tensor, record: Any) -> MetaTensor:
@@ -164,17 +154,16 @@ def with_record(image: torch.Tensor, record: Any) -> MetaTensor:
 
 
 def record_of(image: MetaTensor) -> Any:
-    """The record of an image's volume."""
     name = DescribeSourced.__name__
     return next(op for op in reversed(image.applied_operations) if op["class"] == name)["extra_info"]["record"]
 
 
 class RestoreVolumed(MapTransform):
     """
-    Restore predictions to the grid and the intensities of the file that the record of the image describes.
+    Restore predictions to the grid and the intensities of the image's file.
 
     Args:
-        keys: keys of predictions, ``CxHxWxD`` in [0, 1]; they become float32, with the record.
+        keys: keys of predictions, ``CxHxWxD`` in [0, 1]; they become float32, with the record of the image.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -187,8 +176,8 @@ class RestoreVolumed(MapTransform):
 
 class SaveImageOfRecordd(Transform):
     """
-    Write a volume that :py:class:`RestoreVolumed` has restored, as compressed NIfTI in one step. MONAI Deploy, which keeps
-    volumes in memory, leaves out transforms with ``SaveImage`` in their name.
+    Write a volume that :py:class:`RestoreVolumed` has restored, as compressed NIfTI. MONAI Deploy, which keeps volumes in
+    memory, leaves out transforms with ``SaveImage`` in their name.
 
     Args:
         key: key of the volume.
@@ -208,7 +197,7 @@ class SaveImageOfRecordd(Transform):
 
 
 def clipped_shares(record: Record) -> str:
-    """How much of a volume the intensity window clipped, as text. Clipped air (below) is expected, clipped bone is not."""
+    """How much of a volume its intensity window clipped, as text."""
     return f"{record.clipped_below:.2%} of the voxels are below the intensity window and {record.clipped_above:.2%} above"
 
 
@@ -217,8 +206,8 @@ def restore(image: torch.Tensor, record: Record) -> np.ndarray:
     Undo the preprocessing of a volume.
 
     Args:
-        image: ``CxHxWxD`` in [0, 1], possibly padded at the end of each axis. What lies outside [0, 1] is clipped.
-        record: record of the volume.
+        image: ``CxHxWxD`` in [0, 1], beyond which it is clipped; possibly padded at the end of each axis.
+        record: what is known of the volume.
 
     Returns:
         intensities on the file's grid, ``CxHxWxD`` in float32.
@@ -234,13 +223,8 @@ def restore(image: torch.Tensor, record: Record) -> np.ndarray:
 
 def save_nifti(values: np.ndarray, header: NiftiHeader, path: Path, description: str = "") -> str:
     """
-    Write a compressed NIfTI file, the same bytes for the same content, and return its SHA-256.
-
-    Args:
-        values: intensities, of any shape; they are rounded to the data type and the slope of the header.
-        header: header of the file.
-        path: path of the file, whose folder is made.
-        description: text for the header.
+    Write intensities as compressed NIfTI, rounded to the data type and the slope of the header, and return the file's
+    SHA-256. The same content has the same bytes.
     """
     found, scale = header.with_shape(values.shape).nibabel, header.stored
     data_type = np.dtype(scale["data_type"])
@@ -267,8 +251,3 @@ def save_labels(labels: np.ndarray, header: NiftiHeader, path: Path) -> str:
 def conditions_and_list(path: str, dataset_dir: str) -> dict[str, Any]:
     """The fields of a record that ``dataset.json`` and ``participants.tsv`` decide."""
     return {"conditions": conditions_of(path, dataset_dir), "dataset_list": dataset_list_of(path, dataset_dir)}
-
-
-def rows_of(affine: Any) -> Any:
-    """A matrix as a tuple of its rows."""
-    return tuple(tuple(map(float, row)) for row in affine)

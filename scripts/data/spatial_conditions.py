@@ -19,7 +19,7 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.bundle.json_files import Sha256, Share, checked, shortened
 from scripts.bundle.machine import merged
 from scripts.bundle.progress import ProgressBar
-from scripts.data.grids import Grid, on_grid, preprocessed_grid
+from scripts.data.grids import Grid, grid_of, on_grid, preprocessed_grid
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
 from scripts.data.restored_volumes import with_record
 from scripts.data.spatial_kinds import MOST_CLASSES, SpatialKind, labels_in
@@ -36,14 +36,14 @@ class SpatialDescription:
     What is known of the spatial condition of a volume.
 
     Args:
-        kind: Image or label map, and how it is encoded.
-        source: Path of the file, relative to ``dataset_dir``.
-        source_state: State of the file, see :py:func:`scripts.data.volume_reader.state_of`.
-        intensity_low: Intensity of each channel of an image that 0 stands for.
-        intensity_high: Intensity of each channel of an image that 1 stands for.
-        covered: Share of the volume's grid that its field of view covers.
-        latent_sha256: Hash of the file with the latents of its planes; None before it is encoded.
-        labels_sha256: Hash of the file with its label map on the preprocessed grid; None without one.
+        kind: image or label map, and how it is encoded.
+        source: path of the file, relative to ``dataset_dir``.
+        source_state: hash of :py:func:`scripts.data.volume_reader.state_of`.
+        intensity_low: intensity of each channel of an image that 0 stands for.
+        intensity_high: intensity of each channel of an image that 1 stands for.
+        covered: share of the volume's grid that its field of view covers.
+        latent_sha256: hash of the file with the latents of its planes; None before it is encoded.
+        labels_sha256: hash of the file with its label map on the preprocessed grid; None without one.
     """
 
     kind: SpatialKind
@@ -55,11 +55,6 @@ class SpatialDescription:
     latent_sha256: Sha256 | None = None
     labels_sha256: Sha256 | None = None
 
-    @property
-    def origin(self) -> tuple[SpatialKind, str, str]:
-        """What its latents depend on."""
-        return self.kind, self.source, self.source_state
-
 
 def learn_kinds(
     items: Sequence[Mapping[str, Any]],
@@ -70,16 +65,16 @@ def learn_kinds(
     spatial_ranges: Mapping[str, Sequence[float] | None] | None = None,
 ) -> dict[str, SpatialKind]:
     """
-    The kind of each spatial condition of a run, over the volumes of all its processes. Label maps are ``label_keys`` and
-    :py:data:`LABEL_KEYS`, and all are read. One that cannot be read is left out here, and refused where it is encoded.
+    The kind of each spatial condition of a run, over the volumes of all its processes. Label maps are those called
+    ``label``, ``dseg``, ``seg`` or ``mask``, and ``label_keys``; a file that cannot be read is refused where it is encoded.
 
     Args:
         items: ``[{"image": path, "spatial": {key: path}, ...}, ...]`` of this process.
-        spatial_keys: Names of the conditions.
-        label_keys: Further names of those that are label maps.
-        intensity_percentiles: Percentiles of images that become 0 and 1.
-        intensity_range: Intensities of images that become 0 and 1, instead.
-        spatial_ranges: The same for single keys; None for the percentiles.
+        spatial_keys: names of the conditions.
+        label_keys: further names of label maps.
+        intensity_percentiles: ``percentiles`` of :py:class:`ScaleIntensityWindowd`, for images.
+        intensity_range: its ``intensity_range``.
+        spatial_ranges: the same for single keys.
 
     Raises:
         ValueError: for label maps without a label, or with too many.
@@ -127,14 +122,13 @@ class LoadSpatiald(Transform):
     then interpolated linearly. Outside of their field of view they are 0.
 
     ``data["spatial"]``, ``{key: path}``, becomes ``{key: volume}``: ``1xHxWxD`` for a label map, int32, and ``CxHxWxD`` for
-    an image, float32; each with its affine and its :py:class:`SpatialDescription` (by
-    :py:func:`scripts.data.restored_volumes.record_of`).
+    an image, float32; each with its affine and its :py:class:`SpatialDescription`.
 
     Args:
-        kinds: Conditions that are loaded, in order; those that an item has not are left out.
-        dataset_dir: Folder; the descriptions hold paths relative to it.
-        image_channels: Number of channels of the network. An image may also have one, for all of them.
-        spacing: Spacing in mm along each axis without an image, or None for that of the first condition's file.
+        kinds: conditions that are loaded, in order; those that an item has not are left out.
+        dataset_dir: folder; the descriptions hold paths relative to it.
+        image_channels: number of channels of the network. An image may also have one, for all of them.
+        spacing: spacing in mm along each axis without an image, or None for that of the first condition's file.
 
     Raises:
         ValueError: when called, for a label map with other values than integers or labels that are not among the classes,
@@ -152,17 +146,16 @@ class LoadSpatiald(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image, paths = data.get(Keys.IMAGE), data.get("spatial", {})
-        grid = Grid(tuple(image.shape[1:]), image.affine.numpy()) if isinstance(image, MetaTensor) else None
         loaded: dict[str, MetaTensor] = {}
         for key in (key for key in self.kinds if key in paths):
+            like = image if isinstance(image, MetaTensor) else next(iter(loaded.values()), None)
             try:
-                loaded[key] = self._load(paths[key], self.kinds[key], grid)
+                loaded[key] = self._load(paths[key], self.kinds[key], like)
             except ValueError as error:
                 raise ValueError(f"{paths[key]} {str(error).removeprefix(paths[key]).strip()}") from error
-            grid = grid or Grid(tuple(loaded[key].shape[1:]), loaded[key].affine.numpy())
         return {**data, "spatial": loaded}
 
-    def _load(self, path: str, kind: SpatialKind, grid: Grid | None) -> MetaTensor:
+    def _load(self, path: str, kind: SpatialKind, like: MetaTensor | None) -> MetaTensor:
         values, header = read_volume(path)
         if kind.is_label_map:
             kind.check(labels_in(values), path)
@@ -176,9 +169,10 @@ class LoadSpatiald(Transform):
             scale = ScaleIntensityWindowd(Keys.IMAGE, kind.intensity_percentiles, kind.intensity_range)
             image = scale({Keys.IMAGE: image})[Keys.IMAGE]
             values, window = image.as_tensor().numpy(), intensity_window(image)
-            known = {f"intensity_{side}": tuple(window[side]) for side in ("low", "high")}
-        grid = grid or preprocessed_grid(Grid(values.shape[1:], header.affine), self.spacing)
+            known = {name: tuple(window[name]) for name in ("intensity_low", "intensity_high")}
+        own = Grid(values.shape[1:], header.affine)
+        grid = preprocessed_grid(own, self.spacing) if like is None else grid_of(like)
         values, covered = on_grid(values, header.affine, grid, nearest=kind.is_label_map)
         source = os.path.relpath(path, self.dataset_dir)
-        record: Any = SpatialDescription(kind=kind, source=source, source_state=state_of(path), covered=covered, **known)
+        record = SpatialDescription(kind=kind, source=source, source_state=state_of(path), covered=covered, **known)
         return with_record(MetaTensor(torch.from_numpy(values), affine=torch.from_numpy(grid.affine)), record)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from scripts.bundle.json_files import Must, shortened
+from scripts.data.intensity_window import Range
 
 MOST_CLASSES = 2**10
 PLANES_OF_CLASSES = 16  # up to so many classes have a plane each; more share planes, one for each bit of their numbers
@@ -21,7 +22,6 @@ Classes = Annotated[
         lambda found: len(found) <= MOST_CLASSES and list(found) == sorted({*found} - {0}),
     ),
 ]
-Range = Annotated[tuple[float, float], Must("two numbers with the lower one first", lambda pair: pair[0] < pair[1])]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,9 @@ class SpatialKind:
     A spatial condition, as all volumes of a data set have it.
 
     Args:
-        classes: Labels of a label map without 0, which is the background; empty for an image.
-        intensity_percentiles: Percentiles of an image that become 0 and 1, see
-            :py:class:`scripts.data.intensity_window.ScaleIntensityWindowd`.
-        intensity_range: Intensities of an image that become 0 and 1, instead.
+        classes: labels of a label map without 0, which is the background; empty for an image.
+        intensity_percentiles: percentiles of :py:class:`scripts.data.ScaleIntensityWindowd`, for an image.
+        intensity_range: its ``intensity_range``.
     """
 
     classes: Classes = ()
@@ -42,7 +41,6 @@ class SpatialKind:
 
     @property
     def is_label_map(self) -> bool:
-        """Whether it is a label map."""
         return bool(self.classes)
 
     @property
@@ -61,17 +59,11 @@ class SpatialKind:
 
     def planes(self, volume: torch.Tensor, name: str) -> Iterator[torch.Tensor]:
         """
-        The volumes that are encoded.
-
-        Args:
-            volume: ``BxCxHxWxD``, an image in [0, 1] or labels.
-            name: Name of the volume, for errors.
-
-        Returns:
-            ``num_planes`` volumes of the shape of ``volume``, float32 in [0, 1].
+        The volumes that are encoded: of an image in [0, 1] or labels, ``BxCxHxWxD``, ``num_planes`` of the same shape,
+        float32 in [0, 1].
 
         Raises:
-            ValueError: for labels that are not among the classes.
+            ValueError: for labels that are not among the classes, with text that begins with ``name``.
         """
         if not self.is_label_map:
             yield volume.float()
@@ -87,16 +79,7 @@ class SpatialKind:
             yield (numbers >> bit & 1).float()
 
     def check(self, labels: Sequence[int], name: str) -> None:
-        """
-        Check the labels of a label map.
-
-        Args:
-            labels: Labels, see :py:func:`labels_in`.
-            name: Name of the volume, for errors.
-
-        Raises:
-            ValueError: for labels that are not among the classes.
-        """
+        """Raise a ValueError, which begins with ``name``, for labels that are not among the classes."""
         unknown = sorted({*labels} - {0, *self.classes})
         if unknown:
             known = shortened([0, *self.classes])
@@ -105,10 +88,7 @@ class SpatialKind:
 
 def labels_in(values: np.ndarray) -> list[int]:
     """
-    The labels of a label map, ascending.
-
-    Args:
-        values: Voxels of any type, ``HxWxD``.
+    The labels of a label map, ``HxWxD`` of any type, ascending.
 
     Raises:
         ValueError: for voxels that are no labels, or several channels, with text that follows the name of the volume.

@@ -53,7 +53,7 @@ warn_once = functools.cache(logger.warning)  # an epoch reads each volume again
 @dataclass(frozen=True, kw_only=True)
 class NiftiHeader:
     """
-    Where voxels are, and how their intensities are stored: what a result keeps of the header of its volume.
+    What a result keeps of the header of its volume's file: where voxels are, and how their intensities are stored.
 
     Args:
         header: NIfTI header, in hexadecimal.
@@ -63,12 +63,7 @@ class NiftiHeader:
 
     @classmethod
     def of_file(cls, image: Any) -> NiftiHeader:
-        """
-        Shape, geometry, data type, byte order, slope and units of a file.
-
-        Args:
-            image: image that nibabel has opened.
-        """
+        """Shape, geometry, data type, byte order, slope and units of an image that nibabel has opened."""
         if not isinstance(image.header, nib.Nifti1Header):
             return cls.of_affine(image.affine, image.shape)
         header = nib.Nifti1Header(endianness=image.header.endianness)
@@ -87,9 +82,9 @@ class NiftiHeader:
         The header of float32 voxels that did not come from a NIfTI file.
 
         Args:
-            affine: 4x4, from voxels to mm.
+            affine: from voxels to mm.
             shape: ``HxWxD`` and further axes.
-            like: header whose units and code of the sform it has; None for mm and the code 1.
+            like: header with the same units and code of the sform; None for mm and the code 1.
             qform_code: NIfTI's code of the qform.
         """
         header = nib.Nifti1Header()
@@ -99,24 +94,22 @@ class NiftiHeader:
         in_units = np.diag([*3 * [1 / _millimetres(header)], 1.0]) @ affine
         header.set_sform(in_units, max(1, 0 if like is None else int(like.nibabel["sform_code"])))
         header.set_qform(in_units, qform_code)
-        return cls(header=header.binaryblock.hex()).stored_as("<f4")
+        return cls(header=header.binaryblock.hex())
 
     @property
     def nibabel(self) -> nib.Nifti1Header:
-        """The header as nibabel has it."""
         return nib.Nifti1Header(bytes.fromhex(self.header), check=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``HxWxD`` and further axes."""
         return tuple(map(int, self.nibabel.get_data_shape()))
 
     @property
     def affine(self) -> np.ndarray:
         """
-        The affine, 4x4, from voxels to mm (right, anterior, superior), as nibabel, FSL and SPM choose it: the sform where
-        its code is above 0, otherwise the qform where its code is, otherwise that of the voxel sizes alone. An sform that
-        spans no volume gives way to a valid qform.
+        4x4, from voxels to mm (right, anterior, superior), as nibabel, FSL and SPM choose it: the sform where its code is
+        above 0, otherwise the qform where its code is, otherwise that of the voxel sizes alone. An sform that spans no
+        volume gives way to a valid qform.
         """
         header = self.nibabel
         sform, qform = _forms(header)
@@ -128,18 +121,11 @@ class NiftiHeader:
     def stored(self) -> dict[str, Any]:
         """How voxels are stored: the arguments of :py:meth:`stored_as`."""
         slope, inter = self.nibabel.get_slope_inter()
-        scale = {"scl_slope": 1.0, "scl_inter": 0.0} if slope is None else {"scl_slope": slope, "scl_inter": inter}
-        return {"data_type": self.nibabel.get_data_dtype().str, **scale}
+        data_type = self.nibabel.get_data_dtype().str
+        return {"data_type": data_type, "scl_slope": 1.0 if slope is None else slope, "scl_inter": inter or 0.0}
 
     def stored_as(self, data_type: str, scl_slope: float = 1.0, scl_inter: float = 0.0) -> NiftiHeader:
-        """
-        The header of the same voxels, stored in another way.
-
-        Args:
-            data_type: type of the stored voxels, as NumPy spells it.
-            scl_slope: factor from stored to true intensities.
-            scl_inter: what is added to them then.
-        """
+        """The header of the same voxels in another data type, as NumPy spells it, and with another slope and intercept."""
         header = self.nibabel
         header.set_data_dtype(data_type)
         header.set_slope_inter(scl_slope, scl_inter)
@@ -156,11 +142,10 @@ class NiftiHeader:
 
 class VolumeReader(ImageReader):
     """
-    MONAI reader for ``LoadImage(reader=...)``, see :py:func:`read_volume`. Files are opened in :py:meth:`get_data`: after an
-    error in ``read``, MONAI would try its own readers, which change headers.
+    MONAI reader for ``LoadImage(reader=...)``, see :py:func:`read_volume`.
 
     Args:
-        image_channels: see :py:func:`read_volume`.
+        image_channels: number of channels that a volume must have; None for an array of any shape.
     """
 
     def __init__(self, image_channels: int | None = None) -> None:
@@ -171,12 +156,11 @@ class VolumeReader(ImageReader):
         return True
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> str:
-        """The path of the only file or folder."""
+        """The path alone: after an error here, MONAI would try its own readers, which change headers."""
         (path,) = ensure_tuple(data)
         return str(path)
 
     def get_data(self, img: str) -> tuple[np.ndarray, dict]:
-        """Voxels and metadata of a path."""
         values, header = read_volume(img, self.image_channels)
         return values, {
             MetaKeys.AFFINE: header.affine,
@@ -205,7 +189,13 @@ def read_volume(path: str, image_channels: int | None = None) -> tuple[np.ndarra
     try:
         if os.path.exists(path) and not os.access(path, os.R_OK):  # of which nibabel says that it is no volume
             raise PermissionError("no permission to read it")
-        values, header = _read(path, image_channels)
+        if _is_read_by_nibabel(path):
+            values, header = _read_with_nibabel(path, image_channels)
+        else:
+            values, affine = _read_nrrd(path) if path.lower().endswith(NRRD_SUFFIXES) else read_dicom(path)
+            header = NiftiHeader.of_affine(affine, values.shape)
+            if image_channels is not None:
+                check_shape(values.shape, image_channels)
         if not spans_volume(header.affine):
             raise ValueError(f"has no orientation and spacing: its affine is {header.affine.tolist()}.")
     except ValueError as error:
@@ -222,12 +212,7 @@ def read_header(path: str) -> NiftiHeader:
 
 
 def check_shape(shape: Sequence[int], image_channels: int) -> None:
-    """
-    Check that a shape, with the channels last, is that of a volume.
-
-    Raises:
-        ValueError: with text that follows the path.
-    """
+    """Raise a ValueError, with text that follows the path, unless a shape, with the channels last, is that of a volume."""
     channels = [n for n in shape[3:] if n != 1] or [1]
     if len(shape) < 3 or min(shape[:3]) < 2 or channels != [image_channels]:
         raise ValueError(
@@ -237,10 +222,7 @@ def check_shape(shape: Sequence[int], image_channels: int) -> None:
 
 
 def check_memory(num_bytes: float, what: str) -> None:
-    """
-    Raises:
-        ValueError: when ``what`` takes more bytes than this machine has, as far as that is known.
-    """
+    """Raise a ValueError when ``what`` takes more bytes than this machine has, as far as that is known."""
     total = total_memory("cpu")
     if total is not None and num_bytes > total:
         raise ValueError(f"{what} take {num_bytes / GIB:,.0f} GiB, and this machine has {total / GIB:,.0f} GiB.")
@@ -254,12 +236,7 @@ def identity_of(path: Path) -> tuple[int, int]:
 
 
 def state_of(path: str) -> str:
-    """
-    A SHA-256 that changes when a file of a volume is replaced: of the name, size and time of each.
-
-    Args:
-        path: path of the volume's file or folder.
-    """
+    """A SHA-256 of the name, size and time of each file of a volume, which changes when one is replaced."""
     volume = Path(path)
     pair = map(volume.with_suffix, PAIR) if volume.suffix in PAIR else [volume]
     files = [file for file in (volume.iterdir() if volume.is_dir() else pair) if file.is_file()]
@@ -277,7 +254,7 @@ def spans_volume(affine: Any) -> bool:
 
 
 def _millimetres(header: nib.Nifti1Header) -> float:
-    """What a length of a NIfTI file is multiplied by, for mm."""
+    """The unit of a header's lengths in mm."""
     return NIFTI_UNITS.get(int(header["xyzt_units"]) % 8, 1.0)
 
 
@@ -295,15 +272,6 @@ def _forms(header: nib.Nifti1Header) -> list[np.ndarray | None]:
 
 def _is_read_by_nibabel(path: str) -> bool:
     return path.lower().endswith(NIBABEL_SUFFIXES) and not Path(path).is_dir()
-
-
-def _read(path: str, image_channels: int | None) -> tuple[np.ndarray, NiftiHeader]:
-    if _is_read_by_nibabel(path):
-        return _read_with_nibabel(path, image_channels)
-    values, affine = _read_nrrd(path) if path.lower().endswith(NRRD_SUFFIXES) else read_dicom(path)
-    if image_channels is not None:
-        check_shape(values.shape, image_channels)
-    return values, NiftiHeader.of_affine(affine, values.shape)
 
 
 def _read_with_nibabel(path: str, image_channels: int | None) -> tuple[np.ndarray, NiftiHeader]:

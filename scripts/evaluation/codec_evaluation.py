@@ -133,9 +133,7 @@ class EvaluationSaver:
         self.volumes[name] = {
             "shape": list(image.shape[1:]),
             "spacing": [round(float(size), 4) for size in image.pixdim],
-            "intensity_low": window["low"],
-            "intensity_high": window["high"],
-            **{share: window[share] for share in ("clipped", "clipped_below", "clipped_above")},
+            **{key: value for key, value in window.items() if key != "missing"},
         }
         if codec not in self.shown:
             return
@@ -146,8 +144,8 @@ class EvaluationSaver:
         if codec == self.shown[-1]:
             self.pictures = self._worst(self.pictures, max(self.max_pictures, self.view_worst))
             if name in self._worst(self.errors, self.view_worst):
-                volumes, ends = {"image": image.as_tensor()[0], codec: pred[0]}, (window["low"][0], window["high"][0])
-                affine = image.affine.tolist()
+                ends, affine = (window["intensity_low"][0], window["intensity_high"][0]), image.affine.tolist()
+                volumes = {"image": image.as_tensor()[0], codec: pred[0]}
                 self.views[name] = view_of(volumes, "error", affine, ends, max_voxels=self.view_max_voxels)
             self.views = self._worst(self.views, self.view_worst)
 

@@ -148,7 +148,7 @@ def in_file_units(output: Sequence[dict[str, MetaTensor]]) -> list[list[torch.Te
     """An ``output_transform`` that gives a metric predictions and images in the units of their files, HU for CT."""
     windows = [intensity_window(item[Keys.IMAGE]) for item in output]
     return [
-        [unscaled(item[key], window["low"], window["high"]) for item, window in zip(output, windows)]
+        [unscaled(item[key], window["intensity_low"], window["intensity_high"]) for item, window in zip(output, windows)]
         for key in (Keys.PRED, Keys.IMAGE)
     ]
 

@@ -17,10 +17,11 @@ from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.files import content_hash, write_atomically
+from scripts.bundle.json_files import checked
 from scripts.bundle.machine import share_of
 from scripts.data.dataset_tables import conditions_of
-from scripts.data.grids import back_on_grid
-from scripts.data.restored_volumes import Record, record_of, restore, rows_of, save_labels, save_nifti, with_record
+from scripts.data.grids import back_on_grid, grid_of
+from scripts.data.restored_volumes import Record, record_of, restore, save_labels, save_nifti, with_record
 from scripts.data.spatial_files import find_spatial_items
 from scripts.data.volume_reader import NiftiHeader, read_header, state_of
 from scripts.diffusion.conditions import Volume
@@ -150,14 +151,15 @@ class Samples:
         volume, affine, header = self._of_drawn_size(sample) if first is None else self._on_grid(sample, first)
         stored = {name: getattr(self.statistics, name) for name in ("data_type", "scl_slope", "scl_inter")}
         channels, size = len(self.statistics.intensity_low), header.shape[:3]
-        record = Record(
+        known = {
             **vars(header.with_shape((*size, channels) if channels > 1 else size).stored_as(**stored)),
-            source=sample.path.name,
-            preprocessed_shape=tuple(volume.size),  # type: ignore[arg-type]
-            preprocessed_affine=rows_of(affine),
-            intensity_low=tuple(self.statistics.intensity_low),
-            intensity_high=tuple(self.statistics.intensity_high),
-        )
+            "source": sample.path.name,
+            "preprocessed_shape": volume.size,
+            "preprocessed_affine": affine.tolist(),
+            "intensity_low": self.statistics.intensity_low,
+            "intensity_high": self.statistics.intensity_high,
+        }
+        record = checked(known, Record)
         start = self.sampler.start(volume, sample.noise_seed)
         return {
             **data,
@@ -251,7 +253,7 @@ class Samples:
 
     def _on_grid(self, sample: Sample, first: MetaTensor) -> Placed:
         """On the grid of its first spatial condition."""
-        size, affine, file = tuple(first.shape[1:]), first.affine.numpy(), next(iter(sample.spatial.values()))
+        (size, affine), file = grid_of(first), next(iter(sample.spatial.values()))
         spacing = _spacing(affine)
         self._check_seen("spacing", spacing, FARTHEST_OF_FILES)
         self._check_seen("size", size, FARTHEST_OF_FILES)

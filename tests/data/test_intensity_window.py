@@ -35,7 +35,7 @@ def scaled(values: np.ndarray, percentiles=DEFAULT, intensity_range=None, name: 
 
 def window_of(values: np.ndarray) -> tuple[float, float]:
     window = intensity_window(scaled(values))
-    return window["low"][0], window["high"][0]
+    return window["intensity_low"][0], window["intensity_high"][0]
 
 
 def plain_percentiles(values: np.ndarray) -> tuple[float, float]:
@@ -103,7 +103,7 @@ def test_padding_outside_of_the_circle_does_not_count_and_is_restored(padding):
     low, high = plain_percentiles(ct()[~outside_circle()])
     assert window_of(values) == pytest.approx((low, high), abs=1)
     window = intensity_window(image)
-    restored = unscaled(image.as_tensor(), window["low"], window["high"]).numpy()
+    restored = unscaled(image.as_tensor(), window["intensity_low"], window["intensity_high"]).numpy()
     assert restored[0][outside_circle()] == pytest.approx(low)
     put_back_missing(restored, window["missing"])
     assert (restored[0][outside_circle()] == np.float32(padding)).all() and (restored == np.float32(padding)).mean() < 0.25
@@ -146,7 +146,7 @@ def test_voxels_that_are_not_finite_are_left_out_and_restored(share):
     image = scaled(values)
     assert torch.isfinite(image).all() and (image[0][torch.as_tensor(where)] == 0).all()
     window = intensity_window(image)
-    assert (window["low"][0], window["high"][0]) == plain_percentiles(values[~where])
+    assert (window["intensity_low"][0], window["intensity_high"][0]) == plain_percentiles(values[~where])
     assert window["clipped_below"] == 0 and window["clipped_above"] <= 0.001
     restored = np.zeros((1, *SHAPE))
     put_back_missing(restored, json.loads(json.dumps(window["missing"])))
@@ -205,7 +205,7 @@ def test_window_is_scaled_clipped_and_undone():
     image = transform(volume([[[-2000.0, -1000.0, 0.0, 500.0]]]))["image"]
     assert torch.equal(image.as_tensor(), torch.tensor([[[0.0, 0.0, 0.5, 0.75]]]))
     window = intensity_window(image)
-    restored = unscaled(image.as_tensor(), window["low"], window["high"])
+    restored = unscaled(image.as_tensor(), window["intensity_low"], window["intensity_high"])
     assert torch.equal(restored, torch.tensor([[[-1000.0, -1000.0, 0.0, 500.0]]]))
 
 

@@ -348,7 +348,7 @@ def test_intensity_scale_that_could_not_be_decoded_is_refused_before_encoding(tm
 def test_control_character_in_a_name_is_the_problem_of_that_file_alone(tmp_path):
     path = write(tmp_path / "a\x07.nii", VOXELS, sform=(QFORM, 1))
     items = [{"image": str(path)}]
-    assert without_whole_latents(items, str(tmp_path), str(tmp_path / "out"), str(path), {}) == items
+    assert without_whole_latents(items, str(tmp_path), str(tmp_path / "out"), str(path), {}, {}) == items
     with pytest.raises(RuntimeError) as stopped:
         preprocessing(tmp_path)(items[0])
     assert "`source` is" in str(stopped.value.__cause__)
