@@ -45,7 +45,7 @@ from scripts.data.volume_lists import EVERY_NIFTI, visible_files
 from scripts.data.volume_reader import NiftiHeader, read_volume, state_of
 
 OWN = "_latent.nii.gz"  # end of the name of a latent that this bundle wrote
-OF_CONDITION = re.compile(r"_(?:spatial|labels)-[\w-]+\.nii\.gz$")
+OF_CONDITION = re.compile(r"_(?:spatial|labels)-[\w-]+(?<!_latent)\.nii\.gz$")  # a volume may be called a_labels-b
 MAX_DESCRIPTION = 2**25  # bytes; a mask of missing voxels that are scattered at random takes up to 0.2 for each voxel
 logger = logging.getLogger(__name__)
 
@@ -286,11 +286,11 @@ def _write_description(description: LatentDescription, path: Path) -> None:
     write_atomically(json.dumps(asdict(description), indent=2).encode(), _description_path(path))
 
 
-def all_latents(dataset_dir: str) -> list[str]:
-    """The latents below a folder that this bundle wrote, sorted; a FileNotFoundError when there are none."""
-    found = sorted(str(path) for path in visible_files(dataset_dir, f"**/*{OWN}"))
+def all_latents(dataset_dir: str, image_glob: str = f"**/*{OWN}") -> list[str]:
+    """The latents below a folder, by default those that this bundle wrote; a FileNotFoundError when there are none."""
+    found = sorted(str(path) for path in visible_files(dataset_dir, image_glob) if not OF_CONDITION.search(path.name))
     if not found:
-        raise FileNotFoundError(f"there is no latent (*{OWN}) below `dataset_dir` {dataset_dir!r}; encode first.")
+        raise FileNotFoundError(f"there is no latent ({image_glob}) below `dataset_dir` {dataset_dir!r}; encode first.")
     return found
 
 
@@ -303,10 +303,7 @@ def find_latents(dataset_dir: str) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: when there are no latents.
     """
-    files = (str(path) for path in visible_files(dataset_dir, EVERY_NIFTI))
-    found = sorted(file for file in files if not OF_CONDITION.search(file))
-    if not found:
-        raise FileNotFoundError(f"there is no latent below `dataset_dir` {dataset_dir!r}; encode first.")
+    found = all_latents(dataset_dir, EVERY_NIFTI)
     counts = Counter(without_ending(path.replace(OWN, ".nii.gz")) for path in found)
     return share_of([{"image": path, "keep_ending": counts[without_ending(path)] > 1} for path in found])
 

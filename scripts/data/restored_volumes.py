@@ -24,7 +24,7 @@ from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.json_files import Must, PositiveInt, Share, checked
 from scripts.data.dataset_tables import conditions_of, dataset_list_of
 from scripts.data.file_names import output_path, stays_inside
-from scripts.data.grids import Grid, back_on_grid
+from scripts.data.grids import back_on_grid
 from scripts.data.intensity_window import intensity_window, put_back_missing, unscaled
 from scripts.data.volume_reader import HEADER, NiftiHeader, check_memory, spans_volume, state_of
 
@@ -80,11 +80,6 @@ class Record(NiftiHeader):
     missing: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, float | str] = field(default_factory=dict)
     dataset_list: Literal["training", "validation", "none"] | None = None
-
-    @property
-    def grid(self) -> Grid:
-        """The grid of the file."""
-        return Grid(self.shape[:3], self.affine)
 
     def __post_init__(self) -> None:
         try:

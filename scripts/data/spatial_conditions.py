@@ -19,7 +19,7 @@ from monai.utils.enums import CommonKeys as Keys
 from scripts.bundle.json_files import Sha256, Share, checked, shortened
 from scripts.bundle.machine import merged
 from scripts.bundle.progress import ProgressBar
-from scripts.data.grids import Grid, grid_of, on_grid, preprocessed_grid
+from scripts.data.grids import grid_of, on_grid, preprocessed_grid
 from scripts.data.intensity_window import ScaleIntensityWindowd, intensity_window
 from scripts.data.restored_volumes import with_record
 from scripts.data.spatial_kinds import MOST_CLASSES, SpatialKind, labels_in
@@ -170,8 +170,7 @@ class LoadSpatiald(Transform):
             image = scale({Keys.IMAGE: image})[Keys.IMAGE]
             values, window = image.as_tensor().numpy(), intensity_window(image)
             known = {name: tuple(window[name]) for name in ("intensity_low", "intensity_high")}
-        own = Grid(values.shape[1:], header.affine)
-        grid = preprocessed_grid(own, self.spacing) if like is None else grid_of(like)
+        grid = preprocessed_grid(header.grid, self.spacing) if like is None else grid_of(like)
         values, covered = on_grid(values, header.affine, grid, nearest=kind.is_label_map)
         source = os.path.relpath(path, self.dataset_dir)
         record = SpatialDescription(kind=kind, source=source, source_state=state_of(path), covered=covered, **known)

@@ -118,6 +118,10 @@ class NiftiHeader:
         return np.diag([*3 * [_millimetres(header)], 1.0]) @ (qform if sform is None else sform)
 
     @property
+    def grid(self) -> Grid:
+        return Grid(self.shape[:3], self.affine)
+
+    @property
     def stored(self) -> dict[str, Any]:
         """How voxels are stored: the arguments of :py:meth:`stored_as`."""
         slope, inter = self.nibabel.get_slope_inter()

@@ -229,6 +229,13 @@ def test_latent_of_another_program_is_decoded_in_its_own_place(encoded, latents,
         assert np.allclose(after.get_fdata(), expected, atol=1e-3)
 
 
+def test_latents_of_conditions_are_known_by_their_names_whatever_the_name_of_a_volume(latents):
+    for name in ("head_spatial-t2", "head_labels-dseg", "sub-1_spatial-MNI_T1w_latent", "labels-1"):
+        shutil.copy(latents / f"{NAME}.nii.gz", latents / f"{name}.nii.gz")
+    names = ["head_latent.nii.gz", "labels-1.nii.gz", "sub-1_spatial-MNI_T1w_latent.nii.gz"]
+    assert [Path(item["image"]).name for item in find_latents(str(latents))] == names
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 3), (5, 4, 3, 2), (3, 5, 4, 2)])
 def test_volume_that_is_no_latent_of_the_network_is_refused(encoded, latents, shape):
     nib.save(nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4)), latents / "sample.nii.gz")
