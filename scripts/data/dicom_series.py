@@ -115,7 +115,7 @@ def _normal(image: Any) -> np.ndarray:
 
 def _describe(images: list[Any]) -> str:
     image = images[0]
-    slices = int(image.get("NumberOfFrames") or 1) if _is_multiframe(image) else len(images)
+    slices = len(images) * int(image.get("NumberOfFrames") or 1)
     normal = np.abs(_normal(image))
     plane = ("sagittal ", "coronal ", "axial ")[normal.argmax()] if normal.any() else ""
     name = f"series {image.get('SeriesInstanceUID')} {str(image.get('SeriesDescription', ''))!r}"
