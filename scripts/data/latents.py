@@ -176,25 +176,23 @@ class LoadLatentd(Transform):
         return {**data, self.key: with_record(read_latent(path, description), description)}
 
     def _of_another_program(self, path: Path, keep_ending: bool) -> MetaTensor:
-        latent_channels, channels = self.arguments["latent_channels"], self.arguments["out_channels"]
+        channels, image_channels = self.arguments["latent_channels"], self.arguments["out_channels"]
         values, header = read_volume(str(path))
         values = values if values.ndim > 3 else values[..., None]
-        if values.shape[3:] != (latent_channels,):
-            raise ValueError(
-                f"has the shape {values.shape}; the last axis must be the {latent_channels} channels of the network."
-            )
+        if values.shape[3:] != (channels,):
+            raise ValueError(f"has the shape {values.shape}; the last axis must be the {channels} channels of the network.")
         if not np.isfinite(values).all():
             raise ValueError("has values that are NaN or infinite.")
         affine = header.affine @ np.linalg.inv(_to_volume(self.factors))
         shape = [n * factor for n, factor in zip(values.shape, self.factors)]
         known = {
-            **vars(NiftiHeader.of_affine(affine, [*shape, channels] if channels > 1 else shape)),
+            **vars(NiftiHeader.of_affine(affine, [*shape, image_channels] if image_channels > 1 else shape)),
             "source": path.relative_to(self.dataset_dir).as_posix(),
             "keep_ending": keep_ending,
             "preprocessed_shape": shape,
             "preprocessed_affine": affine.tolist(),
-            "intensity_low": [self.window[0]] * channels,
-            "intensity_high": [self.window[1]] * channels,
+            "intensity_low": [self.window[0]] * image_channels,
+            "intensity_high": [self.window[1]] * image_channels,
         }
         latent = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32))
         return with_record(latent, checked(known, Record))
