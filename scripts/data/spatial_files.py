@@ -43,7 +43,8 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
         return list(items)
     listed = {os.path.realpath(image): of_item for image, of_item in _listed(dataset_dir, spatial_keys).items()}
     keys_beside = [key for key in spatial_keys if not any(key in of_item for of_item in listed.values())]
-    derivatives, conditions_in = sorted(Path(dataset_dir).glob("derivatives/*")), functools.cache(_conditions_in)
+    derivatives = sorted(Path(dataset_dir).glob("derivatives/*"))
+    files_in = functools.cache(lambda folder: _by_case(folder.iterdir() if folder.is_dir() else (), keys_beside))
     found = []
     for item in items:
         image = Path(item["image"])
@@ -53,7 +54,7 @@ def find_spatial(items: Sequence[Item], dataset_dir: str, spatial_keys: Sequence
             folders.append(image.parent.with_name(FOLDERS[near.name]))
         spatial = dict(listed.get(os.path.realpath(image), {}))
         for key in keys_beside:
-            fitting = [conditions_in(folder, key).get(case, []) for folder in folders for case in _cases_of(image)]
+            fitting = [files_in(folder)[folder / case][key] for folder in folders for case in _cases_of(image)]
             paths = {path for paths in fitting for path in paths} - {image}
             if paths:
                 spatial[key] = _only(sorted(paths), str(image), key)
@@ -124,22 +125,30 @@ def _listed(dataset_dir: str, spatial_keys: Sequence[str]) -> dict[str, dict[str
 
 
 def _cases_of_files(dataset_dir: str, spatial_keys: Sequence[str]) -> dict[Path, dict[str, str]]:
-    """The files of each case by key; the case is called as its volume would be, in its folder."""
+    """The files of each case by key."""
     files = [path for path in visible_files(dataset_dir, EVERY_NIFTI) if is_nifti(path.name)]
-    found: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for path in files:
-        for key in spatial_keys:
-            case = _case(path, key)
-            if case is not None:
-                found[path.with_name(case)][key].append(path)
+    found = _by_case(files, spatial_keys)
     if not found and len(spatial_keys) == 1:
         found = {path.with_name(without_ending(path.name)): {spatial_keys[0]: [path]} for path in files}
     return {case: {key: _only(paths, case.name, key) for key, paths in of_key.items()} for case, of_key in found.items()}
 
 
+def _by_case(files: Iterable[Path], spatial_keys: Sequence[str]) -> dict[Path, dict[str, list[Path]]]:
+    """Those of ``files`` that are conditions, by key; the case is called as its volume would be, in its folder."""
+    found: dict[Path, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for path in files:
+        for key in spatial_keys:
+            case = _case(path, key)
+            if case is not None and path.exists():
+                found[path.parent / case][key].append(path)
+    return found
+
+
 def _case(file: Path, key: str) -> str | None:
     """The case whose condition a file is by its name: the name of the volume, or in BIDS its entities."""
     name = without_ending(file.name)
+    if name == file.name or name.startswith("."):
+        return None
     if file.parent.name in FOLDERS.values():
         return name if key == Keys.LABEL else None
     if name.endswith(f"_{key}"):
@@ -157,16 +166,6 @@ def _cases_of(image: Path) -> set[str]:
     if name.startswith("sub-"):
         entities = name.split("_")[:-1]
         found |= {"_".join(entities), "_".join(part for part in entities if not part.startswith("desc-"))}
-    return found
-
-
-def _conditions_in(folder: Path, key: str) -> dict[str, list[Path]]:
-    """The volumes in a folder that are conditions of a key, by case."""
-    found: dict[str, list[Path]] = defaultdict(list)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        case = _case(path, key) if without_ending(path.name) != path.name and path.name[0] != "." else None
-        if case is not None and path.exists():
-            found[case].append(path)
     return found
 
 

@@ -20,7 +20,7 @@ from scripts.bundle.json_files import read_dataclass
 from scripts.bundle.machine import merged, share_of
 from scripts.bundle.progress import ProgressBar
 from scripts.data.intensity_window import measured_voxels
-from scripts.data.volume_lists import describe
+from scripts.data.volume_lists import Lists, describe
 from scripts.data.volume_reader import read_volume, state_of
 
 SHOWN = 20  # problems in an error message; the log has all
@@ -30,7 +30,6 @@ MAX_LABELS = 256
 FEW_LABELS = 4  # whose regions may be thin
 LEAST_EQUAL = 0.6  # share of a voxel's neighbours that have its label
 SAMPLED = 2**20  # about so many voxels are looked at before all are
-Lists = dict[str, list[dict[str, str]]]
 logger = logging.getLogger(__name__)
 
 

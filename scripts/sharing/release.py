@@ -38,8 +38,6 @@ LARGE = (".pt", ".safetensors", ".ts")
 CARD, METADATA, WEIGHTS, TORCHSCRIPT = "docs/README.md", "configs/metadata.json", "models/model.pt", "models/model.ts"
 IN_MEMORY = ("configs/inference.json", "configs/in_memory.json")  # configs in the TorchScript file, as one
 PICTURE = re.compile(r"!\[[^]]*\]\(([^)]+)\)")
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can store
-MODE = 0o644
 
 
 def build_release(output_dir: str = "dist", url: str = "") -> str:
@@ -115,9 +113,9 @@ def _zip(files: dict[str, bytes]) -> bytes:
     # stored, since compressed bytes differ between versions of zlib, and weights hardly shrink
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
-            entry = zipfile.ZipInfo(name, EPOCH)
+            entry = zipfile.ZipInfo(name)  # of 1980
             entry.create_system = 3  # Unix, on which the permissions depend
-            entry.external_attr = MODE << 16
+            entry.external_attr = 0o644 << 16
             archive.writestr(entry, files[name])
     return buffer.getvalue()
 
