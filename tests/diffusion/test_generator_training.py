@@ -238,10 +238,14 @@ def resume(latents: Path, output_dir: Path, **keys) -> None:
 
 def test_two_processes_with_batch_1_equal_one_with_batch_2(weights, tmp_path):
     for i in range(6):
-        save_volume(tmp_path / "volumes" / f"sub-{i}" / "T1w.nii.gz", (16, 14, 12), seed=i)
-    latents = encode(tmp_path / "volumes", tmp_path / "latents", weights)
+        image = save_volume(tmp_path / "volumes" / f"sub-{i}" / "T1w.nii.gz", (16, 14, 12), seed=i)
+        if i % 2:  # half of the volumes have a label map
+            labels = np.random.default_rng(i).integers(3, size=(16, 14, 12), dtype=np.uint8)
+            nib.save(nib.Nifti1Image(labels, nib.load(image).affine), image.with_name("T1w_label.nii.gz"))
+    spatial = {"spatial_keys": ["label"]}
+    latents = encode(tmp_path / "volumes", tmp_path / "latents", weights, **spatial)
     sgd = {"_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": 0.1}
-    keys = {"optimizer": sgd, "epochs": 2, "val_fraction": 0.34}
+    keys = {"optimizer": sgd, "epochs": 2, "val_fraction": 0.34, "condition_dropout": 0.3, **spatial}
     states = []
     for num_processes, batch_size in ((1, 2), (2, 1)):
         output_dir = tmp_path / str(num_processes) / "diffusion"
@@ -253,6 +257,7 @@ def test_two_processes_with_batch_1_equal_one_with_batch_2(weights, tmp_path):
     assert one["trainer"] == two["trainer"] == {"iteration": 4, "epoch": 2, "epoch_length": 2}
     start = torch.load(find_checkpoints(tmp_path / "1" / "diffusion" / "checkpoints")[-1], weights_only=True)
     assert max((start["network"][name] - value).abs().max() for name, value in one["network"].items()) > 1e-4
+    assert one["network"]["from_spatial.conv.weight"].any()  # which starts as zero
     for part in ("network", "average"):
         for name, value in one[part].items():
             assert torch.allclose(value, two[part][name], rtol=0, atol=1e-5), name
