@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from scripts.bundle.json_files import shortened
@@ -21,6 +19,7 @@ LABELS_OF_FILES = re.compile(  # not of folders, where they may name a study
     r"(?![a-z])"
 )
 BIDS_ENTITY = re.compile(r"(?:^|_)(?:sub|ses|acq|task|run|rec|dir|space|res|ce|mod|inv|echo|part)-[^_.]+")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]")  # control characters, and what is no character
 CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")  # as in liverMask
 
 
@@ -62,12 +61,7 @@ def output_path(output_dir: str, source: str, postfix: str, keep_ending: bool = 
 
 def stays_inside(source: str) -> bool:
     """Whether a path stays within its folder on Linux and Windows, and can be printed and opened."""
-    for path in (PurePosixPath(source), PureWindowsPath(source)):
-        # Windows ignores spaces and dots at the end of a name
-        if not path.name or path.anchor or not all(part.strip(" .") for part in path.parts):
-            return False
-    try:
-        os.fsencode(source)
-    except UnicodeEncodeError:
-        return False
-    return not any(unicodedata.category(character) == "Cc" for character in source)
+    paths = PurePosixPath(source), PureWindowsPath(source)
+    # Windows ignores spaces and dots at the end of a name
+    inside = all(path.name and not path.anchor and all(part.strip(" .") for part in path.parts) for path in paths)
+    return inside and not UNPRINTABLE.search(source)

@@ -122,12 +122,9 @@ def synthesise_similar_head(
     anatomy.set_random_state(seed)
     head = torch.einsum("t,txyz->xyz", intensities, tissues)
     deformed = torch.as_tensor(anatomy(torch.cat([head[None] / intensities.max(), tissues[:visible]])))
-    return _scan(deformed[0], seed), _labels(deformed[1:])
-
-
-def _labels(shares: torch.Tensor) -> np.ndarray:
-    """The tissue with the largest share, numbered from 1, and 0 where the background, the rest to 1, has the largest."""
-    return torch.cat([1 - shares.sum(0, keepdim=True), shares]).numpy().argmax(0).astype(np.uint8)
+    background = 1 - deformed[1:].sum(0, keepdim=True)
+    labels = torch.cat([background, deformed[1:]]).numpy().argmax(0)
+    return _scan(deformed[0], seed), labels.astype(np.uint8)
 
 
 def _scan(head: torch.Tensor, seed: int) -> np.ndarray:

@@ -177,9 +177,7 @@ def share_inside(level: torch.Tensor) -> torch.Tensor:
     """Share of each voxel in which a field is positive, from its value in the middle and its slopes."""
     slope = torch.full_like(level, SLIGHTEST_SLOPE)
     for axis in range(level.ndim):
-        if level.shape[axis] > 1:
-            steps = level.diff(dim=axis).abs_()
-            slope.narrow(axis, 0, level.shape[axis] - 1).add_(steps)
+        slope.narrow(axis, 0, level.shape[axis] - 1).add_(level.diff(dim=axis).abs_())
     return level.div_(slope).add_(0.5).clamp_(0, 1)
 
 
@@ -195,11 +193,7 @@ def fractal_noise(
     Gaussian noise of mean 0 and deviation 1 whose amplitude falls with a power of the frequency, ``roughness``: a larger one
     is smoother. Opposite faces fit together. ``spacing`` is in any unit.
     """
-    last = len(spatial_size) - 1
-    frequencies = [
-        (torch.fft.rfftfreq if axis == last else torch.fft.fftfreq)(size, step)
-        for axis, (size, step) in enumerate(zip(spatial_size, spacing))
-    ]
+    frequencies = [*map(torch.fft.fftfreq, spatial_size[:-1], spacing), torch.fft.rfftfreq(spatial_size[-1], spacing[-1])]
     squared = functools.reduce(torch.add, (f.square() for f in torch.meshgrid(*frequencies, indexing="ij")))
     squared[(0,) * len(spatial_size)] = math.inf  # no constant part
     white = torch.randn(*squared.shape, dtype=torch.complex64, generator=random)

@@ -66,7 +66,7 @@ def training_and_validation(
         ValueError: when there is nothing to split, or for a ``dataset.json`` that cannot be used.
     """
     lists = {name: [{"image": item["image"]} for item in items] for name, items in dataset_lists(dataset_dir).items()}
-    missing = [item["image"] for items in lists.values() for item in items if not Path(item["image"]).is_file()]
+    missing = [item["image"] for items in lists.values() for item in items if not os.path.exists(item["image"])]
     if missing:
         raise FileNotFoundError(f"{dataset_dir}/dataset.json lists {len(missing)} files that do not exist: {_some(missing)}")
     if not lists:

@@ -52,6 +52,7 @@ def test_table_is_read_without_quoting_and_stripped(tmp_path):
     rows = [
         "\ufeffparticipant_id \t age\tnotes\tsex",
         'sub-01 \t 34\t12" disc\tF',  # unpaired, as for inches
+        "sub-05\t1e1\t1_2\tF",  # a word, though not for Python
         "sub-02\tNA\tNone\tM\r",
         '"sub-03"\t"51"\t"calm"\t"F"',  # as R writes it
         "04\t60",
@@ -64,6 +65,7 @@ def test_table_is_read_without_quoting_and_stripped(tmp_path):
     assert known(tmp_path, "sub-02.nii.gz") == {"sex": "M"}
     assert known(tmp_path, "sub-03_T1w.nii.gz") == {"age": 51, "notes": "calm", "sex": "F"}
     assert known(tmp_path, "sub-04/x.nii.gz") == {"age": 60}
+    assert known(tmp_path, "sub-05/x.nii.gz") == {"age": 10, "notes": "1_2", "sex": "F"}
     assert known(tmp_path, "sub-NDAR-INV01/x.nii.gz") == {"age": 7, "sex": "M"}
     assert known(tmp_path, "sub-NDAR-INV02_T1w.nii.gz") == {"age": 8, "sex": "F"}
     assert known(tmp_path, "sub-0/x.nii.gz") == known(tmp_path, "sub-NDAR/x.nii.gz") == {}

@@ -174,6 +174,13 @@ def test_decathlon_lists_are_used(tmp_path):
         split(tmp_path)
 
 
+def test_decathlon_lists_may_name_folders_of_series(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dataset.json").write_text('{"training": ["a"], "validation": ["b"]}')
+    assert {name: names(items) for name, items in split(tmp_path).items()} == {"training": ["a"], "validation": ["b"]}
+
+
 def test_what_cannot_be_used_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="dataset_dir.*nowhere"):
         find_images(str(tmp_path / "nowhere"), GLOB)
