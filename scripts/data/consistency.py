@@ -38,13 +38,8 @@ from scripts.data.volume_reader import NiftiHeader
 
 def in_units_of(given: np.ndarray, sample: np.ndarray, like_given: np.ndarray) -> np.ndarray:
     """
-    A sample in the intensities of what it was generated from, by a straight line (least squares): samples have the
-    intensities of the training volumes, and those of MR are arbitrary.
-
-    Args:
-        given: Intensities that are known, of any shape.
-        sample: Sample, of any shape.
-        like_given: What the sample has in the place of ``given``.
+    A sample in the intensities of what is given, by the straight line (least squares) from ``like_given``, what the sample
+    has in its place: samples have the intensities of the training volumes, and those of MR are arbitrary.
     """
     deviation = like_given - like_given.mean()
     slope = (deviation * (given - given.mean())).sum() / (deviation**2).sum()
@@ -52,15 +47,7 @@ def in_units_of(given: np.ndarray, sample: np.ndarray, like_given: np.ndarray) -
 
 
 def agree_with_slices(sample: np.ndarray, thick: np.ndarray, factor: int, axis: int) -> np.ndarray:
-    """
-    Add to a volume the cubic spline with which its averages become the given slices.
-
-    Args:
-        sample: ``HxWxD``, or ``HxWxDxC``.
-        thick: Slices that are given, as :py:func:`scripts.data.degrade.average_slices` makes them.
-        factor: Number of thin slices in a thick one.
-        axis: Axis along which they lie.
-    """
+    """Add to a sample the cubic spline with which its :py:func:`scripts.data.degrade.average_slices` become ``thick``."""
     to_thick, spline = averaging(sample.shape[axis], factor), interpolation(sample.shape[axis], factor)
     correction = spline @ np.linalg.inv(to_thick @ spline)
     return sample + along(axis, correction, thick - average_slices(sample, factor, axis))
