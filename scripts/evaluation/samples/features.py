@@ -1,11 +1,12 @@
-"""Features that distributions of volumes are compared by: of latents, of tissue, and what a network sees in slices."""
+"""Features that distributions of volumes are compared by, the same number for volumes of all sizes: of latents, of tissue,
+and what a network sees in slices.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from monai.networks.nets.efficientnet import EfficientNet, EfficientNetBN, MBConvBlock
 
 from scripts.bundle.files import content_hash
+from scripts.evaluation.reports import mean_of_finite
 
 GRID = 4  # cells along each axis
 NUM_CHANNELS = 4
@@ -29,24 +31,18 @@ def coarse_latent(z: torch.Tensor) -> torch.Tensor:
 
     Args:
         z: ``CxHxWxD`` in units of the image, so that each channel counts for as much as it does there.
-
-    Returns:
-        ``K``, the same for latents of all sizes.
     """
     return _cells(z[:NUM_CHANNELS])
 
 
 def channel_statistics(z: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
     """
-    Mean and deviation of each channel over a latent, in units of the channel: how much detail of each kind there is. Heads
-    differ in it from a Gaussian with their mean and covariance, which coarse latents hardly distinguish from heads.
+    Mean and deviation of each channel over a latent: how much detail of each kind there is. Heads differ in it from a
+    Gaussian with their mean and covariance, which coarse latents hardly distinguish from heads.
 
     Args:
         z: ``CxHxWxD``.
-        amplitude: deviation of each channel over all training latents.
-
-    Returns:
-        ``2C``.
+        amplitude: deviation of each channel over all training latents, the unit.
     """
     values = z.flatten(1) / amplitude[:, None]
     return torch.cat([values.mean(1), values.std(1, correction=0)])
@@ -54,14 +50,8 @@ def channel_statistics(z: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor
 
 def local_statistics(volume: torch.Tensor) -> torch.Tensor:
     """
-    Mean, deviation and mean magnitude of the differences between neighbours in 4 x 4 x 4 cells of a volume: what tissue
-    looks like. Sums of volumes, as a Gaussian with the right covariance makes them, have other deviations.
-
-    Args:
-        volume: ``CxHxWxD`` in [0, 1].
-
-    Returns:
-        ``K``, the same for volumes of all sizes.
+    Mean, deviation and mean magnitude of the differences between neighbours in 4 x 4 x 4 cells of a volume, ``CxHxWxD`` in
+    [0, 1]: what tissue looks like. Sums of volumes, as a Gaussian with the right covariance has, have other deviations.
     """
     mean, square = _cells(volume), _cells(volume.square())
     steps = [_cells(volume.diff(dim=axis).abs()) for axis in range(1, volume.dim())]
@@ -73,44 +63,37 @@ def _cells(values: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool3d(values[None].float(), GRID).flatten()
 
 
-class Standardised:
+def standardised(features: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """
     Features minus their mean over real ones, divided by their deviation (at least a tenth of the largest deviation).
-    ``bandwidth`` is the median distance between two of the real ones, the usual one of ``kernel_mmd``; NaN of one.
 
     Args:
-        real: features of training volumes, ``K`` each.
+        features: features of volumes, ``NxK``.
+        real: features of training volumes, ``MxK``.
+
+    Returns:
+        ``NxK`` in float64.
     """
-
-    def __init__(self, real: Sequence[torch.Tensor]) -> None:
-        features = torch.stack(list(real)).double()
-        deviation = features.std(0, correction=0)
-        self.mean, self.deviation = features.mean(0), deviation.clamp(min=max(LEAST_SHARE * float(deviation.max()), 1e-12))
-        self.bandwidth = float(torch.pdist(self(real)).median()) if len(real) > 1 else math.nan
-
-    def __call__(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``NxK`` in float64."""
-        return (torch.stack(list(features)).double() - self.mean) / self.deviation
+    deviation, mean = real.double().std(0, correction=0), real.double().mean(0)
+    return (features.double() - mean) / deviation.clamp(min=max(LEAST_SHARE * float(deviation.max()), 1e-12))
 
 
-class NearestClass:
+def share_obeyed(
+    features: torch.Tensor, asked: Sequence[str], training: torch.Tensor, labels: Sequence[str], classes: Sequence[str]
+) -> float:
     """
-    Names the class whose mean over the training volumes is nearest to a volume's features, both standardised.
+    Share of volumes that are nearest to the mean training volume of the class that was asked for; NaN of none.
 
     Args:
-        training: features of the training volumes, ``K`` each.
-        labels: class of each.
-        classes: those to choose from; one that no training volume has is left out.
+        features: standardised features of the volumes, ``NxK``.
+        asked: class of each volume; others than ``classes`` do not count.
+        training: standardised features of the training volumes, ``MxK``.
+        labels: class of each training volume.
+        classes: those to choose from, each with a training volume.
     """
-
-    def __init__(self, training: Sequence[torch.Tensor], labels: Sequence[str], classes: Iterable[str]) -> None:
-        self.standardised, self.classes = Standardised(training), [name for name in classes if name in labels]
-        real = self.standardised(training)
-        self.means = [real[[label == name for label in labels]].mean(0) for name in self.classes]
-
-    def __call__(self, features: torch.Tensor) -> str:
-        """The class of a volume with the features ``K``."""
-        return self.classes[int(torch.cdist(self.standardised([features]), torch.stack(self.means)).argmin())]
+    means = torch.stack([training[[label == name for label in labels]].mean(0) for name in classes])
+    nearest = torch.cdist(features, means).argmin(1)
+    return mean_of_finite(float(classes[i] == name) for i, name in zip(nearest, asked) if name in classes)
 
 
 def load_slice_features() -> SliceFeatures | None:
@@ -118,7 +101,7 @@ def load_slice_features() -> SliceFeatures | None:
     The features, or None where the package with the weights is not installed. None of its code is run.
 
     Raises:
-        ValueError: when the file is not that of version 0.1.0: numbers could not be compared.
+        ValueError: for the file of another version, whose numbers could not be compared.
     """
     package = importlib.util.find_spec(PACKAGE)
     if package is None or package.origin is None:
@@ -144,9 +127,9 @@ def _lite0(state: dict[str, torch.Tensor]) -> EfficientNet:
 
 class SliceFeatures:
     """
-    What slices look like: the network's 1280 features, averaged over eight slices in each of three planes. Fréchet distances
-    in 2.5D (Guo et al., MAISI, https://arxiv.org/abs/2409.11169) have an item for each slice. Here a volume is one, as in
-    other features, so that the test permutes independent items.
+    What slices look like: features of a network, averaged over eight slices in each of three planes. Fréchet distances in
+    2.5D (Guo et al., MAISI, https://arxiv.org/abs/2409.11169) have an item for each slice; here a volume is one, so that the
+    test permutes independent items.
 
     Args:
         network: gives features ``BxK`` of images ``Bx3xHxW`` in [-1, 1].
@@ -156,13 +139,7 @@ class SliceFeatures:
         self.network = network
 
     def __call__(self, volume: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            volume: ``CxHxWxD`` in [0, 1].
-
-        Returns:
-            ``3 * C * 1280``, on the CPU, the same for volumes of all sizes.
-        """
+        """``3 * C * K`` features of a volume ``CxHxWxD`` in [0, 1], on the CPU."""
         network = self.network.to(volume.device)
         features = [network(images(volume, axis)).unflatten(0, (NUM_SLICES, -1)).mean(0) for axis in range(1, volume.dim())]
         return torch.stack(features).flatten().cpu()

@@ -16,18 +16,17 @@ import torch
 from scripts.bundle.files import write_atomically
 from scripts.bundle.progress import ProgressBar
 from scripts.data.latents import read_description
-from scripts.diffusion.conditions import ClassCondition
 from scripts.diffusion.training_data import learn_statistics
 from scripts.evaluation.metrics import grid_energy
 from scripts.evaluation.pictures import Panels, draw_columns, panels_of
-from scripts.evaluation.reports import mean_of_finite, rounded, summary_table, write_results
+from scripts.evaluation.reports import mean_of_finite, summary_table, write_results
 from scripts.evaluation.samples.features import (
-    NearestClass,
-    Standardised,
     channel_statistics,
     coarse_latent,
     load_slice_features,
     local_statistics,
+    share_obeyed,
+    standardised,
 )
 from scripts.evaluation.samples.sample_metrics import (
     NUM_BANDS,
@@ -161,7 +160,7 @@ class SampleEvaluation:
             "spectra": spectra,
             "samples": described,
         }
-        logger.info(f"samples beside real volumes and Gaussians:\n{summary_table(rounded(rows))}")
+        logger.info(f"samples beside real volumes and Gaussians:\n{summary_table(rows)}")
         table, folder = [{"set": name, **row} for name, row in rows.items()], Path(self.output_dir)
         write_results(folder, table, evaluation, "sample_report.html.jinja", pictures=pictures, views=views)
         write_atomically(self._picture(samples, held_out), folder / "samples.png")
@@ -189,10 +188,9 @@ class SampleEvaluation:
 
     def _compare_with_training(
         self, sets: Mapping[str, Sequence[Latent]], training: Sequence[str]
-    ) -> tuple[dict[str, Found], list[Latent], list[torch.Tensor]]:
+    ) -> tuple[dict[str, Found], list[Latent], torch.Tensor]:
         """Nearest training latent of each latent, Gaussians like the samples, and coarse training latents, in one pass."""
-        channels, factors = self.statistics.latent_channels, self.statistics.factors
-        shapes = [(channels, *(-(-n // f) for n, f in zip(each.preprocessed_shape, factors))) for each in self.descriptions]
+        shapes = [(channels, *size) for *size, channels in (each.latent_shape for each in self.descriptions)]
         gaussian = CovarianceGaussian([latent.z.shape for latent in sets[SAMPLES]], shapes, self.seed)
         search, coarse = NearestLatents(sets), []
         for path in ProgressBar(training, desc="training latents", unit="latent", leave=False):
@@ -200,25 +198,22 @@ class SampleEvaluation:
             search.add(path, z)
             gaussian.add(z)
             coarse.append(coarse_latent(z))
-        return search.found, gaussian.samples, coarse
+        return search.found, gaussian.samples, torch.stack(coarse)
 
     def _rows(
-        self, sets: Mapping[str, Sequence[Latent]], coarse: Sequence[torch.Tensor]
+        self, sets: Mapping[str, Sequence[Latent]], coarse: torch.Tensor
     ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
         """The numbers of each set, and its power spectrum."""
-        self.nearest_classes = {
-            key: NearestClass(coarse, [str(each.conditions.get(key)) for each in self.descriptions], condition.classes)
-            for key, condition in self.generator.statistics.conditions.keys.items()
-            if isinstance(condition, ClassCondition) and len(condition.classes) > 1
-        }
         measured = {name: self._measured(name, latents) for name, latents in sets.items()}
         rows: dict[str, dict[str, float]] = {name: {"number": len(latents)} for name, latents in sets.items()}
+        features = {}
         for kind in measured[HELD_OUT][0]["features"]:
-            features = {name: [each["features"][kind] for each in found] for name, found in measured.items()}
-            standardised = Standardised(coarse if kind == "coarse" else features[TRAINING])
-            held_out = standardised(features[HELD_OUT])
+            found = {name: torch.stack([each["features"][kind] for each in volumes]) for name, volumes in measured.items()}
+            real = coarse if kind == "coarse" else found[TRAINING]
+            bandwidth = float(torch.pdist(standardised(real, real)).median())  # NaN of one
+            features[kind] = {name: standardised(each, real) for name, each in found.items()}
             for name, row in rows.items():
-                distance = kernel_mmd(standardised(features[name]), held_out, standardised.bandwidth, self.seed)
+                distance = kernel_mmd(features[kind][name], features[kind][HELD_OUT], bandwidth, self.seed)
                 row[f"mmd2_{kind}"], row[f"p_{kind}"] = distance if name != HELD_OUT else (math.nan, math.nan)
         spectra = {name: torch.stack([each["spectrum"] for each in found]).nanmean(0) for name, found in measured.items()}
         columns = dict.fromkeys(column for found in measured.values() for each in found for column in each["numbers"])
@@ -229,6 +224,14 @@ class SampleEvaluation:
             row["fine_detail"] = mean_of_finite(difference[NUM_BANDS // 2 :])
             for column in columns:
                 row[column] = mean_of_finite(each["numbers"].get(column, math.nan) for each in measured[name])
+        for key, condition in self.generator.statistics.conditions.keys.items():
+            labels = [str(each.conditions.get(key)) for each in self.descriptions]
+            classes = [name for name in getattr(condition, "classes", ()) if name in labels]
+            if len(classes) > 1:
+                for name, row in rows.items():
+                    asked = [str(latent.volume.conditions.get(key)) if latent.volume else "" for latent in sets[name]]
+                    volumes = features["coarse"][name]
+                    row[f"obeyed_{key}"] = share_obeyed(volumes, asked, standardised(coarse, coarse), labels, classes)
         return rows, {name: spectrum.tolist() for name, spectrum in spectra.items()}
 
     def _measured(self, name: str, latents: Sequence[Latent]) -> list[dict[str, Any]]:
@@ -245,10 +248,6 @@ class SampleEvaluation:
                 features["slices"] = self.slice_features(volume)
             energy = grid_energy(volume[None], self.statistics.factors)
             numbers = {"grid_energy": energy, **self.spatial.measured(volume, name, latents, index)}
-            for key, nearest_class in self.nearest_classes.items():
-                asked = str(latent.volume.conditions.get(key)) if latent.volume else None
-                if asked in nearest_class.classes:
-                    numbers[f"obeyed_{key}"] = float(nearest_class(features["coarse"]) == asked)
             spectrum, small = power_spectrum(volume), shrunk(volume)
             found.append({"features": features, "spectrum": spectrum, "small": small, "numbers": numbers})
         return found
@@ -281,10 +280,13 @@ class SampleEvaluation:
         return described, pictures, views
 
     def _picture(self, samples: Sequence[Latent], held_out: Sequence[Latent]) -> bytes:
-        """A PNG file of four samples and two held-out volumes, or of two samples beside the volumes whose spatial conditions
-        they have. Those of other sizes and spacings than the first one are left out."""
+        """
+        A PNG file of four samples and two held-out volumes, or of two samples beside the volumes whose spatial conditions
+        they have, which are not the same. Those of other sizes and spacings than the first sample are left out.
+        """
         first, columns = samples[0].volume, {}
-        drawn = {"sample": samples[:4], "held out": held_out[:2]} if not self.kinds else {"sample": samples[:2]}
+        of_each = samples[: len(held_out)]  # held-out volumes take turns
+        drawn = {"sample": of_each[:2]} if self.kinds else {"sample": samples[:4], "held out": held_out[:2]}
         for title, latents in drawn.items():
             for i, latent in enumerate(latents):
                 if (latent.volume.size, latent.volume.spacing) == (first.size, first.spacing):

@@ -62,14 +62,8 @@ class LatentReader:
 
     def spatial(self, latent: Latent, kinds: Mapping[str, SpatialKind]) -> dict[str, torch.Tensor]:
         """
-        Latents of those spatial conditions that a volume has, as the autoencoder makes them.
-
-        Args:
-            latent: latent of the volume.
-            kinds: spatial conditions by key.
-
-        Returns:
-            ``1x(planes * C)xHxWxD`` each, by key.
+        Latents of those of the spatial conditions that a volume has, as the autoencoder makes them, ``1x(planes * C)xHxWxD``
+        each.
 
         Raises:
             ValueError: for a condition of another kind.
@@ -93,15 +87,8 @@ def draw_samples(
     sampler: Sampler, reader: LatentReader, like: Sequence[Latent], kinds: Mapping[str, SpatialKind], count: int, seed: int
 ) -> list[Latent]:
     """
-    Samples of a generator, each with size, spacing and conditions of one of the volumes, which take turns.
-
-    Args:
-        sampler: sampler that makes them.
-        reader: reader of the volumes' spatial conditions, by whose statistics samples are normalised.
-        like: latents of the volumes.
-        kinds: spatial conditions, by key, that are given where a volume has them.
-        count: number of samples.
-        seed: seed of the run; a sample depends on it and on its number.
+    Samples of a generator. Each has size, spacing and conditions of one of the volumes ``like``, which take turns, and those
+    of the spatial conditions ``kinds`` that the volume has.
     """
     drawn, keys = [], sampler.generator.statistics.conditions.keys
     for index in ProgressBar(range(count), desc="sampling", unit="sample", leave=False):
@@ -114,14 +101,7 @@ def draw_samples(
 
 
 def plain_gaussian(shapes: Sequence[Shape], deviation: torch.Tensor, seed: int) -> list[Latent]:
-    """
-    Independent values with the deviations of the channels.
-
-    Args:
-        shapes: shapes of the samples, ``CxHxWxD`` each.
-        deviation: deviation of each channel around its mean, which is 0.
-        seed: seed of the samples.
-    """
+    """Latents of the shapes, ``CxHxWxD``, whose values are independent and have the deviation of their channel."""
     random = torch.Generator().manual_seed(seed)
     return [Latent(torch.randn(*shape, generator=random) * deviation[:, None, None, None]) for shape in shapes]
 
@@ -141,14 +121,14 @@ class CovarianceGaussian:
     def __init__(self, shapes: Sequence[Shape], training: Sequence[Shape], seed: int) -> None:
         random, counts = np.random.default_rng(seed), Counter(map(tuple, training))
         self.samples = [Latent(torch.zeros(*shape)) for shape in shapes if counts[tuple(shape)] > 1]
-        self._weights = []  # what each latent is multiplied by, the last one first
+        self._weights = []  # by which the latents are multiplied, one after the other
         for sample in self.samples:
             count = counts[tuple(sample.z.shape)]
-            normal = random.standard_normal(count)[::-1]
-            self._weights.append((1 / count + (normal - normal.mean()) / np.sqrt(count - 1)).tolist())
+            normal = random.standard_normal(count)
+            self._weights.append(iter((1 / count + (normal - normal.mean()) / np.sqrt(count - 1)).tolist()))
 
     def add(self, latent: torch.Tensor) -> None:
         """Add a training latent; the samples are done when all have been added."""
         for sample, weights in zip(self.samples, self._weights):
             if sample.z.shape == latent.shape:
-                sample.z.add_(latent, alpha=weights.pop())
+                sample.z.add_(latent, alpha=next(weights))

@@ -52,14 +52,9 @@ class SpatialEvaluation:
 
     def train_segmenters(self, training: Sequence[Latent], steps: int, seed: int, device: str) -> None:
         """
-        Train a network for each label map. It learns from decoded volumes, which lack what the autoencoder does not show, as
-        samples do: what is then between the Dice of held-out volumes and that of samples is up to the generator.
-
-        Args:
-            training: training volumes; those with a label map are kept in memory, decoded.
-            steps: see :py:func:`scripts.evaluation.samples.segmentation.train_segmenter`.
-            seed: ditto.
-            device: ditto.
+        Train a network for each label map, on decoded volumes, which lack what the autoencoder does not show, as samples do:
+        what is then between the Dice of held-out volumes and that of samples is up to the generator. The training volumes
+        that have a label map are kept in memory.
         """
         for key, kind in self.label_maps.items():
             labelled = [latent for latent in training if key in latent.known.spatial]
@@ -94,7 +89,12 @@ class SpatialEvaluation:
             labels = _labels(latent, key).to(volume.device)
             if len(kind.classes) > 1:
                 found[f"explained_{key}"] = explained_share(volume, labels)
-                others = [each for each in (*latents[index + 1 :], *latents[:index]) if _may_be_exchanged(key, latent, each)]
+                size = latent.known.preprocessed_shape
+                others = [
+                    each
+                    for each in (*latents[index + 1 :], *latents[:index])
+                    if each.path != latent.path and each.known.preprocessed_shape == size and key in each.known.spatial
+                ]
                 if others:
                     found[f"explained_by_other_{key}"] = explained_share(volume, _labels(others[0], key).to(volume.device))
             elif has_image:
@@ -110,14 +110,8 @@ class SpatialEvaluation:
 
     def beside(self, sample: torch.Tensor, latent: Latent) -> dict[str, torch.Tensor]:
         """
-        What a sample is shown beside: itself with each label map, image conditions, and the volume whose conditions it has.
-
-        Args:
-            sample: decoded, ``HxWxD``.
-            latent: its latent.
-
-        Returns:
-            volumes as :py:func:`scripts.evaluation.pictures.panels_of` takes them; none without spatial conditions.
+        What a sample (decoded, ``HxWxD``) is shown beside: itself with each label map, image conditions, and the volume that
+        they are of; nothing without spatial conditions.
         """
         columns = {
             f"sample with {key}": overlaid(_cropped(sample, latent), _labels(latent, key)[0], kind.classes)
@@ -148,23 +142,14 @@ def _labels(latent: Latent, key: str) -> torch.Tensor:
     return read_labels(Path(latent.path), latent.known, key)
 
 
-def _may_be_exchanged(key: str, latent: Latent, other: Latent) -> bool:
-    """Whether another volume of the same size has a label map too."""
-    one, another = latent.known, other.known
-    return one.source != another.source and one.preprocessed_shape == another.preprocessed_shape and key in another.spatial
-
-
 def explained_share(volume: torch.Tensor, labels: torch.Tensor) -> float:
     """
-    Share of a volume's variance that a label map explains (R² of the class means), over the voxels whose label is not 0:
-    1 - variance around the means of the classes / variance.
+    Share of a volume's variance that a label map explains (R² of the class means), over the voxels whose label is not 0; NaN
+    where the volume is constant over them.
 
     Args:
         volume: ``CxHxWxD``; the variances are sums over the channels.
         labels: ``1xHxWxD``, integers.
-
-    Returns:
-        0 to 1; NaN where the volume is constant over these voxels.
     """
     inside = labels[0] != 0
     values = volume[:, inside].double()
@@ -177,14 +162,11 @@ def explained_share(volume: torch.Tensor, labels: torch.Tensor) -> float:
 
 def fidelity(volume: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     """
-    Peak signal-to-noise ratio, dB, and structural similarity.
+    Peak signal-to-noise ratio, dB, and structural similarity, NaN for less than 11 voxels along an axis: ``psnr``, ``ssim``.
 
     Args:
         volume: ``CxHxWxD`` in [0, 1].
         truth: of the same shape.
-
-    Returns:
-        ``psnr`` and ``ssim``; the latter is NaN for less than 11 voxels along an axis.
     """
     metrics = {"psnr": PSNRMetric(max_val=1.0), "ssim": LargeVolumeSSIMMetric(spatial_dims=3)}
     return {name: float(torch.as_tensor(metric(volume[None], truth[None]))) for name, metric in metrics.items()}
@@ -192,30 +174,23 @@ def fidelity(volume: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
 
 def inside_mae(volume: torch.Tensor, truth: torch.Tensor, labels: torch.Tensor) -> float:
     """
-    Mean absolute difference of two volumes where the label is not 0.
+    Mean absolute difference of two volumes in a region; NaN for an empty one.
 
     Args:
         volume: ``CxHxWxD``.
         truth: of the same shape.
-        labels: ``1xHxWxD``.
-
-    Returns:
-        in units of the volumes; NaN without such voxels.
+        labels: ``1xHxWxD``, 0 outside of the region.
     """
     return float((volume - truth)[:, labels[0] != 0].abs().mean())
 
 
 def border_step(volume: torch.Tensor, labels: torch.Tensor) -> float:
     """
-    Step across the border of a region: mean absolute difference of neighbouring voxels of which one has the label 0 and the
-    other has not.
+    Mean absolute difference of neighbouring voxels of which one is in a region and the other is not; NaN without a border.
 
     Args:
         volume: ``CxHxWxD``.
-        labels: ``1xHxWxD``.
-
-    Returns:
-        in units of the volume; NaN without a border.
+        labels: ``1xHxWxD``, 0 outside of the region.
     """
     inside = labels[0] != 0
     # the difference of booleans is whether they differ

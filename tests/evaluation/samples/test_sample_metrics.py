@@ -9,18 +9,13 @@ import pytest
 import torch
 
 from scripts.evaluation.samples.features import (
-    NearestClass,
-    Standardised,
     channel_statistics,
     coarse_latent,
     local_statistics,
+    share_obeyed,
+    standardised,
 )
-from scripts.evaluation.samples.sample_metrics import (
-    kernel_mmd,
-    pairwise_ms_ssim,
-    power_spectrum,
-    shrunk,
-)
+from scripts.evaluation.samples.sample_metrics import kernel_mmd, pairwise_ms_ssim, power_spectrum, shrunk
 from scripts.evaluation.samples.sample_sets import CovarianceGaussian, plain_gaussian
 
 
@@ -131,14 +126,14 @@ def test_channel_statistics_are_in_units_of_the_channels():
 
 
 def test_features_are_standardised_and_constant_ones_do_not_explode():
-    real = [torch.tensor([value, 5.0]) for value in (1.0, 3.0)]
-    assert torch.equal(Standardised(real)(real), torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64))
-    assert float(Standardised(real)([torch.tensor([2.0, 5.1])])[0, 1]) == pytest.approx(1, rel=1e-4)
+    real = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    assert torch.equal(standardised(real, real), torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64))
+    assert float(standardised(torch.tensor([[2.0, 5.1]]), real)[0, 1]) == pytest.approx(1, rel=1e-4)
 
 
 def test_class_of_a_volume_is_that_of_the_nearest_mean():
-    training = [torch.tensor([x, 0.0]) for x in (0.0, 1.0, 5.0, 6.0)]
-    labels = ["a", "a", "b", "b"]
-    queries = [torch.tensor([x, 0.0]) for x in (-9.0, 2.0, 4.0, 9.0)]
-    nearest_class = NearestClass(training, labels, ["a", "b", "c"])
-    assert [nearest_class(query) for query in queries] == ["a", "a", "b", "b"]
+    training = torch.tensor([[x, 0.0] for x in (0.0, 1.0, 5.0, 6.0)])
+    labels, queries = ["a", "a", "b", "b"], torch.tensor([[x, 0.0] for x in (-9.0, 2.0, 4.0, 9.0)])
+    for asked, share in ((["a", "a", "b", "b"], 1), (["b", "a", "a", "b"], 0.5), (["c", "", "a", "b"], 0.5)):
+        assert share_obeyed(queries, asked, training, labels, ["a", "b"]) == share
+    assert math.isnan(share_obeyed(queries, [""] * 4, training, labels, ["a", "b"]))

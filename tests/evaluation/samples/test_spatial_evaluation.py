@@ -17,6 +17,7 @@ from PIL import Image
 from scripts.bundle.errors import reason
 from scripts.bundle.weights import save_weights
 from scripts.diffusion.generator import describe
+from scripts.evaluation.pictures import draw_columns
 from tests.diffusion.runs import encode, leave_start, make_weights, workflow
 from tests.evaluation.samples.test_sample_evaluation import SHARE, evaluate, evaluating
 from tests.evaluation.test_codec_evaluation import Page
@@ -129,6 +130,18 @@ def test_report_shows_conditions_beside_samples(folder, evaluation):
 def test_picture_shows_label_maps_in_colour(folder, evaluation):
     picture = np.asarray(Image.open(folder / "evaluation" / "samples.png").convert("RGB")).astype(int)
     assert (np.ptp(picture, axis=-1) > 30).mean() > 0.005
+
+
+def test_picture_shows_a_held_out_volume_once_though_more_samples_have_its_conditions(folder, tmp_path, monkeypatch):
+    drawn: dict[str, torch.Tensor] = {}
+
+    def draw(columns, spacing):
+        drawn.update(columns)
+        return draw_columns(columns, spacing)
+
+    monkeypatch.setattr("scripts.evaluation.samples.sample_evaluation.draw_columns", draw)
+    evaluate(folder, tmp_path, val_fraction=0.1, spatial_keys=["label"], num_samples=2, view_nearest=0)
+    assert list(drawn) == ["sample 0", "sample with label 0", "held-out volume 0"]
 
 
 def test_conditions_are_those_that_the_generator_has_unless_named(folder, tmp_path):
