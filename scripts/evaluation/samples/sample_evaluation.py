@@ -57,6 +57,7 @@ FEW = 20  # held-out volumes
 MAX_PICTURES = 12  # of samples in the report
 SAME_SPLIT = 1e-6  # difference of the channels' means over one training half, from rounding
 NEAREST, DIFFERENCE = "nearest training volume", "difference"
+Sets = Mapping[str, Sequence[Latent]]
 Found = list[tuple[float, str]]  # distance and path of the nearest training latents; infinite without one
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class SampleEvaluation:
         return notes
 
     def _compare_with_training(
-        self, sets: Mapping[str, Sequence[Latent]], training: Sequence[str]
+        self, sets: Sets, training: Sequence[str]
     ) -> tuple[dict[str, Found], list[Latent], torch.Tensor]:
         """Nearest training latent of each latent, Gaussians like the samples, and coarse training latents, in one pass."""
         shapes = [(channels, *size) for *size, channels in (each.latent_shape for each in self.descriptions)]
@@ -200,9 +201,7 @@ class SampleEvaluation:
             coarse.append(coarse_latent(z))
         return search.found, gaussian.samples, torch.stack(coarse)
 
-    def _rows(
-        self, sets: Mapping[str, Sequence[Latent]], coarse: torch.Tensor
-    ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
+    def _rows(self, sets: Sets, coarse: torch.Tensor) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
         """The numbers of each set, and its power spectrum."""
         measured = {name: self._measured(name, latents) for name, latents in sets.items()}
         rows: dict[str, dict[str, float]] = {name: {"number": len(latents)} for name, latents in sets.items()}
@@ -268,12 +267,12 @@ class SampleEvaluation:
             viewed = rank < self.view_nearest or index in self.view_samples
             if rank >= MAX_PICTURES and not viewed:
                 continue
-            volumes, difference = {"sample": self.reader.decode(sample.z)[0]}, {}
-            beside = self.spatial.beside(volumes["sample"], sample)
+            volume = self.reader.decode(sample.z)[0]
+            volumes, columns = {"sample": volume}, {"sample": volume, **self.spatial.beside(volume, sample)}
             if path:
-                volumes[NEAREST] = self.reader.decode(self.reader.read(path).z)[0]
-                difference[DIFFERENCE] = (volumes[NEAREST] - volumes["sample"]).abs()
-            pictures[index] = panels_of({"sample": volumes["sample"], **beside, **volumes, **difference})
+                volumes[NEAREST] = columns[NEAREST] = self.reader.decode(self.reader.read(path).z)[0]
+                columns[DIFFERENCE] = (columns[NEAREST] - volume).abs()
+            pictures[index] = panels_of(columns)
             if viewed:
                 affine = np.diag([*sample.volume.spacing, 1.0]).tolist()
                 views[index] = view_of(volumes, DIFFERENCE, affine, gain=1, max_voxels=self.view_max_voxels)

@@ -48,13 +48,7 @@ class Segmenter:
 
     @torch.no_grad()
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            image: ``CxHxWxD``, in any scale.
-
-        Returns:
-            the number of each voxel's class, from 1, or 0 for the background: ``1xHxWxD``.
-        """
+        """The number of the class of each voxel of an image, ``CxHxWxD``, from 1, or 0 for the background: ``1xHxWxD``."""
         device = next(self.network.parameters()).device
         normalised = torch.as_tensor(NormalizeIntensity()(image))[None].to(device)
         scores: Any = sliding_window_inference(
@@ -63,15 +57,7 @@ class Segmenter:
         return scores[0].argmax(0, keepdim=True)
 
     def dice(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """
-        Dice coefficients.
-
-        Args:
-            pairs: that were not trained on.
-
-        Returns:
-            a row for each pair and a column for each class; NaN where a label map does not have the class.
-        """
+        """Dice, a row for each pair and a column for each class; NaN where a label map does not have the class."""
         metric = DiceMetric(include_background=False, reduction="none", num_classes=len(self.classes) + 1)
         for image, labels in pairs:
             metric(self(image)[None].cpu(), _numbers(labels, self.classes)[None].cpu())
@@ -84,8 +70,7 @@ def train_segmenter(
 ) -> Segmenter:
     """
     Train a U-Net of half a million parameters on random patches of 32x32x32 voxels, two in a batch, four of five around a
-    voxel that has a label. Half of them change in brightness and contrast by up to 10 %. A step takes the same time for all
-    pairs.
+    voxel that has a label, half of them changed in brightness and contrast by up to 10 %.
 
     Args:
         pools: sets of pairs; a batch has as many of each. One or two.
@@ -133,7 +118,5 @@ def _patches(pairs: Sequence[Pair], seed: int) -> Iterator[Pair]:
 
 def _numbers(labels: torch.Tensor, classes: Sequence[int]) -> torch.Tensor:
     """The number of each label among the classes, from 1; 0 for all others."""
-    numbers = torch.zeros_like(labels, dtype=torch.long)
-    for number, label in enumerate(classes, start=1):
-        numbers[labels == label] = number
+    numbers: Any = sum(number * (labels == label) for number, label in enumerate(classes, start=1))
     return numbers
