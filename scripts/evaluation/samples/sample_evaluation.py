@@ -73,9 +73,9 @@ class SampleEvaluation:
     - ``covariance_gaussian``, ``gaussian``: what needs no network, see ``sample_sets``.
 
     All of them are latents that go through the autoencoder's decoder, so that what it cannot show is missing everywhere.
-    Latents are compared in units of the image, whatever ``latent_gamma`` the generator was trained with. Results are
-    written below a folder: ``metrics.json``, ``metrics.csv`` (a row for each set), ``report.html`` and ``samples.png``. A
-    number that is not defined, because there are too few volumes or they are too small, is null, empty or a dash.
+    Latents are compared in units of the image. Results are ``metrics.json``, ``metrics.csv`` (a row for each set),
+    ``report.html`` and ``samples.png``. A number that is not defined, because there are too few volumes or they are too
+    small, is null, empty or a dash.
 
     Args:
         inferer: inferer that makes samples and decodes.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from scripts.evaluation.metrics import LargeVolumeMSSSIMMetric
+from scripts.evaluation.reports import mean_of_finite
 from scripts.evaluation.samples.sample_sets import Latent
 
 NUM_PERMUTATIONS = 1000
@@ -36,9 +37,8 @@ def kernel_mmd(x: torch.Tensor, y: torch.Tensor, bandwidth: float, seed: int = 0
         seed: seed of the permutations.
 
     Returns:
-        the unbiased estimate, which is around 0 and may be negative for sets of one distribution; and p, the share of 1,000
-        divisions of both sets into two at random, the given one counted in, whose estimate is at least as large. NaN for
-        sets of one, and for a bandwidth of 0.
+        the unbiased estimate, around 0 for sets of one distribution; and p, the share of 1,000 random divisions of both sets
+        into two, the given one counted in, whose estimate is at least as large. NaN for sets of one, and a bandwidth of 0.
     """
     m, n = len(x), len(y)
     if min(m, n) < 2 or not bandwidth > 0:
@@ -69,34 +69,27 @@ def shrunk(volume: torch.Tensor) -> torch.Tensor:
 def pairwise_ms_ssim(volumes: Sequence[torch.Tensor], seed: int = 0) -> float:
     """
     How alike the volumes of a set are: mean of the multi-scale structural similarity (three scales, kernel of 5 voxels) over
-    pairs. Higher than among real volumes is less diverse; 1 is a set of copies.
+    pairs, 1 for a set of copies. NaN without a pair of equal size, and of fewer than 20 voxels along an axis.
 
     Args:
-        volumes: ``CxHxWxD`` each, see :py:func:`shrunk`. Those of different sizes make no pair.
+        volumes: ``CxHxWxD`` each, see :py:func:`shrunk`.
         seed: seed of the choice, where there are more than 100 pairs.
-
-    Returns:
-        NaN where there is no pair, or where volumes have fewer than 20 voxels along an axis.
     """
     pairs = [(a, b) for a, b in itertools.combinations(range(len(volumes)), 2) if volumes[a].shape == volumes[b].shape]
     if len(pairs) > MAX_PAIRS:
         chosen = np.random.default_rng(seed).choice(len(pairs), MAX_PAIRS, replace=False)
         pairs = [pairs[i] for i in sorted(chosen)]
     metric = LargeVolumeMSSSIMMetric(spatial_dims=3, **MS_SSIM)
-    found = [float(torch.as_tensor(metric(volumes[a][None], volumes[b][None])).mean()) for a, b in pairs]
-    return float(np.mean(found)) if found else math.nan
+    return mean_of_finite(float(torch.as_tensor(metric(volumes[a][None], volumes[b][None]))) for a, b in pairs)
 
 
 def power_spectrum(volume: torch.Tensor) -> torch.Tensor:
     """
-    Power in 16 bands of frequency, in dB: blurred volumes have less in the upper bands than real ones, noisy ones more.
+    Power in 16 bands of frequency, in dB: blurred volumes have less in the upper bands than real ones, noisy ones more. A
+    band is a shell of the radius k / 32 to (k + 1) / 32 cycles per voxel, NaN without a frequency; the mean is left out.
 
     Args:
         volume: ``CxHxWxD`` in [0, 1].
-
-    Returns:
-        ``16``; a band is a shell of the radius k / 32 to (k + 1) / 32 cycles per voxel. NaN for a band without a frequency,
-        in small volumes; the mean is left out.
     """
     power = torch.fft.rfftn(volume.float(), dim=(1, 2, 3)).abs().square().mean(0) / volume[0].numel()
     *sizes, last = volume.shape[1:]
