@@ -130,7 +130,7 @@ class _WithLatents(nn.Module):
         with fake_tensors(), torch.no_grad():
             (z_mu, *_) = fake_copy(network).encode(torch.empty(1, image_channels, *(PROBE,) * SPATIAL_DIMS))  # type: ignore[operator]
         self.latent_channels, *sizes = z_mu.shape[1:]
-        if len(sizes) != SPATIAL_DIMS or any(PROBE % size for size in sizes):
+        if any(PROBE % size for size in sizes):
             raise ValueError(f"its latent of {by((PROBE,) * SPATIAL_DIMS)} voxels is {by(sizes)}, which is no whole factor.")
         self.total_downsample_factor = tuple(PROBE // size for size in sizes)
 

@@ -16,14 +16,12 @@ from monai.bundle import ConfigWorkflow
 from PIL import Image
 
 from scripts.bundle.errors import reason
-from scripts.bundle.weights import save_weights
-from scripts.diffusion.generator import describe
 from scripts.evaluation.samples.features import load_slice_features
 from scripts.evaluation.samples.sample_evaluation import _closeness, _limit
 from scripts.evaluation.samples.sample_metrics import NearestLatents
 from scripts.evaluation.samples.sample_sets import Latent
 from tests.conftest import save_volume
-from tests.diffusion.runs import encode, leave_start, make_weights, workflow
+from tests.diffusion.runs import encode, make_weights, save_untrained_generator, workflow
 from tests.evaluation.test_codec_evaluation import Page
 
 OVERLAY = ("train_diffusion.json", "evaluate_diffusion.json")
@@ -69,12 +67,7 @@ def folder(tmp_path_factory) -> Path:
     rows = [f"sub-{i}\t{'FM'[i % 2]}" for i in range(7)]
     (folder / "volumes" / "participants.tsv").write_text("\n".join(["participant_id\tsex", *rows]))
     latents = encode(folder / "volumes", folder / "latents", weights)
-    keys = {"channels": [8, 16], "norm_num_groups": 4, "num_head_channels": 8, "condition_keys": ["sex"], "device": "cpu"}
-    flow = workflow("train_diffusion.json", "training", "train", dataset_dir=latents, val_fraction=SHARE, **keys)
-    torch.manual_seed(0)
-    network, statistics, rectified = (flow.parser.get_parsed_content(name) for name in ("network_def", "statistics", "flow"))
-    leave_start(network)
-    save_weights(network, folder / "run" / "checkpoints" / "model.pt", describe(statistics, rectified, 0.1))
+    save_untrained_generator(latents, folder / "run", val_fraction=SHARE, condition_keys=["sex"])
     evaluate(folder, folder / "evaluation", val_fraction=SHARE)
     return folder
 

@@ -15,10 +15,8 @@ import torch
 from PIL import Image
 
 from scripts.bundle.errors import reason
-from scripts.bundle.weights import save_weights
-from scripts.diffusion.generator import describe
 from scripts.evaluation.pictures import draw_columns
-from tests.diffusion.runs import encode, leave_start, make_weights, workflow
+from tests.diffusion.runs import encode, make_weights, save_untrained_generator
 from tests.evaluation.samples.test_sample_evaluation import SHARE, evaluate, evaluating
 from tests.evaluation.test_codec_evaluation import Page
 
@@ -54,13 +52,7 @@ def folder(tmp_path_factory) -> Path:
         save_case(folder / "volumes", seed)
     keys = {"spatial_keys": SPATIAL, "label_keys": ["hole"], "intensity_range": [0, 1]}
     latents = encode(folder / "volumes", folder / "latents", weights, **keys)
-    network = {"channels": [8, 16], "norm_num_groups": 4, "num_head_channels": 8, "device": "cpu"}
-    keys = {"dataset_dir": latents, "val_fraction": SHARE, "spatial_keys": SPATIAL, **network}
-    flow = workflow("train_diffusion.json", "training", "train", **keys)
-    torch.manual_seed(0)
-    network, statistics, rectified = (flow.parser.get_parsed_content(name) for name in ("network_def", "statistics", "flow"))
-    leave_start(network)
-    save_weights(network, folder / "run" / "checkpoints" / "model.pt", describe(statistics, rectified, 0.1))
+    save_untrained_generator(latents, folder / "run", val_fraction=SHARE, spatial_keys=SPATIAL)
     return folder
 
 
