@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.tables import described, print_table
-from scripts.evaluation.samples.segmentation import Pair, train_segmenter
+from scripts.evaluation.samples.segmentation import Pair, dice, train_segmenter
 
 STEPS = 450
 
@@ -87,9 +87,9 @@ def load_pairs(folder: str, *parts: str) -> tuple[dict[str, Any], list[list[Pair
 def measure(pools: Sequence[Sequence[Pair]], held_out: Sequence[Pair], classes: Sequence[int], steps: int, seed: int) -> Any:
     """Processor time of a training, seconds, and the Dice of each class, averaged over the volumes that have it."""
     start = time.process_time()
-    segmenter = train_segmenter(pools, classes, steps, seed)
+    network = train_segmenter(pools, classes, steps, seed)
     seconds = time.process_time() - start
-    return {"seconds": seconds, "dice": segmenter.dice(held_out).nanmean(0).tolist()}
+    return {"seconds": seconds, "dice": dice(network, held_out, classes).nanmean(0).tolist()}
 
 
 def cells(row: str, results: Sequence[dict[str, Any]]) -> list[str]:

@@ -96,9 +96,9 @@ def share_obeyed(
     return mean_of_finite(float(classes[i] == name) for i, name in zip(nearest, asked) if name in classes)
 
 
-def load_slice_features() -> SliceFeatures | None:
+def load_slice_network() -> EfficientNet | None:
     """
-    The features, or None where the package with the weights is not installed. None of its code is run.
+    The network of :py:func:`slice_features`; None without the package that has its weights, of which no code is run.
 
     Raises:
         ValueError: for the file of another version, whose numbers could not be compared.
@@ -110,7 +110,7 @@ def load_slice_features() -> SliceFeatures | None:
     content = path.read_bytes()
     if content_hash(content) != SHA256:
         raise ValueError(f"{path} is not the file of version 0.1.0 of {PACKAGE}: install that version.")
-    return SliceFeatures(_lite0(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)))
+    return _lite0(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
 
 
 def _lite0(state: dict[str, torch.Tensor]) -> EfficientNet:
@@ -125,24 +125,22 @@ def _lite0(state: dict[str, torch.Tensor]) -> EfficientNet:
     return network.eval().requires_grad_(False)
 
 
-class SliceFeatures:
+def slice_features(volume: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
     """
     What slices look like: features of a network, averaged over eight slices in each of three planes. Fréchet distances in
     2.5D (Guo et al., MAISI, https://arxiv.org/abs/2409.11169) have an item for each slice; here a volume is one, so that the
     test permutes independent items.
 
     Args:
+        volume: ``CxHxWxD`` in [0, 1].
         network: gives features ``BxK`` of images ``Bx3xHxW`` in [-1, 1].
+
+    Returns:
+        ``3 * C * K``, on the CPU.
     """
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        self.network = network
-
-    def __call__(self, volume: torch.Tensor) -> torch.Tensor:
-        """``3 * C * K`` features of a volume ``CxHxWxD`` in [0, 1], on the CPU."""
-        network = self.network.to(volume.device)
-        features = [network(images(volume, axis)).unflatten(0, (NUM_SLICES, -1)).mean(0) for axis in range(1, volume.dim())]
-        return torch.stack(features).flatten().cpu()
+    network = network.to(volume.device)
+    features = [network(images(volume, axis)).unflatten(0, (NUM_SLICES, -1)).mean(0) for axis in range(1, volume.dim())]
+    return torch.stack(features).flatten().cpu()
 
 
 def images(volume: torch.Tensor, axis: int) -> torch.Tensor:

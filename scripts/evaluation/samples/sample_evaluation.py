@@ -23,9 +23,10 @@ from scripts.evaluation.reports import mean_of_finite, summary_table, write_resu
 from scripts.evaluation.samples.features import (
     channel_statistics,
     coarse_latent,
-    load_slice_features,
+    load_slice_network,
     local_statistics,
     share_obeyed,
+    slice_features,
     standardised,
 )
 from scripts.evaluation.samples.sample_metrics import (
@@ -117,7 +118,7 @@ class SampleEvaluation:
             raise ValueError(f"`view_samples` is {self.view_samples}; samples have the numbers 0 to {self.num_samples - 1}.")
         self.sampler, self.generator = self.inferer.sampler, self.inferer.sampler.generator
         self.kinds = self.generator.statistics.spatial_kinds(self.spatial_keys)
-        self.slice_features = load_slice_features()
+        self.slice_network = load_slice_network()
 
     def run(self) -> None:
         """Draw, measure and write."""
@@ -183,7 +184,7 @@ class SampleEvaluation:
                 notes.append(f"{missing} of {count} held-out volumes do not have the spatial condition {key!r}.")
         if len({each.preprocessed_shape for each in self.descriptions}) > 1:
             notes.append("Volumes differ in size: a latent is compared only with training latents of its own size.")
-        if self.slice_features is None:
+        if self.slice_network is None:
             notes.append('Slices are not compared: pip install ".[features]" brings their network (17 MB).')
         return notes
 
@@ -243,8 +244,8 @@ class SampleEvaluation:
                 "channels": channel_statistics(latent.z, self.statistics.amplitude),
                 "local": local_statistics(volume),
             }
-            if self.slice_features is not None:
-                features["slices"] = self.slice_features(volume)
+            if self.slice_network is not None:
+                features["slices"] = slice_features(volume, self.slice_network)
             energy = grid_energy(volume[None], self.statistics.factors)
             numbers = {"grid_energy": energy, **self.spatial.measured(volume, name, latents, index)}
             spectrum, small = power_spectrum(volume), shrunk(volume)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,41 +32,29 @@ LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-2
 
 
-@dataclass(frozen=True)
-class Segmenter:
-    """
-    A trained network.
+@torch.no_grad()
+def segment(image: torch.Tensor, network: torch.nn.Module) -> torch.Tensor:
+    """The number of each voxel's class, ``1xHxWxD`` from 1, 0 for the background, of an image ``CxHxWxD`` in any scale."""
+    device = next(network.parameters()).device
+    normalised = torch.as_tensor(NormalizeIntensity()(image))[None].to(device)
+    scores: Any = sliding_window_inference(
+        normalised, WINDOW_SIZE, BATCH_SIZE, network, mode="gaussian", padding_mode="replicate"
+    )
+    return scores[0].argmax(0, keepdim=True)
 
-    Args:
-        network: gives a score for the background and for each class.
-        classes: labels, without 0.
-    """
 
-    network: torch.nn.Module
-    classes: tuple[int, ...]
-
-    @torch.no_grad()
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """The number of the class of each voxel of an image, ``CxHxWxD``, from 1, or 0 for the background: ``1xHxWxD``."""
-        device = next(self.network.parameters()).device
-        normalised = torch.as_tensor(NormalizeIntensity()(image))[None].to(device)
-        scores: Any = sliding_window_inference(
-            normalised, WINDOW_SIZE, BATCH_SIZE, self.network, mode="gaussian", padding_mode="replicate"
-        )
-        return scores[0].argmax(0, keepdim=True)
-
-    def dice(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """Dice, a row for each pair and a column for each class; NaN where a label map does not have the class."""
-        metric = DiceMetric(include_background=False, reduction="none", num_classes=len(self.classes) + 1)
-        for image, labels in pairs:
-            metric(self(image)[None].cpu(), _numbers(labels, self.classes)[None].cpu())
-        dice: Any = metric.aggregate()
-        return dice
+def dice(network: torch.nn.Module, pairs: Sequence[Pair], classes: Sequence[int]) -> torch.Tensor:
+    """Dice, a row for each pair and a column for each class; NaN where a label map does not have the class."""
+    metric = DiceMetric(include_background=False, reduction="none", num_classes=len(classes) + 1)
+    for image, labels in pairs:
+        metric(segment(image, network)[None].cpu(), _numbers(labels, classes)[None].cpu())
+    found: Any = metric.aggregate()
+    return found
 
 
 def train_segmenter(
     pools: Sequence[Sequence[Pair]], classes: Sequence[int], steps: int, seed: int, device: str = "cpu"
-) -> Segmenter:
+) -> torch.nn.Module:
     """
     Train a U-Net of half a million parameters on random patches of 32x32x32 voxels, two in a batch, four of five around a
     voxel that has a label, half of them changed in brightness and contrast by up to 10 %.
@@ -78,6 +65,9 @@ def train_segmenter(
         steps: of the optimizer.
         seed: of the first weights and of everything that is drawn.
         device: where to train.
+
+    Returns:
+        a network that gives a score for the background and for each class.
     """
     channels = pools[0][0][0].shape[0]
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +83,7 @@ def train_segmenter(
         loss(network(images), _numbers(labels, classes)).backward()
         optimizer.step()
         schedule.step()
-    return Segmenter(network.eval(), tuple(classes))
+    return network.eval()
 
 
 def _patches(pairs: Sequence[Pair], seed: int) -> Iterator[Pair]:

@@ -15,7 +15,7 @@ from scripts.data.spatial_kinds import SpatialKind
 from scripts.evaluation.metrics import LargeVolumeSSIMMetric
 from scripts.evaluation.pictures import overlaid
 from scripts.evaluation.samples.sample_sets import CONDITION, HELD_OUT, TRAINING, TRAINING_MEAN, Latent, LatentReader
-from scripts.evaluation.samples.segmentation import Segmenter, train_segmenter
+from scripts.evaluation.samples.segmentation import dice, train_segmenter
 
 MOST_CLASSES = 6  # that have a column each for their Dice
 
@@ -33,7 +33,7 @@ class SpatialEvaluation:
         self.reader = reader
         self.images = {key: kind for key, kind in kinds.items() if not kind.is_label_map}
         self.label_maps = {key: kind for key, kind in kinds.items() if kind.is_label_map}
-        self.segmenters: dict[str, Segmenter] = {}
+        self.segmenters: dict[str, torch.nn.Module] = {}
 
     def baselines(self, held_out: Sequence[Latent], training: Sequence[Latent]) -> dict[str, list[Latent]]:
         """
@@ -102,10 +102,10 @@ class SpatialEvaluation:
                 if truth is not None:
                     found[f"inside_mae_{key}"] = inside_mae(volume, truth, labels)
             if key in self.segmenters and name != TRAINING:
-                dice = self.segmenters[key].dice([(volume, labels)])[0]
-                found[f"dice_{key}"] = float(dice.nanmean())
+                (of_classes,) = dice(self.segmenters[key], [(volume, labels)], kind.classes)
+                found[f"dice_{key}"] = float(of_classes.nanmean())
                 if 1 < len(kind.classes) <= MOST_CLASSES:
-                    found |= {f"dice_{key}_{label}": float(value) for label, value in zip(kind.classes, dice)}
+                    found |= {f"dice_{key}_{label}": float(value) for label, value in zip(kind.classes, of_classes)}
         return found
 
     def beside(self, sample: torch.Tensor, latent: Latent) -> dict[str, torch.Tensor]:

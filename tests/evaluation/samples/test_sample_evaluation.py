@@ -16,7 +16,7 @@ from monai.bundle import ConfigWorkflow
 from PIL import Image
 
 from scripts.bundle.errors import reason
-from scripts.evaluation.samples.features import load_slice_features
+from scripts.evaluation.samples.features import load_slice_network
 from scripts.evaluation.samples.sample_evaluation import _closeness, _limit
 from scripts.evaluation.samples.sample_metrics import NearestLatents
 from scripts.evaluation.samples.sample_sets import Latent
@@ -26,7 +26,7 @@ from tests.evaluation.test_codec_evaluation import Page
 
 OVERLAY = ("train_diffusion.json", "evaluate_diffusion.json")
 KEYS = {"device": "cpu", "amp": False, "num_samples": 3, "num_inference_steps": 2}
-SLICES = ("slices",) if load_slice_features() else ()
+SLICES = ("slices",) if load_slice_network() else ()
 SHARE = 0.3  # of the volumes that are held out: two of seven
 
 

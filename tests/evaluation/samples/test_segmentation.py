@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts.evaluation.samples import segmentation
-from scripts.evaluation.samples.segmentation import Pair, train_segmenter
+from scripts.evaluation.samples.segmentation import Pair, dice, segment, train_segmenter
 
 CLASSES = (2, 5)
 
@@ -28,19 +28,19 @@ def boxes(seed: int) -> Pair:
 
 
 def test_trained_network_finds_the_classes_in_other_volumes():
-    segmenter = train_segmenter([[boxes(seed) for seed in range(8)]], CLASSES, steps=80, seed=0)
+    network = train_segmenter([[boxes(seed) for seed in range(8)]], CLASSES, steps=80, seed=0)
     image, labels = boxes(100)
     only_first = torch.where(labels == 2, labels, 0)
-    dice = segmenter.dice([(image, labels), (image, only_first)])
-    assert dice.shape == (2, 2)
-    assert dice[0].min() > 0.9 and dice[1, 0] == dice[0, 0] and dice[1, 1].isnan()
-    assert segmenter(1000 + 7 * image).equal(segmenter(image))  # the scale of the intensities does not matter
+    found = dice(network, [(image, labels), (image, only_first)], CLASSES)
+    assert found.shape == (2, 2)
+    assert found[0].min() > 0.9 and found[1, 0] == found[0, 0] and found[1, 1].isnan()
+    assert segment(1000 + 7 * image, network).equal(segment(image, network))  # the scale of the intensities does not matter
 
 
 def test_same_seed_gives_the_same_network():
     pairs = [boxes(seed) for seed in range(3)]
     first, again, other = (train_segmenter([pairs], CLASSES, steps=2, seed=seed) for seed in (0, 0, 1))
-    weights, same, others = (each.network.state_dict().values() for each in (first, again, other))
+    weights, same, others = (each.state_dict().values() for each in (first, again, other))
     assert all(map(torch.equal, weights, same)) and not all(map(torch.equal, weights, others))
 
 

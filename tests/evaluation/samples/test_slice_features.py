@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.evaluation.samples import features as slice_features
-from scripts.evaluation.samples.features import IMAGE_SIZE, NUM_SLICES, SliceFeatures, images, load_slice_features
+from scripts.evaluation.samples import features
+from scripts.evaluation.samples.features import IMAGE_SIZE, NUM_SLICES, images, load_slice_network, slice_features
 
-installed = pytest.mark.skipif(load_slice_features() is None, reason="the extra `features` is not installed")
+installed = pytest.mark.skipif(load_slice_network() is None, reason="the extra `features` is not installed")
 
 
 def waves(*shape: int) -> torch.Tensor:
@@ -23,9 +23,9 @@ def waves(*shape: int) -> torch.Tensor:
 @installed
 def test_network_gives_the_numbers_of_the_package_of_its_authors():
     """What `extract_features` of efficientnet-lite-pytorch 0.1.0 gives, averaged over the image."""
-    features = load_slice_features()
-    assert features is not None
-    found = features.network(images(waves(32, 40, 24), 1)[:2])
+    network = load_slice_network()
+    assert network is not None
+    found = network(images(waves(32, 40, 24), 1)[:2])
     assert found.shape == (2, 1280)
     expected = torch.tensor([[1.862464, 1.242191, 5.818149, 5.490334], [1.773819, 1.074758, 5.789602, 5.493851]])
     assert torch.allclose(found[:, [100, 900, 71, 957]], expected, atol=1e-4)
@@ -34,14 +34,14 @@ def test_network_gives_the_numbers_of_the_package_of_its_authors():
 
 @installed
 def test_features_do_not_depend_on_the_size_and_see_blur_and_each_channel():
-    features = load_slice_features()
-    assert features is not None
+    network = load_slice_network()
+    assert network is not None
     small, large = waves(32, 40, 24), waves(64, 80, 48)
     noisy = small + 0.1 * torch.randn(small.shape, generator=torch.Generator().manual_seed(0))
-    one, same, other = (features(volume) for volume in (small, large, noisy))
+    one, same, other = (slice_features(volume, network) for volume in (small, large, noisy))
     assert one.shape == (3 * 1280,)
     assert (one - other).norm() > 3 * (one - same).norm()
-    both = features(torch.cat([small, noisy])).unflatten(0, (3, 2, -1))
+    both = slice_features(torch.cat([small, noisy]), network).unflatten(0, (3, 2, -1))
     assert torch.allclose(both[:, 0].flatten(), one, atol=1e-4)
     assert torch.allclose(both[:, 1].flatten(), other, atol=1e-4)
 
@@ -64,19 +64,19 @@ def test_average_is_over_the_slices_of_a_plane():
 
     volume = torch.zeros(1, 8, 8, 8)
     volume[:, 0] = 1
-    found = SliceFeatures(Brightness())(volume).reshape(3, 3)
+    found = slice_features(volume, Brightness()).reshape(3, 3)
     assert torch.allclose(found, torch.full((3, 3), 2 / 8 - 1), atol=1e-5)
 
 
 @installed
 def test_other_weights_are_refused(tmp_path, monkeypatch):
-    file = Path(slice_features.FILE)
+    file = Path(features.FILE)
     (tmp_path / "other_features" / file.parent).mkdir(parents=True)
     (tmp_path / "other_features" / "__init__.py").write_text("raise SystemExit('code of the package is run')")
     (tmp_path / "other_features" / file).write_bytes(b"other")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(slice_features, "PACKAGE", "other_features")
+    monkeypatch.setattr(features, "PACKAGE", "other_features")
     with pytest.raises(ValueError, match=r"is not the file of version 0\.1\.0 of other_features"):
-        load_slice_features()
+        load_slice_network()
     shutil.rmtree(tmp_path / "other_features")
-    assert load_slice_features() is None
+    assert load_slice_network() is None
