@@ -150,7 +150,10 @@ class EvaluationSaver:
             self.views = self._worst(self.views, self.view_worst)
 
     def _worst(self, kept: Mapping[str, Any], count: int) -> dict[str, Any]:
-        return {name: kept[name] for name in worst(self.errors, count, self.view_volumes) if name in kept}
+        """What is kept of the ``count`` volumes with the largest errors, and of those that are named, the worst first."""
+        ordered = sorted(self.errors, key=lambda name: -self.errors[name])
+        chosen = [name for i, name in enumerate(ordered) if i < count or name in self.view_volumes]
+        return {name: kept[name] for name in chosen if name in kept}
 
     def _save(self, engine: Evaluator) -> None:
         # The engine's scores are those of all processes, one after the other, and so are the volumes. With fewer volumes
@@ -174,7 +177,7 @@ class EvaluationSaver:
         logger.info(f"means of {len(volumes)} volume{'s' * (len(volumes) != 1)}:\n{means}")
         settings = {"dataset_dir": self.dataset_dir, **self.settings}
         evaluation = {"settings": settings, "codecs": codecs, "volumes": volumes}
-        shown = {"order": worst(self.errors, len(volumes)), "pictures": pictures, "views": views}
+        shown = {"order": list(self._worst(self.errors, len(volumes))), "pictures": pictures, "views": views}
         write_results(Path(self.output_dir), rows, evaluation, "report.html.jinja", **shown)
 
     def _summary(self, name: str, volumes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,9 +191,3 @@ class EvaluationSaver:
             "voxels_per_value": codec.voxels_per_value,
             "mean": {metric: mean_of_finite(each[metric] for each in metrics) for metric in metrics[0]},
         }
-
-
-def worst(errors: Mapping[str, float], count: int, named: Sequence[str] = ()) -> list[str]:
-    """The ``count`` volumes with the largest errors, and those that are named, the worst first."""
-    ordered = sorted(errors, key=lambda name: -errors[name])
-    return [name for i, name in enumerate(ordered) if i < count or name in named]

@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Events
 
 from scripts.bundle.errors import reason
-from scripts.evaluation.codec_evaluation import worst
+from scripts.evaluation.codec_evaluation import EvaluationSaver
 from scripts.evaluation.pictures import panels_of
 from scripts.evaluation.reports import render
 from scripts.evaluation.viewer import view_of
@@ -255,9 +255,11 @@ def test_part_is_where_volumes_differ_most():
 
 
 def test_worst_and_named_volumes_are_shown():
-    errors = {"b": 2.0, "named": 0.0, "a": 1.0, "d": 4.0, "c": 3.0}
-    assert worst(errors, 2, ["named"]) == ["d", "c", "named"]
-    assert worst(errors, 0, []) == []
+    saver, other = (EvaluationSaver("", "", {}, {}, view_volumes=names) for names in (["named"], []))
+    saver.errors = other.errors = {"b": 2.0, "named": 0.0, "a": 1.0, "d": 4.0, "c": 3.0}
+    assert list(saver._worst(saver.errors, 2)) == ["d", "c", "named"]
+    assert saver._worst({"a": "picture", "c": "another"}, 2) == {"c": "another"}
+    assert other._worst(other.errors, 0) == {}
 
 
 def test_name_that_no_volume_has_is_refused_before_the_first_volume(folder, tmp_path):
