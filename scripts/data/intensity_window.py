@@ -91,7 +91,6 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
         keys: keys of the images, each ``CxHxWxD``.
         percentiles: lower and upper percentile (0 to 100) of each channel that become 0 and 1.
         intensity_range: fixed lower and upper intensity instead, e.g. ``[-1000, 1000]`` HU for CT; None for percentiles.
-        allow_missing_keys: do not raise when a key is missing.
 
     Raises:
         ValueError: for a window that is empty, and, when called, for a channel that is constant or nearly all of whose
@@ -99,13 +98,9 @@ class ScaleIntensityWindowd(MapTransform, TraceableTransform):
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        percentiles: Sequence[float],
-        intensity_range: Sequence[float] | None = None,
-        allow_missing_keys: bool = False,
+        self, keys: KeysCollection, percentiles: Sequence[float], intensity_range: Sequence[float] | None = None
     ) -> None:
-        super().__init__(keys, allow_missing_keys)
+        super().__init__(keys)
         self.percentiles = checked(percentiles, Range, "intensity_percentiles")
         self.intensity_range = checked(intensity_range, Range | None, "intensity_range")
 
