@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,23 +20,22 @@ from torch import Tensor
 from scripts.bundle.json_files import Must, PositiveInt
 
 LEAST_DEVIATION = 1e-6  # of a number; below it the number is the same in all volumes and says nothing
+PLAIN = (0.0, 1.0)  # mean and deviation of an entry that is not standardised
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Volume:
-    """
-    What is known of a volume.
-
-    Args:
-        size: voxels along each axis.
-        spacing: mm along each axis.
-        conditions: values by name; what is missing is left out.
-    """
+    """What is known of a volume: voxels and mm along each axis, and conditions by name, without those that are missing."""
 
     size: Sequence[int]
     spacing: Sequence[float]
     conditions: Mapping[str, Any] = field(default_factory=dict)
+
+
+def spacing_of(affine: Any) -> list[float]:
+    """The spacing of voxels with a 4x4 affine, rounded."""
+    return [round(float(length), 4) for length in nib.affines.voxel_sizes(np.array(affine))]
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,12 @@ class NumberCondition:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> NumberCondition:
-        """That of the values of the training volumes."""
         return cls(float(np.mean(values)), float(np.std(values)), float(min(values)), float(max(values)))
 
     def __str__(self) -> str:
         return f"{self.lowest:g} to {self.highest:g}"
 
-    def entries(self, key: str) -> list[tuple[Any, ...]]:
-        """See :py:attr:`Conditions.entries`."""
-        return [(key, self.mean, self.deviation), (key,)]
-
-    def standardised(self, value: float) -> float:
-        """The value in deviations from the mean; 0 where all training volumes have the same."""
-        return (value - self.mean) / self.deviation if self.deviation > LEAST_DEVIATION else 0.0
-
-    def vector(self, value: Any) -> list[float]:
-        """The standardised value and 1; zeros for one that is missing."""
-        return [self.standardised(value), 1.0] if _is_number(value) else [0.0, 0.0]
-
     def checked(self, key: str, value: Any) -> float:
-        """See :py:meth:`Conditions.checked`."""
         if not _is_number(value):
             raise ValueError(f"`conditions` asks for {key} {value!r}; it must be a number.")
         outside = max(self.lowest - value, value - self.highest)
@@ -78,13 +64,6 @@ class NumberCondition:
         if outside > 0:
             logger.warning(f"{words}: expect less of what lies outside")
         return float(value)
-
-    def standardised_as(self, before: Any) -> NumberCondition:
-        """With mean and deviation of ``before`` where they say anything of these numbers."""
-        if not isinstance(before, NumberCondition) or before.deviation <= LEAST_DEVIATION:
-            return self
-        far = max(before.lowest - self.mean, self.mean - before.highest) > before.deviation
-        return self if far else replace(self, mean=before.mean, deviation=before.deviation)
 
 
 @dataclass(frozen=True)
@@ -96,16 +75,7 @@ class ClassCondition:
     def __str__(self) -> str:
         return ", ".join(f"{name} in {count}" for name, count in self.classes.items())
 
-    def entries(self, key: str) -> list[tuple[Any, ...]]:
-        """See :py:attr:`Conditions.entries`."""
-        return [(key, name) for name in self.classes]
-
-    def vector(self, value: Any) -> list[float]:
-        """A 1 at the class; zeros for one that is missing or that training did not see."""
-        return [float(value is not None and str(value) == name) for name in self.classes]
-
     def checked(self, key: str, value: Any) -> str:
-        """See :py:meth:`Conditions.checked`."""
         name = str(value).lower() if isinstance(value, bool) else str(value)
         if name not in self.classes:
             raise ValueError(f"`conditions` asks for {key} {value!r}; training saw {', '.join(self.classes)}.")
@@ -132,22 +102,16 @@ class Conditions:
     @classmethod
     def learn(cls, condition_keys: Sequence[str], volumes: Sequence[Volume]) -> Conditions:
         """
-        Those of the training volumes.
-
-        Args:
-            condition_keys: names of the conditions to use.
-            volumes: the training volumes.
+        The conditions that keys name, as training volumes have them.
 
         Raises:
-            ValueError: for a key that no volume has, that is a number in some volumes and a word in others, or that has
-                another word for every volume, as a name has.
+            ValueError: for a key that no volume has, that is a number in some and a word in others, or another word in each.
         """
-        along_axes = [axis for name in ("size", "spacing") for axis in zip(*(getattr(each, name) for each in volumes))]
+        along_axes = zip(*([*volume.size, *volume.spacing] for volume in volumes))
         geometry = [NumberCondition.of([math.log(value) for value in along]) for along in along_axes]
         return cls(geometry, {key: _learned(key, volumes) for key in condition_keys})
 
     def __len__(self) -> int:
-        """Length of the vector."""
         return len(self.entries)
 
     def summary(self) -> list[str]:
@@ -155,49 +119,44 @@ class Conditions:
         return [f"{key} ({seen})" for key, seen in self.keys.items()]
 
     @property
-    def entries(self) -> list[tuple[Any, ...]]:
-        """What each number of the vector says: a name, and its class or how it is standardised."""
-        axes = len(self.geometry) // 2
-        places = [f"{name} along axis {axis}" for name in ("size", "spacing") for axis in range(axes)]
-        found: list[tuple[Any, ...]] = [("",)]  # which no condition is called
-        found += [(place, seen.mean, seen.deviation) for place, seen in zip(places, self.geometry)]
-        return found + [entry for key, seen in self.keys.items() for entry in seen.entries(key)]
+    def entries(self) -> dict[tuple[Any, ...], tuple[float, float]]:
+        """
+        Mean and deviation that standardise each number of the vector, by what it says: ``()`` that there are conditions,
+        ``(i,)`` a size or spacing, ``(key,)`` a number, ``(key, None)`` that the number is known, ``(key, name)`` a class.
+        """
+        found: dict[tuple[Any, ...], tuple[float, float]] = {(): PLAIN}
+        found |= {(i,): (seen.mean, seen.deviation) for i, seen in enumerate(self.geometry)}
+        for key, seen in self.keys.items():
+            if isinstance(seen, NumberCondition):
+                found |= {(key,): (seen.mean, seen.deviation), (key, None): PLAIN}
+            else:
+                found |= {(key, name): PLAIN for name in seen.classes}
+        return found
 
     def standardised_as(self, before: Conditions) -> Conditions:
-        """
-        The same conditions, with the numbers standardised as earlier ones were where these say anything of the numbers:
-        where they varied, and the mean is at most a standard deviation outside of what they were.
-        """
-        geometry = [now.standardised_as(then) for now, then in zip(self.geometry, before.geometry)]
-        numbers = {key: now for key, now in self.keys.items() if isinstance(now, NumberCondition)}
-        standardised = {key: now.standardised_as(before.keys.get(key)) for key, now in numbers.items()}
-        return Conditions(geometry, {**self.keys, **standardised})
+        """The same, with numbers standardised as before where these varied and the mean is within a deviation of them."""
+        geometry = list(map(_standardised_as, self.geometry, before.geometry))
+        return Conditions(geometry, {key: _standardised_as(now, before.keys.get(key)) for key, now in self.keys.items()})
 
     def vector(self, volume: Volume) -> Tensor:
         """
-        The vector of a volume. A condition that is missing, or a class that training did not see, counts as unknown; instead
-        of a size or spacing beyond what training saw, the nearest that it saw is given.
+        The vector of a volume. A class that training did not see counts as missing, and of sizes and spacings beyond those
+        of training the nearest one is given.
         """
-        found = [1.0]
-        for seen, length in zip(self.geometry, [*volume.size, *volume.spacing]):
-            found.append(seen.standardised(min(max(math.log(length), seen.lowest), seen.highest)))
-        for key, condition in self.keys.items():
-            found += condition.vector(volume.conditions.get(key))
-        return torch.tensor(found)
-
-    def null_vector(self) -> Tensor:
-        """The vector without conditions, for the unconditional estimate of classifier-free guidance."""
-        return torch.zeros(len(self))
+        values: dict[tuple[Any, ...], float] = {(): 1.0}
+        for i, (seen, length) in enumerate(zip(self.geometry, [*volume.size, *volume.spacing])):
+            values[(i,)] = min(max(math.log(length), seen.lowest), seen.highest)
+        for key, value in volume.conditions.items():
+            values |= {(key,): value, (key, None): 1.0} if _is_number(value) else {(key, str(value)): 1.0}
+        return torch.tensor([_standardised(values.get(entry), *scale) for entry, scale in self.entries.items()])
 
     def with_dropout(self, volume: Volume, dropout: float, random: np.random.Generator) -> Tensor:
-        """
-        The vector of a training volume: with the probability ``dropout`` it is the null vector, and otherwise each condition
-        is left out by itself with that probability.
-        """
+        """The vector of a training volume: with a probability zeros, and else each condition is left out with it."""
         chances = random.random(1 + len(self.keys))
         if chances[0] < dropout:
-            return self.null_vector()
-        kept = {key: volume.conditions.get(key) for key, chance in zip(self.keys, chances[1:]) if chance >= dropout}
+            return torch.zeros(len(self))
+        left_out = {key for key, chance in zip(self.keys, chances[1:]) if chance < dropout}
+        kept = {key: value for key, value in volume.conditions.items() if key not in left_out}
         return self.vector(replace(volume, conditions=kept))
 
     def checked(self, requested: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,8 +164,8 @@ class Conditions:
         What a user asks for, in the form that training saw.
 
         Raises:
-            ValueError: for a condition or a class that training did not see, a word for a number, and a number that is
-                further outside than a standard deviation. One that is less far outside is warned of.
+            ValueError: for a condition or a class that training did not see, a word for a number, and a number more than a
+                standard deviation outside of what it saw. One that is less far outside is warned of.
         """
         for key in requested.keys() - self.keys.keys():
             names = ", ".join(self.keys) or "none"
@@ -215,7 +174,6 @@ class Conditions:
 
 
 def _learned(key: str, volumes: Sequence[Volume]) -> NumberCondition | ClassCondition:
-    """What the training volumes have of a key."""
     values = [volume.conditions[key] for volume in volumes if key in volume.conditions]
     numbers = [value for value in values if _is_number(value)]
     words = [str(value) for value in values if not _is_number(value)]
@@ -230,5 +188,17 @@ def _learned(key: str, volumes: Sequence[Volume]) -> NumberCondition | ClassCond
     return NumberCondition.of(numbers) if numbers else ClassCondition({name: counts[name] for name in sorted(counts)})
 
 
+def _standardised_as(now: Any, before: Any) -> Any:
+    if not (isinstance(now, NumberCondition) and isinstance(before, NumberCondition)) or before.deviation <= LEAST_DEVIATION:
+        return now
+    far = max(before.lowest - now.mean, now.mean - before.highest) > before.deviation
+    return now if far else replace(now, mean=before.mean, deviation=before.deviation)
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
+
+
+def _standardised(value: float | None, mean: float, deviation: float) -> float:
+    """The value in deviations from the mean; 0 for one that is missing or that all training volumes have."""
+    return 0.0 if value is None or deviation <= LEAST_DEVIATION else (value - mean) / deviation

@@ -18,14 +18,7 @@ LEAST_TIME = 0.05  # below it the weight of the loss grows no further (Li and He
 
 @dataclass(frozen=True)
 class FlowTarget:
-    """
-    What an estimate of clean latents is compared with.
-
-    Args:
-        clean: normalised latents, ``BxCxHxWxD``.
-        times: ``B``.
-        mask: 1 in the volume, 0 in the padding, ``Bx1xHxWxD``.
-    """
+    """Normalised latents ``BxCxHxWxD``, times ``B``, and a mask ``Bx1xHxWxD``: 1 in the volume, 0 in the padding."""
 
     clean: Tensor
     times: Tensor
@@ -48,15 +41,14 @@ class RectifiedFlow:
         self.timestep_shift = timestep_shift
 
     def state_dict(self) -> dict[str, Any]:
-        """The arguments, for checkpoints."""
         return {"timestep_shift": self.timestep_shift}
 
     def load_state_dict(self, arguments: Mapping[str, Any]) -> None:
-        """Nothing to take over: a run goes on with the same arguments only, see :py:meth:`must_match`."""
+        """Nothing to take over: :py:meth:`must_match` allows no change."""
 
     @staticmethod
     def must_match(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What cannot change between two parts of a run: the best loss so far is one of the same times."""
+        """What cannot change when a run is resumed: the best loss so far is one of the same times."""
         return dict(arguments)
 
     def shift(self, num_values: float) -> float:
@@ -64,11 +56,10 @@ class RectifiedFlow:
         return self.timestep_shift or max(1.0, math.sqrt(num_values / BASE_VALUES))
 
     def draw_time(self, num_values: float, random: np.random.Generator) -> float:
-        """A time of training for a latent of so many values."""
         return 1 / (1 + math.exp(-SPREAD * random.standard_normal()) / self.shift(num_values))
 
     def sampling_times(self, num_steps: int, num_values: float) -> list[float]:
-        """The times between which ``num_steps`` steps lead, from exactly 1 to exactly 0."""
+        """The times between which steps lead, from exactly 1 to exactly 0."""
         shift = self.shift(num_values)
         even = [1 - step / num_steps for step in range(num_steps + 1)]
         return [time / (time + (1 - time) / shift) for time in even]
@@ -85,7 +76,7 @@ class RectifiedFlow:
 
 
 def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Noise that depends on nothing but its shape and the seed, the same on every machine: it is drawn on the CPU."""
+    """Noise of a shape and a seed, the same on every machine: it is drawn on the CPU."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 

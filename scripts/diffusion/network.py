@@ -20,9 +20,8 @@ class LatentUNet(DiffusionModelUNet):
     """
     MONAI's ``DiffusionModelUNet`` without cross-attention and ControlNet, in a form that TorchScript compiles, with
 
-    - coordinates as further input channels, see :py:func:`coordinates`;
-    - a vector of conditions instead of a class label. A small network makes of it what is added to the time's embedding;
-    - spatial conditions as further input channels.
+    - :py:func:`coordinates` and spatial conditions as further input channels;
+    - a vector of conditions instead of a class label. A small network makes of it what is added to the time's embedding.
 
     Args:
         spatial_dims: 2 or 3.
@@ -101,14 +100,9 @@ class _Upsample(nn.Sequential):
 
 def coordinates(x: Tensor, extent: Tensor | None) -> Tensor:
     """
-    The position of each voxel along each axis, its sine and its cosine (CoordConv, https://arxiv.org/abs/1807.03247).
-
-    Args:
-        x: ``BxCxHxWxD``, whose shape, type and device count.
-        extent: share of each axis that is volume, ``Bx3``; the position runs from -1 to 1 over that, and beyond it on.
-
-    Returns:
-        ``Bx9xHxWxD``.
+    The position of each voxel of ``x`` along each axis, its sine and its cosine, ``Bx9xHxWxD`` (CoordConv,
+    https://arxiv.org/abs/1807.03247). Positions run from -1 to 1 over ``extent``, the share of each axis that is volume,
+    ``Bx3``, and beyond it on.
     """
     axes = x.dim() - 2
     shape = [x.shape[0], 1] + list(x.shape[2:])

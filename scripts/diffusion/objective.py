@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +11,13 @@ import numpy as np
 import torch
 from ignite.metrics import Average
 from monai.engines import SupervisedEvaluator
-from monai.engines.utils import DiffusionPrepareBatch
+from monai.engines.utils import PrepareBatch
 from monai.handlers import from_engine
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from scripts.bundle.precision import autocast_dtype
 from scripts.diffusion.flow import FlowTarget, RectifiedFlow, channel_means
-from scripts.diffusion.network import NUM_TIMESTEPS
 from scripts.diffusion.statistics import LatentStatistics
 
 NUM_TIMES = 8  # of validation, at the middle of as many equal parts of 0 to 1
@@ -25,32 +25,24 @@ NUM_BINS = NUM_BANDS = 4
 Prepared = tuple[Tensor, FlowTarget, tuple[()], dict[str, Tensor]]
 
 
-class FlowPrepareBatch(DiffusionPrepareBatch):
+class FlowPrepareBatch(PrepareBatch):
     """
-    MONAI's ``DiffusionPrepareBatch`` for a rectified flow on batches of :py:class:`LatentCollate`. The time, the noise and
-    the conditions that are left out of an item depend on the item's seed alone.
+    What MONAI's ``DiffusionPrepareBatch`` is for diffusion, for a rectified flow on batches of :py:class:`LatentCollate`.
+    The time, the noise and the conditions that are left out of an item depend on the item's seed alone.
 
     Args:
         statistics: statistics of the latents.
         flow: flow that is learned.
-        condition_dropout: see :py:meth:`Conditions.with_dropout`. Each spatial condition is left out with this probability
-            too, and all of them with the null vector.
+        condition_dropout: probability with which all conditions are left out, and otherwise each of them by itself.
     """
 
     def __init__(self, statistics: LatentStatistics, flow: RectifiedFlow, condition_dropout: float) -> None:
-        super().__init__(num_train_timesteps=NUM_TIMESTEPS)
         self.statistics, self.flow, self.condition_dropout = statistics, flow, condition_dropout
 
     def __call__(  # type: ignore[override]
         self, batchdata: Mapping[str, Any], device: Any = None, non_blocking: bool = False, **kwargs: Any
     ) -> Prepared:
         """
-        Args:
-            batchdata: batch of :py:class:`LatentCollate`.
-            device: where to put it.
-            non_blocking: whether the copy to a GPU may go on in the background.
-            kwargs: further arguments of ``Tensor.to``.
-
         Returns:
             the noisy latents, the :py:class:`FlowTarget`, no arguments, and the keyword arguments of the network.
         """
@@ -83,8 +75,8 @@ class FlowPrepareBatch(DiffusionPrepareBatch):
 
 class FlowEvaluator(SupervisedEvaluator):
     """
-    MONAI's ``SupervisedEvaluator`` that looks at each latent at eight times, with the noise that its file has always, in
-    mixed precision on any device. Its metrics are means of
+    MONAI's ``SupervisedEvaluator`` for latents at eight times, with the noise that a file has always, in mixed precision on
+    any device. Its metrics are means of
 
     - ``loss``, the key metric: as in training, but with all times equally frequent;
     - ``loss_t_0_25`` to ``loss_t_75_100``: its parts, by time in percent (100 is noise);
@@ -102,9 +94,9 @@ class FlowEvaluator(SupervisedEvaluator):
 
     def __init__(self, *, flow: RectifiedFlow, amp_dtype: str, **kwargs: Any) -> None:
         names = "loss", *self.LOSS_BY_TIME, *self.BY_BAND
-        metrics: dict[str, Any] = {name: Average(output_transform=from_engine(name, first=True)) for name in names}
-        kwargs["key_val_metric"] = {"loss": metrics.pop("loss")}
-        super().__init__(additional_metrics=metrics, metric_cmp_fn=operator.lt, decollate=False, **kwargs)
+        metrics: dict[str, Any] = {name: Average(from_engine(name, first=True)) for name in names}
+        kwargs |= {"key_val_metric": {"loss": metrics.pop("loss")}, "additional_metrics": metrics}
+        super().__init__(metric_cmp_fn=operator.lt, decollate=False, **kwargs)
         self.flow, self.dtype = flow, autocast_dtype(amp_dtype)
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> list[dict[str, Tensor]]:  # type: ignore[override]
@@ -116,12 +108,11 @@ class FlowEvaluator(SupervisedEvaluator):
                 estimate = engine.inferer(noisy, engine.network, *args, **kwargs).float()
             losses.append(self.flow.loss(estimate, target))
             unexplained.append(channel_means((estimate - target.clean).square(), target.mask).mean(0) / variance)
-        output = {"loss": torch.stack(losses).mean()}
-        for name, part in zip(self.LOSS_BY_TIME, torch.stack(losses).chunk(NUM_BINS)):
-            output[name] = part.mean()
-        per_channel = torch.stack(unexplained).mean(0)
-        for i, name in enumerate(self.BY_BAND):
-            first, after = (len(per_channel) * j // NUM_BANDS for j in (i, i + 1))
-            output[name] = per_channel[first : max(after, first + 1)].mean()
-        engine.state.output = [output]
-        return engine.state.output
+        by_time, by_channel = torch.stack(losses), torch.stack(unexplained).mean(0)
+        bands = itertools.pairwise(len(by_channel) * i // NUM_BANDS for i in range(NUM_BANDS + 1))
+        parts = {
+            "loss": by_time,
+            **dict(zip(self.LOSS_BY_TIME, by_time.chunk(NUM_BINS))),
+            **{name: by_channel[first : max(after, first + 1)] for name, (first, after) in zip(self.BY_BAND, bands)},
+        }
+        return [{name: part.mean() for name, part in parts.items()}]

@@ -37,9 +37,6 @@ class Denoiser(nn.Module):
     Attributes:
         arguments: all of them, plain JSON.
         multiple: number of voxels that a latent's sizes must be multiples of.
-
-    Raises:
-        ValueError: for arguments that do not fit each other.
     """
 
     __constants__ = ("gain", "velocity")  # for TorchScript, which otherwise compiles what it leaves out
@@ -127,10 +124,10 @@ def posterior(noisy: Tensor, time: Tensor, amplitude: Tensor, mean: Tensor, log_
         time: between 0 and 1, ``Bx1x1x1x1``.
         amplitude: deviation of each channel, ``1xCx1x1x1``.
         mean: mean of each value before, like ``noisy``.
-        log_ratio: logarithm of its variance before, in units of the channel's, like ``noisy``.
+        log_ratio: logarithm of its variance before, in units of the channel's.
 
     Returns:
-        mean and deviation of each value afterwards, like ``noisy``.
+        mean and deviation of each value afterwards.
     """
     gain = torch.sigmoid(2 * torch.log((1 - time) * amplitude / time) + log_ratio)
     return (1 - gain) * mean + gain * noisy / (1 - time), gain.sqrt() * time / (1 - time)

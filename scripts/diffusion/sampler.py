@@ -33,12 +33,8 @@ Interval = Annotated[
 @dataclass(frozen=True)
 class Generator:
     """
-    Args:
-        network: denoiser with its weights.
-        statistics: statistics of its training latents.
-        flow: flow that it has learned.
-        condition_dropout: share of the steps without conditions.
-        sha256: hash of its weights.
+    A trained network with the statistics of its training latents, the flow that it has learned, the share of steps without
+    conditions, and the hash of its weights.
     """
 
     network: Denoiser
@@ -99,12 +95,11 @@ class Sampler:
 
     @property
     def networks(self) -> list[torch.nn.Module]:
-        """The generator's network and the guide's."""
+        """Those of the generator and the guide."""
         return [each.network for each in (self.generator, self.guide) if each is not None]
 
     def start(self, volume: Volume, seed: int) -> dict[str, Any]:
-        """What a sample of a volume starts from, the arguments of a call: ``noise``, padded at its end to what the network
-        divides, ``context``, ``latent_size`` and ``seed``."""
+        """The arguments of a call for a sample of a volume. Its noise is padded at its end to what the network divides."""
         statistics = self.generator.statistics
         latent_size = [-(-n // factor) for n, factor in zip(volume.size, statistics.factors)]
         size = padded_size(latent_size, [self.generator.network.multiple] * len(latent_size))
@@ -152,45 +147,35 @@ class Sampler:
         x = integrate(velocity, noise, times, self.solver, seed, self.progress)
         return statistics.denormalised(x[inside])
 
-    @torch.no_grad()
     def denoise(
         self, x: Tensor, time: float, context: Tensor, extent: Tensor | None = None, spatial: Tensor | None = None
     ) -> Tensor:
         """
-        The clean latent, with guidance.
-
-        Args:
-            x: noisy latent, ``1xCxHxWxD``.
-            time: time of the latent, above 0.
-            context: vector of conditions, ``1xK``.
-            extent: share of each axis that is volume, ``1x3``; None for all.
-            spatial: spatial conditions, ``1xSxHxWxD``; None without.
+        The clean latent, with guidance, from a noisy one at a time above 0; the other arguments are the network's. Without
+        ``spatial``, a network with spatial conditions gets zeros.
         """
 
         def estimate(generator: Generator, x: Tensor, context: Tensor, spatial: Tensor | None) -> Tensor:
             times = torch.full((len(x),), time, device=x.device)
-            share = None if extent is None else extent.expand(len(x), -1)
             if not generator.statistics.spatial:
                 spatial = None
             elif spatial is None:
                 spatial = x.new_zeros(len(x), generator.statistics.spatial_channels, *x.shape[2:])
             with torch.autocast(x.device.type, self.dtype, enabled=self.amp):
-                return generator.network(x, times, context, share, spatial).float()
+                return generator.network(x, times, context, extent, spatial).float()
 
         (low, high), scale = self.guidance_interval, self.guidance_scale
         if scale == 1 or not low <= time <= high:
             return estimate(self.generator, x, context, spatial)
         if self.guide is not None:
-            guide = estimate(self.guide, x, context, spatial)
-            return guide.lerp(estimate(self.generator, x, context, spatial), scale)
-        # both at once, which takes no longer for a small latent
-        both = None if spatial is None else torch.cat([spatial, torch.zeros_like(spatial)])
-        contexts = torch.cat([context, torch.zeros_like(context)])
-        cond, uncond = estimate(self.generator, x.expand(2, *x.shape[1:]), contexts, both).chunk(2)
-        return uncond.lerp(cond, scale)
+            cond, other = (estimate(each, x, context, spatial) for each in (self.generator, self.guide))
+        else:  # both at once, which takes no longer for a small latent
+            contexts = torch.cat([context, torch.zeros_like(context)])
+            both = None if spatial is None else torch.cat([spatial, torch.zeros_like(spatial)])
+            cond, other = estimate(self.generator, x.expand(2, *x.shape[1:]), contexts, both).chunk(2)
+        return other.lerp(cond, scale)
 
 
-@torch.no_grad()
 def integrate(
     velocity: Velocity,
     noise: Tensor,
@@ -204,7 +189,7 @@ def integrate(
 
     Args:
         velocity: function of the state and its time (above 0); the change of the state per unit of time, towards 0.
-        noise: the state at ``times[0]``, which is 1.
+        noise: state at ``times[0]``, which is 1.
         times: times between which the steps lead, falling to 0.
         solver: ``"euler"`` asks for the velocity once per step, ``"midpoint"`` (of second order) at the step's beginning
             and in its middle: Heun's method would ask at time 0, where an estimate of the clean latent does not determine
@@ -216,11 +201,8 @@ def integrate(
     Returns:
         the state at time 0.
     """
-    x = noise.float()
-    steps = list(itertools.pairwise(times))
-    for number, (start, end) in enumerate(
-        ProgressBar(steps, desc="sampling", unit="step", leave=False, disable=not progress)
-    ):
+    x, steps = noise.float(), list(enumerate(itertools.pairwise(times)))
+    for number, (start, end) in ProgressBar(steps, desc="sampling", unit="step", leave=False, disable=not progress):
         if solver == "stochastic" and number > 0:
             x, start = _renewed(x, start, draw_noise(x.shape, derive_seed(seed, number)).to(x.device))
         step = start - end

@@ -54,7 +54,7 @@ class Geometry:
 @dataclass
 class LatentStatistics:
     """
-    The latents of the training volumes, in numbers.
+    Statistics of the latents of the training volumes.
 
     A generator works with normalised latents: each channel minus its mean, divided by its deviation and times an amplitude,
     its deviation in units of the image (see :py:class:`scripts.layers.LinearShortcut`) to the power of ``latent_gamma``:
@@ -72,7 +72,7 @@ class LatentStatistics:
         geometries: sizes and spacings, the most frequent first.
         intensity_low: lower end of the median intensity window, of each image channel.
         intensity_high: its upper end.
-        data_type: type of the volumes' voxels.
+        data_type: type of the volumes' voxels, float32 where it differs.
         scl_slope: their scale.
         scl_inter: their offset.
         training_mean: mean of each channel over the training latents, where ``channel_mean`` is that of the latents that the
@@ -90,60 +90,44 @@ class LatentStatistics:
     geometries: Annotated[list[Geometry], Must("sizes and spacings", len)]
     intensity_low: list[float]
     intensity_high: list[float]
-    data_type: DataType
-    scl_slope: float
-    scl_inter: float
+    data_type: DataType = "<f4"
+    scl_slope: float = 1.0
+    scl_inter: float = 0.0
     training_mean: list[float] | None = None
     spatial: dict[str, SpatialKind] = field(default_factory=dict)
 
     @property
     def factors(self) -> tuple[int, ...]:
-        """Total downsample factor of the autoencoder along each axis."""
+        """Total factor of the autoencoder along each axis."""
         return total_downsample_factor(self.autoencoder.network)
 
     @property
     def latent_channels(self) -> int:
-        """Number of channels of the latents."""
         return len(self.channel_mean)
 
+    @property
+    def spatial_channels(self) -> int:
+        """Number of channels of :py:meth:`spatial_input`."""
+        return len(self.spatial_entries)
+
+    @property
+    def amplitude(self) -> Tensor:
+        return torch.tensor(self.channel_amplitude)
+
+    @property
+    def own_mean(self) -> list[float]:
+        """Mean of each channel over the training latents."""
+        return self.training_mean or self.channel_mean
+
     def spatial_kinds(self, spatial_keys: Sequence[str]) -> dict[str, SpatialKind]:
-        """
-        Some of the spatial conditions.
-
-        Args:
-            spatial_keys: names of the conditions.
-
-        Raises:
-            ValueError: for one that the generator does not have.
-        """
+        """Spatial conditions by name; a ValueError for one that the generator does not have."""
         for key in set(spatial_keys) - self.spatial.keys():
             known = ", ".join(self.spatial) or "none"
             raise ValueError(f"`spatial_keys` names {key!r}; this generator has the spatial conditions {known}.")
         return {key: self.spatial[key] for key in spatial_keys}
 
-    @property
-    def spatial_channels(self) -> int:
-        """Number of channels that :py:meth:`spatial_input` has."""
-        return len(self.spatial_entries)
-
-    @property
-    def network_arguments(self) -> dict[str, int]:
-        """Arguments of a :py:class:`scripts.diffusion.Denoiser` that follow from the latents."""
-        sizes = {"latent_channels": self.latent_channels, "spatial_channels": self.spatial_channels}
-        return {**sizes, "condition_size": len(self.conditions)}
-
-    @property
-    def amplitude(self) -> Tensor:
-        """Amplitude of each channel."""
-        return torch.tensor(self.channel_amplitude)
-
-    @property
-    def own_mean(self) -> list[float]:
-        """Mean of each channel over the training latents, by which they are known from others."""
-        return self.training_mean or self.channel_mean
-
     def state_dict(self) -> dict[str, Any]:
-        """All of it as plain values, for checkpoints: a run that goes on keeps to the numbers that it began with."""
+        """Plain values, for checkpoints: a run that is resumed keeps the statistics that it began with."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -155,7 +139,7 @@ class LatentStatistics:
 
     @staticmethod
     def must_match(state: Mapping[str, Any]) -> dict[str, Any]:
-        """What cannot change between two parts of a run. Statistics can: those of the first part stay."""
+        """What cannot change when a run is resumed."""
         found = {
             "SHA-256 of the autoencoder's weights": state["autoencoder"]["sha256"][:12],
             "condition_keys": list(state["conditions"]["keys"]),
@@ -165,7 +149,7 @@ class LatentStatistics:
         return found if state["training_mean"] else {**found, "latent_gamma": state["latent_gamma"]}
 
     def inherit_normalisation(self, before: LatentStatistics) -> None:
-        """Normalise latents, and standardise conditions, as a generator does that is trained further."""
+        """Normalise latents, and standardise conditions, as a generator that is trained further does."""
         self.training_mean = self.own_mean
         for name in NORMALISATION:
             setattr(self, name, getattr(before, name))
@@ -191,15 +175,16 @@ class LatentStatistics:
 
         Args:
             latents: those that it has, each ``(planes * C)xHxWxD``.
-            size: ``HxWxD``, for a volume that has none.
+            size: size of its latent, ``HxWxD``.
 
         Returns:
             the latents of all conditions, one after the other, zeros for those that it does not have,
             ``(planes * C)xHxWxD``; and for each condition 1 if it has it, and otherwise 0.
         """
-        missing = {key: torch.zeros(kind.num_planes * self.latent_channels, *size) for key, kind in self.spatial.items()}
-        stacked = torch.cat([torch.zeros(0, *size), *({**missing, **latents}[key] for key in self.spatial)])
-        return stacked, torch.tensor([float(key in latents) for key in self.spatial])
+        stacked = [torch.zeros(0, *size)]
+        for key, kind in self.spatial.items():
+            stacked.append(latents[key] if key in latents else torch.zeros(kind.num_planes * self.latent_channels, *size))
+        return torch.cat(stacked), torch.tensor([float(key in latents) for key in self.spatial])
 
     def spatial_input(self, latents: Tensor, given: Tensor) -> Tensor:
         """
@@ -207,7 +192,7 @@ class LatentStatistics:
         condition one channel that is 1 where it is given. What is not given is zeros.
 
         Args:
-            latents: ``Bx(planes * C)xHxWxD``, see :py:meth:`stacked`.
+            latents: ``Bx(planes * C)xHxWxD``, as :py:meth:`stacked` returns them.
             given: ``BxK``.
         """
         of_key = [per_item(known, latents) for known in given.unbind(1)]
@@ -218,10 +203,9 @@ class LatentStatistics:
     @property
     def spatial_entries(self) -> list[tuple[Any, ...]]:
         """What each channel of :py:meth:`spatial_input` says: a key, a plane of it and a channel; or a key."""
-        found: list[tuple[Any, ...]] = []
-        for key, kind in self.spatial.items():
-            found += [(key, plane, channel) for plane in kind.names for channel in range(self.latent_channels)]
-        return found + [(key,) for key in self.spatial]
+        planes = [(key, plane) for key, kind in self.spatial.items() for plane in kind.names]
+        channels = [(*plane, channel) for plane in planes for channel in range(self.latent_channels)]
+        return [*channels, *((key,) for key in self.spatial)]
 
     def _mean_and_scale(self, z: Tensor) -> list[Tensor]:
         scale = np.divide(self.channel_amplitude, self.channel_deviation).tolist()

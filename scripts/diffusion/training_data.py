@@ -18,14 +18,13 @@ from scripts.bundle.weights import what_differs
 from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent, read_spatial
 from scripts.data.spatial_kinds import SpatialKind
 from scripts.data.volume_lists import split_by_subject
-from scripts.diffusion.conditions import Conditions, Volume
+from scripts.diffusion.conditions import Conditions, Volume, spacing_of
 from scripts.diffusion.flow import draw_noise
 from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
 from scripts.layers.factors import padded_size
 from scripts.layers.resampling import pad_at_end
 
 LEAST_SHARE = 1e-6  # of the strongest channel's deviation; a weaker channel is as good as constant
-PLAIN = {"data_type": "<f4", "scl_slope": 1.0, "scl_inter": 0.0}
 Item = dict[str, str]
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def latent_lists(
         val_fraction: share of the subjects for validation, where no ``dataset.json`` had a validation list.
         seed: seed of the split.
         max_volumes: largest number of items of each list; None for all.
-        subject_pattern: finds the subject in the path of a volume, see :py:func:`scripts.data.volume_lists.subjects_of`.
+        subject_pattern: pattern that finds the subject in the path of a volume.
 
     Returns:
         ``{"training": [{"image": path}, ...], "validation": [...]}``.
@@ -76,25 +75,26 @@ def learn_statistics(
     Args:
         items: training list, latents of one autoencoder.
         latent_gamma: 0 to 1, see :py:class:`LatentStatistics`.
-        condition_keys: names of the conditions to use.
-        spatial_keys: names of the spatial conditions to use.
+        condition_keys: conditions to use.
+        spatial_keys: spatial conditions to use.
 
     Raises:
-        ValueError: for conditions that the volumes do not have, and a spatial condition that was not encoded alike for all
-            volumes.
+        ValueError: for conditions that no volume has, and a spatial condition that was not encoded alike for all.
     """
     descriptions = [read_description(Path(item["image"])) for item in items]
-    volumes = [volume_of(each) for each in descriptions]
+    volumes, first = [volume_of(each) for each in descriptions], descriptions[0]
     counts = Counter((tuple(volume.size), tuple(volume.spacing)) for volume in volumes)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     statistics = LatentStatistics(
-        autoencoder=LatentAutoencoder(descriptions[0].network, descriptions[0].weights_sha256),
+        autoencoder=LatentAutoencoder(first.network, first.weights_sha256),
         volumes=len(descriptions),
         latent_gamma=latent_gamma,
         **_channels(descriptions, latent_gamma),
         conditions=Conditions.learn(condition_keys, volumes),
         geometries=[Geometry(list(size), list(spacing), count) for (size, spacing), count in ordered],
-        **_intensities(descriptions),
+        intensity_low=np.median([each.intensity_low for each in descriptions], axis=0).tolist(),
+        intensity_high=np.median([each.intensity_high for each in descriptions], axis=0).tolist(),
+        **(first.stored if all(each.stored == first.stored for each in descriptions) else {}),
         spatial={key: _kind(key, descriptions) for key in spatial_keys},
     )
     logger.info(statistics.summary())
@@ -103,13 +103,10 @@ def learn_statistics(
 
 def volume_of(description: LatentDescription) -> Volume:
     """The volume that a latent was made of."""
-    affine = np.array(description.preprocessed_affine)
-    spacing = [round(float(length), 4) for length in np.sqrt(np.square(affine[:3, :3]).sum(0))]
-    return Volume(description.preprocessed_shape, spacing, description.conditions)
+    return Volume(description.preprocessed_shape, spacing_of(description.preprocessed_affine), description.conditions)
 
 
 def _kind(key: str, descriptions: Sequence[LatentDescription]) -> SpatialKind:
-    """What a spatial condition is, the same in all volumes that have it."""
     kinds = [each.spatial[key].kind for each in descriptions if key in each.spatial]
     if not kinds:
         known = ", ".join(sorted({name for each in descriptions for name in each.spatial})) or "none"
@@ -133,17 +130,6 @@ def _channels(descriptions: Sequence[LatentDescription], latent_gamma: float) ->
     return {name: values.tolist() for name, values in found.items()}
 
 
-def _intensities(descriptions: Sequence[LatentDescription]) -> dict[str, Any]:
-    """The median window, the range of the windows, and how voxels are stored: as in the files if these agree."""
-    low, high = (np.array([getattr(each, f"intensity_{side}") for each in descriptions]) for side in ("low", "high"))
-    stored = {tuple(each.stored.values()) for each in descriptions}
-    return {
-        "intensity_low": np.median(low, axis=0).tolist(),
-        "intensity_high": np.median(high, axis=0).tolist(),
-        **dict(zip(PLAIN, stored.pop() if len(stored) == 1 else PLAIN.values())),
-    }
-
-
 def _refuse_mixture(descriptions: Mapping[str, LatentDescription]) -> None:
     made_by = {path: {**each.network, "SHA-256": each.weights_sha256[:12]} for path, each in descriptions.items()}
     first = next(iter(made_by))
@@ -156,13 +142,7 @@ class ReadLatentd(Transform):
     """
     Read a latent and what is known of its volume: ``volume``, a :py:class:`scripts.diffusion.conditions.Volume`; ``seed``,
     which follows from the file's name; ``file``; and ``spatial`` and ``given``, the latents of the spatial conditions, see
-    :py:meth:`LatentStatistics.stacked`.
-
-    Args:
-        statistics: statistics of the latents.
-
-    Raises:
-        ValueError: when called, for a latent that is damaged.
+    :py:meth:`LatentStatistics.stacked`. A damaged latent is a ValueError.
     """
 
     def __init__(self, statistics: LatentStatistics) -> None:
@@ -199,8 +179,7 @@ class LatentCollate:
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """
-        Args:
-            samples: dictionaries as :py:class:`ReadLatentd` makes them, or lists of them.
+        Make a batch of what :py:class:`ReadLatentd` returns, or of lists of it.
 
         Returns:
             ``image`` and ``noise`` ``BxCxHxWxD``, ``mask`` ``Bx1xHxWxD`` (1 in the volume), ``extent`` ``Bx3`` (share of

@@ -22,7 +22,6 @@ from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.sampler import Generator, Sampler
 from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
-from scripts.diffusion.training_data import PLAIN
 from scripts.layers.factors import padded_size, per_axis
 from scripts.planning.costs import AllocationTracker, Cost, Estimate, nbytes_of
 from scripts.planning.estimates import TRAIN, amp_dtype_of, read_config, read_plan
@@ -206,15 +205,16 @@ def _statistics(
     if num_classes is not None:
         spatial[LABEL] = SpatialKind(tuple(range(1, 1 + checked(num_classes, PositiveInt, "num_classes"))))
     ones = [1.0] * channels
-    stored: dict[str, Any] = {"channel_mean": ones, "channel_deviation": ones, "channel_amplitude": ones, **PLAIN}
     return LatentStatistics(
         autoencoder=LatentAutoencoder(network.arguments, ""),
         volumes=1,
         latent_gamma=0.0,
+        channel_mean=ones,
+        channel_deviation=ones,
+        channel_amplitude=ones,
         conditions=Conditions.learn(condition_keys, [Volume(size, spacing, dict.fromkeys(condition_keys, 0.0))]),
         geometries=[Geometry(list(size), spacing, 1)],
         spatial=spatial,
         intensity_low=[0.0],
         intensity_high=[1.0],
-        **stored,
     )
