@@ -9,12 +9,12 @@ from monai.data import DataLoader
 from benchmarks.networks import build
 from scripts.bundle.machine import GIB
 from scripts.bundle.precision import choose_precision
-from scripts.inference.streaming import StreamingInferer
+from scripts.inference.inferers import StreamingInferer
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock
 from scripts.planning.costs import SavedTensors
 from scripts.planning.training_costs import training_cost
 from scripts.training.trainer import AutoencoderTrainer
-from tests.inference.test_streaming import CONFIGURATIONS, network_and_image
+from tests.inference.test_inferers import CONFIGURATIONS, network_and_image
 from tests.layers.test_lean_blocks import pair
 
 DEVICE = "cuda"

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.networks import MONAI, build
 from scripts.bundle.machine import GIB
-from scripts.inference.streaming import StreamingInferer
+from scripts.inference.inferers import StreamingInferer
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock, _NormSiluConv
 from scripts.planning import fake_tensors as module
 from scripts.planning.fake_tensors import autocast, casting_rules, fake_tensors

@@ -3,7 +3,7 @@ exported networks; and samples of a generator.
 """
 
 from scripts.inference.exported_networks import ExportedNetwork, refuse_latents
-from scripts.inference.inferers import ReconstructionInferer, SampleInferer, SpatialEncoder
+from scripts.inference.generator_inferers import SampleInferer, SpatialEncoder
+from scripts.inference.inferers import ReconstructionInferer, StreamingInferer
 from scripts.inference.samples import Samples
-from scripts.inference.streaming import StreamingInferer
 from scripts.inference.volume_runs import VolumeDataset, VolumeEvaluator, find_share, join_processes

@@ -44,21 +44,12 @@ class ExportedNetwork(nn.Module):
             self.run = _onnx_session(path, self.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """
-        Args:
-            x: image of shape ``BxCxHxWxD``, with the batch size and the number of channels that were exported.
-
-        Returns:
-            reconstruction of the same shape, on the device of ``x``.
-        """
+        """Reconstructions of images ``BxCxHxWxD``, with the batch size and the number of channels that were exported."""
         return self.run(x.as_subclass(Tensor).to(self.device)).to(x.device)
 
 
 def refuse_latents() -> None:
-    """
-    Raises:
-        ValueError: always, in place of encoding and decoding, which an exported file cannot do.
-    """
+    """A ValueError, in place of encoding and decoding, which an exported file cannot do."""
     raise ValueError("an exported file makes no latents: leave out inference_exported.json.")
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -24,7 +23,7 @@ from scripts.data.grids import back_on_grid, grid_of
 from scripts.data.restored_volumes import Record, record_of, restore, save_labels, save_nifti, with_record
 from scripts.data.spatial_files import find_spatial_items
 from scripts.data.volume_reader import NiftiHeader, read_header, state_of
-from scripts.diffusion.conditions import Volume
+from scripts.diffusion.conditions import Volume, spacing_of
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import ranges
 from scripts.layers.factors import by
@@ -54,12 +53,12 @@ class Sample:
     path: Path
     noise_seed: int
     settings: dict[str, Any]
-    spatial: dict[str, str]
-    labels: dict[str, Path]
+    spatial: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, Path] = field(default_factory=dict)
 
     @property
     def description_path(self) -> Path:
-        """The JSON file that says how it was made, which is written last."""
+        """The JSON file that says how it was made; it is written last."""
         return self.path.with_name(self.path.name.removesuffix(".nii.gz") + ".json")
 
     def is_whole(self) -> bool:
@@ -123,41 +122,40 @@ class Samples:
 
     def missing(self) -> list[dict[str, Any]]:
         """
-        This process's share of the samples that an earlier run into the folder did not make to the end.
-
-        Returns:
-            ``[{"number": number, "image": what it is named by, "spatial": {key: path}}, ...]``
+        This process's share of the samples that are not there yet: ``[{"number": number, "image": what it is named by,
+        "spatial": {key: path}}, ...]``.
         """
         missing = {number: sample for number, sample in enumerate(self.samples) if not sample.is_whole()}
-        if len(missing) < len(self.samples):
-            logger.info(f"{len(self.samples) - len(missing)} of {len(self.samples)} samples are there already")
+        if done := len(self.samples) - len(missing):
+            logger.info(f"{done} of {len(self.samples)} samples are there already")
         if any(sample.description_path.is_file() for sample in missing.values()):
             logger.warning(
                 f"{self.output_dir} has samples of other settings, or damaged ones: those of the same numbers are replaced, "
                 "others stay."
             )
-        names = {number: next(iter(sample.spatial.values()), str(sample.path)) for number, sample in missing.items()}
-        return share_of(
-            [{"number": number, "image": names[number], "spatial": sample.spatial} for number, sample in missing.items()]
-        )
+        items = [
+            {"number": number, "image": next(iter(sample.spatial.values()), str(sample.path)), "spatial": sample.spatial}
+            for number, sample in missing.items()
+        ]
+        return share_of(items)
 
     def start(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Transform: draw the noise of a sample, with the record of the sample, and find what its network is given."""
-        sample = self.samples[data["number"]]
+        """Transform: what the :py:class:`SampleInferer` is given for a sample, with the record of the sample."""
+        sample, statistics = self.samples[data["number"]], self.statistics
         for key, volume in data["spatial"].items():
             if self.kinds[key].is_label_map and not volume.any():
                 logger.warning(f"{sample.spatial[key]}: the label map {key!r} has no label but the background")
         first = next(iter(data["spatial"].values()), None)
         volume, affine, header = self._of_drawn_size(sample) if first is None else self._on_grid(sample, first)
-        stored = {name: getattr(self.statistics, name) for name in ("data_type", "scl_slope", "scl_inter")}
-        channels, size = len(self.statistics.intensity_low), header.shape[:3]
+        channels, size = len(statistics.intensity_low), header.shape[:3]
+        header = header.with_shape((*size, channels) if channels > 1 else size)
         known = {
-            **vars(header.with_shape((*size, channels) if channels > 1 else size).stored_as(**stored)),
+            **vars(header.stored_as(statistics.data_type, statistics.scl_slope, statistics.scl_inter)),
             "source": sample.path.name,
             "preprocessed_shape": volume.size,
             "preprocessed_affine": affine.tolist(),
-            "intensity_low": self.statistics.intensity_low,
-            "intensity_high": self.statistics.intensity_high,
+            "intensity_low": statistics.intensity_low,
+            "intensity_high": statistics.intensity_high,
         }
         record = checked(known, Record)
         start = self.sampler.start(volume, sample.noise_seed)
@@ -166,7 +164,7 @@ class Samples:
             Keys.IMAGE: with_record(start["noise"][0], record),
             "context": start["context"][0],
             "latent_size": torch.tensor(start["latent_size"]),
-            "noise_seed": torch.tensor(start["seed"]),
+            "noise_seed": start["seed"],
         }
 
     def save(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -179,7 +177,7 @@ class Samples:
             save_labels(back_on_grid(labels, np.array(record.preprocessed_affine), record.grid)[0], record, path)
         found = {
             "spatial_size": list(record.preprocessed_shape),
-            "spacing": _spacing(record.preprocessed_affine),
+            "spacing": spacing_of(record.preprocessed_affine),
             "intensity_low": record.intensity_low,
             "intensity_high": record.intensity_high,
             **sample.settings,
@@ -190,7 +188,7 @@ class Samples:
         return dict(data)
 
     def finish(self) -> None:
-        """Write the ``dataset.json`` of samples with spatial conditions, those of all processes that are whole."""
+        """Write the ``dataset.json`` of samples with spatial conditions, when all processes are done."""
         idist.barrier()
         if idist.get_rank() > 0 or not self.kinds:
             return
@@ -223,7 +221,7 @@ class Samples:
             "conditions": self.conditions,
         }
         if case is None:
-            return Sample(self.output_dir / f"sample_{index:04d}.nii.gz", derive_seed(self.seed, index), settings, {}, {})
+            return Sample(self.output_dir / f"sample_{index:04d}.nii.gz", derive_seed(self.seed, index), settings)
         name, spatial = f"{case['name']}_sample_{index:02d}", case["spatial"]
         known = conditions_of(case["image"] or next(iter(spatial.values())), self.dataset_dir)
         known = {key: value for key, value in known.items() if key in self.statistics.conditions.keys}
@@ -236,9 +234,8 @@ class Samples:
         path = self.output_dir / "imagesTr" / f"{name}_0000.nii.gz"
         noise_seed = derive_seed(self.seed, index, int(content_hash(case["name"].encode())[:8], 16))
         folders = {key: self.output_dir / f"{folder}sTr" for key, folder in self.label_names.items() if key in spatial}
-        return Sample(
-            path, noise_seed, settings, spatial, {key: folder / f"{name}.nii.gz" for key, folder in folders.items()}
-        )
+        labels = {key: folder / f"{name}.nii.gz" for key, folder in folders.items()}
+        return Sample(path, noise_seed, settings, spatial, labels)
 
     def _of_drawn_size(self, sample: Sample) -> Placed:
         """Axes to the right, anterior and superior, the origin in the volume's middle."""
@@ -246,7 +243,8 @@ class Samples:
         counts = np.array([each.count for each in geometries], dtype=float)
         random = np.random.default_rng((self.seed, sample.settings["index"]))
         drawn = geometries[random.choice(len(geometries), p=counts / counts.sum())]
-        volume = Volume(self.size or drawn.size, list(map(float, self.spacing or drawn.spacing)), self.conditions)
+        spacing = list(map(float, self.spacing or drawn.spacing))
+        volume = Volume(self.size or drawn.size, spacing, sample.settings["conditions"])
         affine = np.diag([*volume.spacing, 1.0])
         affine[:3, 3] = [-(n - 1) / 2 * step for n, step in zip(volume.size, volume.spacing)]
         return volume, affine, NiftiHeader.of_affine(affine, volume.size, qform_code=1)
@@ -254,10 +252,9 @@ class Samples:
     def _on_grid(self, sample: Sample, first: MetaTensor) -> Placed:
         """On the grid of its first spatial condition."""
         (size, affine), file = grid_of(first), next(iter(sample.spatial.values()))
-        spacing = _spacing(affine)
-        self._check_seen("spacing", spacing, FARTHEST_OF_FILES)
+        volume = Volume(size, spacing_of(affine), sample.settings["conditions"])
+        self._check_seen("spacing", volume.spacing, FARTHEST_OF_FILES)
         self._check_seen("size", size, FARTHEST_OF_FILES)
-        volume = Volume(size, spacing, sample.settings["conditions"])
         return volume, affine, read_header(file) if self.spacing is None else NiftiHeader.of_affine(affine, size)
 
     def _per_axis(self, name: str, value: Any) -> list[Any] | None:
@@ -279,10 +276,6 @@ class Samples:
             raise ValueError(f"has the {words}, and another `spacing` may be what is needed.")
         if any(not low <= n <= high for n, (low, high) in zip(values, seen)):
             logger.warning(f"{words}: expect less of what lies outside")
-
-
-def _spacing(affine: Any) -> list[float]:
-    return [round(float(length), 4) for length in nib.affines.voxel_sizes(np.array(affine))]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -30,15 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 def join_processes(output_dir: str) -> None:
-    """
-    Connect the processes of a run under ``torchrun``, and check that results can be written.
-
-    Args:
-        output_dir: folder of the results; it is made.
-
-    Raises:
-        OSError: when it cannot be written to.
-    """
+    """Connect the processes of a run under ``torchrun``, and make the folder of its results, with an OSError where nothing
+    can be written."""
     if "RANK" in os.environ and idist.get_world_size() == 1 and int(os.environ["WORLD_SIZE"]) > 1:
         idist.initialize("gloo", timeout=PATIENCE)
         if torch.cuda.is_available():
@@ -52,7 +45,7 @@ def find_share(
     dataset_dir: str, image_glob: str, output_dir: str | None = None, spatial_keys: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """
-    This process's share of the volumes below a folder, see :py:func:`find_images`, with their spatial conditions, see
+    This process's share of the volumes that :py:func:`find_images` finds, with their spatial conditions, see
     :py:func:`scripts.data.spatial_files.find_spatial`.
 
     Args:
@@ -96,9 +89,6 @@ class VolumeEvaluator(SupervisedEvaluator):
     """
     MONAI's ``SupervisedEvaluator`` for a :py:class:`VolumeDataset`: a volume that cannot be read, processed or written is
     logged, and the run continues with the next one.
-
-    Args:
-        kwargs: arguments of ``SupervisedEvaluator``.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -127,12 +117,7 @@ class VolumeEvaluator(SupervisedEvaluator):
             return {}
 
     def finish(self) -> None:
-        """
-        Name the volumes of all processes that could not be done.
-
-        Raises:
-            SystemExit: with exit code 1, if there are any.
-        """
+        """Name the volumes of all processes that could not be done, if there are any, in a SystemExit of exit code 1."""
         problems = merged(self.problems)
         if problems:
             lines = [f"{path}: {problem}" for path, problem in sorted(problems.items())]

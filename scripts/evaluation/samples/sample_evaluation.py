@@ -51,7 +51,7 @@ from scripts.evaluation.samples.sample_sets import (
 )
 from scripts.evaluation.samples.spatial_evaluation import SpatialEvaluation
 from scripts.evaluation.viewer import MAX_VOXELS, View, view_of
-from scripts.inference.inferers import SampleInferer
+from scripts.inference.generator_inferers import SampleInferer
 
 CLOSE = 0.05  # quantile of held-out distances below which a sample counts as close to a training volume
 FEW = 20  # held-out volumes

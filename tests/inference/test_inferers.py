@@ -8,7 +8,7 @@ import torch
 from scripts import slabs
 from scripts.autoencoderkl import Reconstructor
 from scripts.bundle.progress import ProgressBar
-from scripts.inference.streaming import StreamingInferer, available_memory_gb
+from scripts.inference.inferers import StreamingInferer, available_memory_gb
 from scripts.slabs import stream
 from tests.test_autoencoderkl import build
 
@@ -121,7 +121,7 @@ def test_slabs_are_cut_along_the_longest_axis():
 def test_what_fits_runs_in_one_pass_and_what_does_not_in_slabs(monkeypatch):
     network, image = network_and_image(CONFIGURATIONS[3], (16, 32, 16))
     budgets = []
-    monkeypatch.setattr("scripts.inference.streaming.stream", lambda *arguments: budgets.append(arguments[3]) or image)
+    monkeypatch.setattr("scripts.inference.inferers.stream", lambda *arguments: budgets.append(arguments[3]) or image)
     for memory_gb in (1.0, TINY):
         StreamingInferer(False, "bfloat16", memory_gb)(image, network)
     assert budgets == [TINY]
