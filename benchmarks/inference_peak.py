@@ -37,7 +37,7 @@ def inference_peak(name: str, size: int, device: str = "cpu", memory_gb: float |
         if memory_gb is None:
             network.reconstruct(image)
         else:
-            StreamingInferer(amp=False, memory_gb=memory_gb)(image, network)
+            StreamingInferer(amp=False, amp_dtype="bfloat16", memory_gb=memory_gb)(image, network)
     return peak_bytes(device) - before
 
 

@@ -10,6 +10,7 @@ from ignite.engine import Engine
 from monai.optimizers import WarmupCosineSchedule
 
 from benchmarks.cost import saved_activations
+from benchmarks.inference_peak import inference_peak
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
 from benchmarks.quality import ROWS, Budget, measure_linear, read_recipe, result_path
@@ -43,6 +44,11 @@ def test_benchmarked_networks_have_the_factors_of_their_names():
         levels = [int(f) for f in name[name.index("[") + 1 : -1].split(",")]
         initial = int(name.split()[1].rstrip(",")) if name.startswith("initial") else 1
         assert build(name).total_downsample_factor == (initial * levels[0] * levels[1],) * 3
+
+
+@pytest.mark.parametrize("memory_gb", [None, 1e-4])
+def test_peak_of_inference_is_measured_in_one_pass_and_in_slabs(memory_gb):
+    assert 0 <= inference_peak("initial 2, [2,2]", 32, memory_gb=memory_gb) < 2**30
 
 
 def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):
