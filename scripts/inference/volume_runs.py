@@ -62,7 +62,7 @@ def find_share(
     """
     items = find_spatial(find_images(dataset_dir, image_glob, output_dir), dataset_dir, spatial_keys)
     whole = [os.path.relpath(item["image"], dataset_dir) for item in items]
-    short = [str(Path(path).with_name(without_ending(Path(path).name))) for path in whole]
+    short = [without_ending(path) for path in whole]
     counts = Counter(name for names in zip(whole, short) for name in set(names))
     return share_of(
         [{**item, "keep_ending": counts[name] > 1 or Path(item["image"]).is_dir()} for item, name in zip(items, short)]
