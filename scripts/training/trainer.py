@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +39,7 @@ class ResumableTrainer(SupervisedTrainer):
     Args:
         amp_dtype: ``"bfloat16"``, or ``"float16"`` with a gradient scaler.
         lr_scheduler: schedule of the learning rate, which counts steps of the optimizer, or None.
-        average: average of the network's weights, see :py:func:`moving_average`, or None.
+        average: average of the network's weights, see :py:func:`scripts.training.moving_average`, or None.
         max_grad_norm: largest norm of the gradients of a network; longer ones are clipped to it.
         max_nonfinite_steps: number of steps in a row that are not finite after which the run stops with an error.
         kwargs: arguments of ``SupervisedTrainer``; ``amp`` switches mixed precision on, ``accumulation_steps`` counts the
@@ -283,24 +283,3 @@ class AutoencoderTrainer(ResumableTrainer):
                 losses["adv_loss"] = adversary.generator_loss(pred)
             total = total + adversary.weight * losses["adv_loss"]
         return {Keys.LOSS.value: total, **losses}
-
-
-def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """
-    A ``multi_avg_fn`` for PyTorch's ``AveragedModel``. The share that a step keeps grows with the run, up to ``decay``, so
-    that the first weights soon have no influence and short runs gain from the average too.
-
-    Args:
-        decay: largest share of the average that a step keeps, in [0, 1); 0 is no average.
-
-    Raises:
-        ValueError: for another ``decay``.
-    """
-    if not 0 <= decay < 1:
-        raise ValueError(f"`ema_decay` is {decay!r}; it must be at least 0 and below 1.")
-
-    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor | int) -> None:
-        steps = int(num_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
-
-    return average

@@ -14,10 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from scripts.autoencoderkl import AutoencoderKL
+from scripts.training.averaging import moving_average
 from scripts.training.checkpoints import TrainingSaver
 from scripts.training.initial_weights import InitialWeights
 from scripts.training.losses import Adversary, LossTerm, ReconstructionLoss, SpectralLoss, kl_divergence
-from scripts.training.trainer import AutoencoderTrainer, moving_average
+from scripts.training.trainer import AutoencoderTrainer
 
 
 def small_network(**arguments) -> AutoencoderKL:
