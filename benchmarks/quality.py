@@ -117,14 +117,14 @@ def train(
     print(machine, flush=True)
     trainer = get("train#trainer")
     saver = TrainingSaver("", get("network_def"), {}, evaluator=None)
-    InitialWeights(saver, average=get("average"), fit_shortcut=True).attach(trainer)
+    InitialWeights(saver, average=get("train#average"), fit_shortcut=True).attach(trainer)
     RepeatableOrder().attach(trainer)
     Budget(60 * minutes, device).attach(trainer)
     trainer.run()
 
     path = result_path({"network": network, "data": data, "name": name})
     path.parent.mkdir(parents=True, exist_ok=True)
-    trained = get("average").module.eval()
+    trained = get("train#average").module.eval()
     torch.save(trained.state_dict(), path.with_suffix(".pt"))
     row = {
         "network": str(name or network),

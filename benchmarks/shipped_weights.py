@@ -46,7 +46,7 @@ def evaluate(pictures: str | None = None, dataset_dir: str | None = None, device
         parser.update({"device": device})
         if dataset_dir is not None:
             files = sorted(str(path) for path in Path(dataset_dir).rglob("*.nii*"))
-            parser.update({"usable_volumes": {"training": [], "validation": [{"image": file} for file in files]}})
+            parser.update({"data#usable": {"training": [], "validation": [{"image": file} for file in files]}})
         network = parser.get_parsed_content("network").eval()
         load_weights(network, f"{folder}/model.pt")
         start = f"{pictures}/reconstruction_" if pictures and folder == "models" else None

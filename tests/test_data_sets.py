@@ -64,7 +64,7 @@ def test_bids_data_set_under_datalad(data, tmp_path, caplog):
     lists = workflow("train.json", "training", "train", dataset_dir=data, val_fraction=0.25)
     sides = {
         name: {subject(item["image"]) for item in items}
-        for name, items in lists.parser.get_parsed_content("volume_lists").items()
+        for name, items in lists.parser.get_parsed_content("data#lists").items()
     }
     assert not sides["training"] & sides["validation"] and len(sides["training"] | sides["validation"]) == 7
     for name, items in latent_lists(str(latents), 0.25, 0).items():

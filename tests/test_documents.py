@@ -37,7 +37,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 OTHER_PROGRAMS = {"source", "cd", "(cd", "pip", "mlflow", "tensorboard", "hf"}  # the shell's, and those of dependencies
 # whose arguments documents set
-NESTED = {"network_def": AutoencoderKL, "discriminator_def": PatchDiscriminator, "optimizer": Muon}
+NESTED = {"network_def": AutoencoderKL, "adversary#discriminator": PatchDiscriminator, "optimizer": Muon}
 MONAI_TOOLS = [monai_bundle.run, monai_bundle.ckpt_export, monai_bundle.onnx_export, monai_bundle.download]
 # not config keys
 OF_MONAI = {name for tool in MONAI_TOOLS for name in inspect.signature(tool).parameters} | {"tracking_uri"}
@@ -92,8 +92,8 @@ def config(files, keys: dict) -> ConfigParser:
     ours = [file for file in files if file.startswith("configs/")]  # others are the reader's own
     parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / file) for file in ours]))
     for key in keys:
-        owner, _, argument = key.partition("#")
-        assert argument in ("", "_target_") or argument in inspect.signature(NESTED[owner]).parameters, key
+        owner, nested, argument = key.rpartition("#")
+        assert not nested or argument == "_target_" or argument in inspect.signature(NESTED[owner]).parameters, key
     parser.update(keys)
     parser.parse()
     check_parser(parser)

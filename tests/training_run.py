@@ -23,12 +23,12 @@ KEYS = {
     "epochs": 3,
     "val_interval": 3,
     "val_fraction": 0.25,
-    "ckpt_minutes": 0,  # at every step
+    "train#saver#minutes": 0,  # at every step
     "validate#handlers": [],  # no pictures, for speed
     "adv_weight": 0.1,
-    "adv_warmup_epochs": 1,
-    "discriminator_def#channels": 4,
-    "discriminator_def#num_layers_d": 2,
+    "adversary#warmup_epochs": 1,
+    "adversary#discriminator#channels": 4,
+    "adversary#discriminator#num_layers_d": 2,
     "spectral_weight": 0.1,
 }
 

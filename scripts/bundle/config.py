@@ -40,7 +40,7 @@ KINDS: dict[str, Any] = {  # of the keys of which their default does not say it
     "pretrained": bool | FilePath,
     "use_checkpoint": bool | list[bool],
     "amp": bool,
-    **dict.fromkeys(("adv_warmup_epochs", "view_worst", "view_nearest"), Count),
+    **dict.fromkeys(("view_worst", "view_nearest"), Count),
     **dict.fromkeys(("repeats", "further_repeats", "head_patches", "procedural_volumes"), Count),
     **dict.fromkeys(("spatial_keys", "label_keys"), SpatialKeys),
     **dict.fromkeys(("initial_downsample_factor", "num_res_blocks", "patch_size"), PositiveInt | list),

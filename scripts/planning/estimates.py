@@ -103,15 +103,15 @@ def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda",
         plan = Plan(build, network, amp_dtype_of(parser))
         if "patch_size" not in parser:
             return plan
-        discriminator = get("discriminator_def") if get("adv_weight") > 0 else None
+        discriminator = get("adversary#discriminator") if get("adv_weight") > 0 else None
     training = {
         "batch_size": get("batch_size"),
         "accumulation_steps": get("gradient_accumulation_steps"),
         "loss_function": get("loss"),
-        "loss_terms": get("loss_terms"),
+        "loss_terms": get("train#loss_terms"),
         "optimizer": get("optimizer"),
         "discriminator": discriminator,
-        "averaged": "average" in parser,
+        "averaged": "train#average" in parser,
     }
     patch_size = per_axis("patch_size", get("patch_size"), network.arguments["spatial_dims"])
     return replace(plan, patch_size=patch_size, training=training)

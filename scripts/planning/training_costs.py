@@ -145,7 +145,7 @@ def log_estimate(trainer: AutoencoderTrainer, patch_size: Sequence[int], batch_s
             device="cpu" if device.type == "cpu" else "cuda",
             optimizer=partial(type(optimizer), **settings),
             accumulation_steps=trainer.accumulation_steps,
-            discriminator=_unwrapped(trainer.adversary.discriminator) if trainer.adversary else None,
+            discriminator=trainer.adversary.discriminator if trainer.adversary else None,
             averaged=trainer.average is not None,
             amp_dtype=trainer.autocast["dtype"] if trainer.amp else None,
             loss_function=trainer.loss_function,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from monai.losses import JukeboxLoss, PatchAdversarialLoss
 from monai.optimizers import WarmupCosineSchedule
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from scripts.layers.float32_convolutions import keep_in_float32
 
@@ -70,12 +68,16 @@ class Adversary:
     a least-squares loss.
 
     Args:
-        discriminator: MONAI's ``PatchDiscriminator``, wrapped for distributed training or not. Its last output is the map of
-            scores.
+        discriminator: MONAI's ``PatchDiscriminator``. Its last output is the map of scores.
         optimizer: function that makes the optimizer of its parameters.
         num_steps: number of its steps, over which the learning rate falls to zero along a cosine.
         weight: weight of the adversarial loss in the autoencoder's.
         warmup_epochs: number of epochs that the autoencoder trains alone first.
+        device: device that it is moved to, None to leave it where it is.
+        parallel: function that wraps it for distributed training, or None.
+
+    Attributes:
+        network: the discriminator as it is trained, wrapped or not.
     """
 
     def __init__(
@@ -85,8 +87,11 @@ class Adversary:
         num_steps: int,
         weight: float,
         warmup_epochs: int,
+        device: torch.device | str | None = None,
+        parallel: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
     ) -> None:
-        self.discriminator = discriminator
+        self.discriminator = discriminator.to(device)
+        self.network = parallel(self.discriminator) if parallel else self.discriminator
         keep_in_float32(discriminator)  # some of its convolutions, under the CPU's autocast
         self.optimizer = optimizer(discriminator.parameters())
         self.lr_scheduler = WarmupCosineSchedule(self.optimizer, warmup_steps=0, t_total=num_steps)
@@ -99,14 +104,12 @@ class Adversary:
         Loss of a ``reconstruction`` (``BxCxHxWxD``), smallest where the discriminator takes it for an image. The gradient
         goes to the reconstruction, not to the discriminator.
         """
-        # Not through the wrapper for distributed training, which would wait for gradients of the frozen weights.
-        wrapped = isinstance(self.discriminator, DistributedDataParallel)
-        judge: Any = self.discriminator.module if wrapped else self.discriminator
-        judge.requires_grad_(False)
+        # not through the wrapper for distributed training, which would wait for gradients of the frozen weights
+        self.discriminator.requires_grad_(False)
         try:
-            return self.loss(judge(reconstruction)[-1], target_is_real=True, for_discriminator=False)
+            return self.loss(self.discriminator(reconstruction)[-1], target_is_real=True, for_discriminator=False)
         finally:
-            judge.requires_grad_(True)
+            self.discriminator.requires_grad_(True)
 
     def discriminator_loss(self, image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
         """
@@ -117,7 +120,7 @@ class Adversary:
             reconstruction: the same shape, detached from the autoencoder.
         """
         # one forward pass for both, as the wrapper for distributed training expects
-        real, fake = self.discriminator(torch.cat([image, reconstruction.to(image.dtype)]))[-1].chunk(2)
+        real, fake = self.network(torch.cat([image, reconstruction.to(image.dtype)]))[-1].chunk(2)
         return 0.5 * (
             self.loss(real, target_is_real=True, for_discriminator=True)
             + self.loss(fake, target_is_real=False, for_discriminator=True)

@@ -99,7 +99,7 @@ class ResumableTrainer(SupervisedTrainer):
     def trained_parts(self) -> list[TrainedPart]:
         """Each network that this step trains, with its optimizer and schedule."""
         adversary, parts = self.active_adversary, [(self.network, self.optimizer, self.lr_scheduler)]
-        return [*parts, (adversary.discriminator, adversary.optimizer, adversary.lr_scheduler)] if adversary else parts
+        return [*parts, (adversary.network, adversary.optimizer, adversary.lr_scheduler)] if adversary else parts
 
     def run(self) -> None:  # type: ignore[override]
         super(Trainer, self).run()  # past MONAI's Trainer, which would make a new gradient scaler
@@ -126,7 +126,7 @@ class ResumableTrainer(SupervisedTrainer):
             self._backward(losses[Keys.LOSS])
         pred = (output[0] if isinstance(output, tuple) else output).detach()
         if adversary is not None:
-            with self._gradients_shared(adversary.discriminator):
+            with self._gradients_shared(adversary.network):
                 with torch.autocast(**self.autocast):
                     losses["discriminator_loss"] = adversary.discriminator_loss(inputs, pred)
                 self._backward(losses["discriminator_loss"])

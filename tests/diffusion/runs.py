@@ -25,7 +25,7 @@ KEYS = {
     "epochs": 2,
     "val_interval": 2,
     "val_fraction": 0.25,
-    "ckpt_minutes": 0,  # at every step
+    "train#saver#minutes": 0,  # at every step
     "amp": False,
 }
 

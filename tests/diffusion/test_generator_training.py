@@ -82,7 +82,7 @@ def test_encoding_notes_conditions_and_follows_their_changes(volumes, weights, t
 
 def test_split_is_that_of_the_autoencoder_on_the_same_volumes(volumes, latents):
     keys = {"dataset_dir": volumes, "val_fraction": 0.34}
-    lists = workflow("train.json", "training", "train", **keys).parser.get_parsed_content("volume_lists")
+    lists = workflow("train.json", "training", "train", **keys).parser.get_parsed_content("data#lists")
     for half, items in latent_lists(str(latents), 0.34, 0).items():
         assert [Path(item["image"]).parent.name for item in items] == [
             Path(item["image"]).parent.name for item in lists[half]
@@ -270,7 +270,7 @@ def test_generator_that_has_seen_one_volume_makes_that_volume(weights, tmp_path)
         save_volume(tmp_path / "volumes" / f"sub-{i}" / "T1w.nii.gz", (15, 18, 13), seed=0)
     latents = encode(tmp_path / "volumes", tmp_path / "latents", weights)
     keys = {"channels": [16, 32], "epochs": 20, "val_interval": 20, "batch_size": 2, "lr": 0.002, "ema_decay": 0.9}
-    keys |= {"val_fraction": 0.17, "ckpt_minutes": 60, "device": "cpu"}
+    keys |= {"val_fraction": 0.17, "train#saver#minutes": 60, "device": "cpu"}
     out = tmp_path / "diffusion"
     flow = workflow("train_diffusion.json", "training", "train", dataset_dir=latents, output_dir=out, **{**KEYS, **keys})
     flow.run()

@@ -29,8 +29,8 @@ SGD = {
     "amp": False,
     "optimizer": {"_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": 0.1},
 }
-SGD |= {"train#adversary#optimizer": {"_target_": "torch.optim.SGD", "_mode_": "callable", "lr": 0.01}}
-SGD |= {"adv_warmup_epochs": 0}
+SGD |= {"adversary#optimizer": {"_target_": "torch.optim.SGD", "_mode_": "callable", "lr": 0.01}}
+SGD |= {"adversary#warmup_epochs": 0}
 
 
 @pytest.fixture(scope="module")

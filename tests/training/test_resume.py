@@ -160,7 +160,8 @@ def signal_within_volume(number: int, iteration: int, flow: ConfigWorkflow):
 def test_signal_to_all_processes_saves_and_gives_its_exit_code(prepare, number, iteration, data, tmp_path, uninterrupted):
     """Iteration 6 ends an epoch, which is finished as well; iteration 9 is the last, still to be validated."""
     output_dir = tmp_path / "eval"
-    assert train(data, output_dir, partial(prepare, number, iteration), ckpt_minutes=60) == 128 + number, log_of(output_dir)
+    code = train(data, output_dir, partial(prepare, number, iteration), **{"train#saver#minutes": 60})
+    assert code == 128 + number, log_of(output_dir)
     assert final_state(output_dir)["trainer"]["iteration"] == iteration
     assert final_state(output_dir)["evaluator"]["best_metric_epoch"] == -1  # nothing was measured to its end
     assert not (output_dir / "checkpoints" / "model.pt").exists()

@@ -49,7 +49,7 @@ def test_what_is_left_out_and_what_is_held_out_is_not_trained_on(folders):
     parser.read_config(CONFIGS)
     keys = {"dataset_dir": str(folders["heads"]), "further_dir": str(folders["clinical"]), "val_fraction": 0.5}
     parser.update({**keys, "left_out": ["clinical"], "repeats": 3})
-    lists = parser.get_parsed_content("volume_lists")
+    lists = parser.get_parsed_content("data#lists")
     trained, held_out = ([Path(item["image"]).name for item in lists[name]] for name in ("training", "validation"))
     assert len(trained) == 3 and {name[:5] for name in trained} == {"heads"}
     assert sorted(name[:5] for name in held_out) == ["clini", "heads"]
