@@ -54,15 +54,10 @@ def check_config() -> None:
 
 def check_parser(parser: ConfigParser) -> None:
     """
-    Check a config.
-
-    A top-level key that no config of the bundle has, and that nothing refers to, is refused: MONAI would add it silently,
-    and a run with a misspelt key would train the default. So is a value that is not of the type of the key's default, or not
-    what :py:data:`KINDS` says. The words ``true``, ``false`` and ``null``, which arrive as text from the command line, are
+    Refuse a top-level key that no config of the bundle has and that nothing refers to: MONAI would add it silently, and a
+    run with a misspelt key would train the default. Refuse a value that is not of the type of the key's default, or not what
+    :py:data:`KINDS` says. The words ``true``, ``false`` and ``null``, which arrive as text from the command line, are
     converted (``"false"`` is true for Python), paths are text, and a ``~`` in front of them is the home folder.
-
-    Args:
-        parser: parser of the config, with its overrides.
 
     Raises:
         ValueError: for an unknown key, with the nearest one that exists, and for a value that makes no sense, with its key.
@@ -74,10 +69,8 @@ def check_parser(parser: ConfigParser) -> None:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
         raise ValueError(f"there is no config key {key!r}; the nearest one is {nearest!r}.")
     for key in config.keys() & defaults.keys():
-        value = _meant(config[key], defaults[key], is_path=key in PATHS)
-        if value != config[key] or type(value) is not type(config[key]):  # the item as well, which has been parsed already
-            config[key] = value
-            parser.ref_resolver.items[key].update_config(value)
+        config[key] = value = _meant(config[key], defaults[key], is_path=key in PATHS)
+        parser.ref_resolver.items[key].update_config(value)  # the item as well, which has been parsed already
         if has_expression(value):
             continue
         if key in PATHS and ReferenceResolver.sep in str(value):

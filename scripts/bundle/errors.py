@@ -20,9 +20,9 @@ NVIMGCODEC = "monai.data.nvimgcodec_pydicom_plugin"
 
 def short_messages() -> None:
     """
-    From now on, an error of the user's that ends the process prints its reason alone (see :py:func:`is_of_user`), and any
-    other its stack, once; and what MONAI and PyTorch say of decoders and APIs that this bundle does not choose is left out.
-    To be called from a config's ``initialize``.
+    From now on, an error of the user's that ends the process prints its reason alone (see :py:func:`is_of_user`), any other
+    its stack, once. Warnings of MONAI and PyTorch of what this bundle does not choose are left out. To be called from a
+    config's ``initialize``.
     """
     sys.excepthook = _print_error
     for handler in (*logging.getLogger().handlers, logging.lastResort):
@@ -50,7 +50,6 @@ def reason(error: BaseException) -> BaseException:
 
 
 def _file(error: BaseException) -> str:
-    """Path of the code that raised an error."""
     frames = traceback.extract_tb(error.__traceback__)
     return frames[-1].filename if frames else ""
 

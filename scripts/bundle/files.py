@@ -31,20 +31,15 @@ def write_atomically(content: bytes, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-        _flush_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that a power failure cannot undo the new name
+        finally:
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise OSError(error.errno, f"{path} could not be written ({error.strerror or error})") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename permanent, so that a power failure cannot undo it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def content_hash(content: bytes) -> str:

@@ -33,11 +33,8 @@ _hints = functools.cache(get_type_hints)
 @dataclass(frozen=True)
 class Must:
     """
-    Condition of an annotated value, as in ``Annotated[int, Must("an even integer", lambda n: n % 2 == 0)]``.
-
-    Args:
-        be: what the value must be, for the error.
-        holds: function that says whether a value of the annotated type is that.
+    Condition of an annotated value, as in ``Annotated[int, Must("an even integer", lambda n: n % 2 == 0)]``: what it must
+    be, for the error, and whether a value of the annotated type is that.
     """
 
     be: str
@@ -53,12 +50,8 @@ Sha256 = Annotated[str, Must("a SHA-256 in hexadecimal", re.compile("[0-9a-f]{64
 
 def read_dataclass(path: str | Path, cls: type[T], max_bytes: int = MAX_BYTES) -> T:
     """
-    Read a JSON object and check it against the annotations of a dataclass, see :py:func:`checked`.
-
-    Args:
-        path: path of the file.
-        cls: frozen dataclass. Its ``__post_init__`` may raise a ValueError, for values that contradict each other.
-        max_bytes: size of the largest file that is read.
+    Read a JSON object of at most ``max_bytes`` and check it against the annotations of a dataclass by :py:func:`checked`.
+    The ``__post_init__`` of ``cls`` may raise a ValueError, for values that contradict each other.
 
     Raises:
         OSError: when the file cannot be opened.
@@ -83,13 +76,12 @@ def checked(value: Any, kind: Any, name: str = "", expected: str | None = None) 
     A value from outside, checked against a type annotation.
 
     Args:
-        value: what was found.
         kind: ``int``, ``float`` (finite, or an integer, which is converted), ``bool`` (which is no number), ``str``,
             ``None``, ``Any``; ``list``, ``tuple`` (made of a list) and ``dict`` of them; ``Literal``, unions, and
             ``Annotated`` with :py:class:`Must`; or a dataclass, which is made of a dictionary: fields with a default may be
             missing in it, and keys that are no field are ignored.
         name: field or argument, for the error.
-        expected: what the value must be, for the error. Without it, ``kind`` in words.
+        expected: what the value must be, for the error; by default ``kind`` in words.
 
     Raises:
         ValueError: when it is something else, with the place, such as ```affine[0][1]```, and what was found there.
@@ -119,7 +111,6 @@ def checked(value: Any, kind: Any, name: str = "", expected: str | None = None) 
 
 
 def _fits(value: Any, base: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether a value is of a type, without a look at what it holds."""
     if base is Annotated:
         return all(condition.holds(value) for condition in arguments[1:])
     if base is Literal:
@@ -133,8 +124,7 @@ def _fits(value: Any, base: Any, arguments: tuple[Any, ...]) -> bool:
     return value is None if base in (None, NoneType) else isinstance(value, dict if is_dataclass(base) else base)
 
 
-def _is_fixed(arguments: tuple[Any, ...]) -> bool:
-    """Whether the arguments of a tuple's annotation say its length."""
+def _is_fixed(arguments: tuple[Any, ...]) -> bool:  # a tuple's length
     return len(arguments) > 1 and arguments[-1] is not ...
 
 

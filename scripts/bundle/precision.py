@@ -14,20 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def autocast_dtype(name: str) -> torch.dtype:
-    """
-    The data type that ``amp_dtype`` names.
-
-    Raises:
-        ValueError: for another name than ``"bfloat16"`` and ``"float16"``.
-    """
+    """The data type that ``amp_dtype`` names, ``"bfloat16"`` or ``"float16"``; a ValueError for another name."""
     if name not in ("bfloat16", "float16"):
         raise ValueError(f"`amp_dtype` is {name!r}; it must be 'bfloat16' or 'float16'.")
     return getattr(torch, name)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``"bfloat16"`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def computing_dtype(amp: bool, amp_dtype: str) -> str:
@@ -38,13 +28,8 @@ def computing_dtype(amp: bool, amp_dtype: str) -> str:
 @dataclass(frozen=True)
 class Precision:
     """
-    The precision of a run whose ``amp`` and ``amp_dtype`` the user has not set.
-
-    Args:
-        device: device that it is for, e.g. ``"cuda:0"``.
-        amp: whether mixed precision is on.
-        amp_dtype: its data type, ``"bfloat16"`` or ``"float16"``. Where ``amp`` is off, the one to use if it is switched on.
-        reason: why it was chosen, for the log.
+    The precision of a run on a device, such as ``"cuda:0"``, and why it was chosen. Where ``amp`` is off, ``amp_dtype`` is
+    the one to use if it is switched on.
     """
 
     device: str
@@ -52,21 +37,10 @@ class Precision:
     amp_dtype: str
     reason: str
 
-    @property
-    def name(self) -> str:
-        """The data type that is computed in: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
-        return computing_dtype(self.amp, self.amp_dtype)
-
     def log(self, amp: bool, amp_dtype: str) -> None:
-        """
-        Log in one line which precision a run has and why, and warn when it is slow on the device.
-
-        Args:
-            amp: ``amp`` of the run, which may be the user's.
-            amp_dtype: its ``amp_dtype``.
-        """
-        used = computing_dtype(amp, amp_dtype)
-        configured = "" if used == self.name else f", as configured; the default here is {self.name}"
+        """Log in one line which precision a run with these settings has and why; warn when it is slow on the device."""
+        used, default = computing_dtype(amp, amp_dtype), computing_dtype(self.amp, self.amp_dtype)
+        configured = "" if used == default else f", as configured; the default here is {default}"
         logger.info(f"precision: {used} on {self.device}{configured}: {self.reason}")
         if cost := _cost(self.device, used):
             logger.warning(f"{used} is slow on {self.device}: {cost}")
@@ -101,9 +75,8 @@ def choose_precision(device: str | torch.device) -> Precision:
 
 def has_convolutions(name: str) -> bool:
     """
-    Whether oneDNN has convolutions in a lower precision on this processor. PyTorch asks the same before it calls oneDNN;
-    unlike the processor's flags, the answer follows ``ONEDNN_MAX_CPU_ISA``. Where it is no, PyTorch runs a slow reference
-    loop.
+    Whether oneDNN has convolutions in a lower precision on this processor, by what PyTorch asks before it calls oneDNN. It
+    follows ``ONEDNN_MAX_CPU_ISA``, which the processor's flags do not. Where it is no, PyTorch runs a slow reference loop.
     """
     if not torch.backends.mkldnn.is_available():
         return False

@@ -24,12 +24,7 @@ SECONDS_IN_FILE = 30.0  # between two lines about a bar, where the output goes t
 class ProgressBar(tqdm):
     """
     tqdm's bar, shown by the first process of a distributed run. On a terminal, lines of the log appear above it; where the
-    output goes to a file, the bar writes a line every half a minute.
-
-    Args:
-        args: arguments of ``tqdm``.
-        disable: whether to show nothing.
-        kwargs: further arguments of ``tqdm``.
+    output goes to a file, the bar writes a line every half a minute. Arguments are those of ``tqdm``.
     """
 
     def __init__(self, *args: Any, disable: bool = False, **kwargs: Any) -> None:

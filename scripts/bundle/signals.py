@@ -47,10 +47,10 @@ def leave_signals_to_main(worker_id: int) -> None:
 
 class StopOnSignal:
     """
-    Trainer handler: on SIGTERM or SIGINT within an epoch, the trainer finishes the step that it is in and terminates, and
-    the process ends with the exit code that a shell gives to the signal, 143 or 130. ``TrainingSaver``, which must be
-    attached before it, writes a checkpoint then. A validation is stopped after the volume that it is at, and its metrics are
-    discarded. Before the first epoch and after the last there is nothing to save, and :py:func:`end_on_signals` applies.
+    Trainer handler: on SIGTERM or SIGINT within an epoch, the trainer finishes its step and terminates, and the process ends
+    with the exit code 143 or 130. ``TrainingSaver``, which must be attached before it, writes a checkpoint then. A
+    validation is stopped after the volume that it is at, and its metrics are discarded. Before the first epoch and after the
+    last there is nothing to save, and :py:func:`end_on_signals` applies.
 
     All processes of a distributed run stop at the same step; a validation, of which each has a share, is finished first. A
     second SIGINT ends the process at once.

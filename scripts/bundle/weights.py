@@ -1,8 +1,7 @@
-"""``model.pt`` and the ``model.json`` beside it, which says which network the weights are of; and weights of other programs.
+"""``model.pt``, a plain state dict as the bundle tools want it, and ``model.json`` beside it; and weights of other programs.
 
-``model.pt`` is a plain state dict, as the bundle tools want it. Factors do not show in the shapes of all weights, so
-``[2, 2]`` would load into ``[2, 1]`` and give nonsense; ``model.json`` keeps the network's arguments and the weights'
-SHA-256, and loading checks both.
+Factors do not show in the shapes of all weights, so ``[2, 2]`` would load into ``[2, 1]`` and give nonsense. ``model.json``
+keeps the network's arguments and the weights' SHA-256, and loading checks both.
 """
 
 from __future__ import annotations
@@ -38,49 +37,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Description:
-    """
-    The JSON file beside the weights of an autoencoder or a generator, as far as loading needs it.
-
-    Args:
-        network: arguments of the network.
-        sha256: hash of the weights.
-        sha256_before: hash of the weights that they replaced.
-    """
+    """The JSON file beside the weights of an autoencoder or a generator, as far as loading needs it."""
 
     network: dict[str, Any] | None = None
     sha256: Sha256 | None = None
-    sha256_before: Sha256 | None = None
+    sha256_before: Sha256 | None = None  # of the weights that they replaced
 
 
 def save_weights(network: Any, path: str | Path, description: Mapping[str, Any] | None = None) -> None:
     """
-    Write ``network``'s weights to ``path`` and its arguments to the JSON file beside it, each in one step.
-
-    Args:
-        network: the network, with ``arguments``.
-        path: path of the weights, e.g. ``models/model.pt``.
-        description: further entries of the JSON file.
+    Write ``network``'s weights to ``path``, and its ``arguments`` with the further entries of ``description`` to the JSON
+    file beside it, each in one step.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = serialise(network.state_dict())
-    # The description is written first and holds the hash of the old weights too, so that the pair is valid at any moment.
-    hashes = [content_hash(content)]
-    if path.is_file():
-        hashes.append(content_hash(path.read_bytes()))
-    known = {"network": network.arguments, **(description or {}), "sha256": hashes[0], "sha256_before": hashes[-1]}
+    new = content_hash(content)
+    old = content_hash(path.read_bytes()) if path.is_file() else new
+    known = {"network": network.arguments, **(description or {}), "sha256": new, "sha256_before": old}
+    # the description first, with the hash of the old weights too, so that the pair is valid at any moment
     write_atomically(json.dumps(known, indent=2).encode(), path.with_suffix(".json"))
     write_atomically(content, path)
 
 
 def load_weights(network: Any, path: str | Path) -> None:
     """
-    Load ``path`` into ``network``, after checking that the weights were made for it.
-
-    Args:
-        network: the network.
-        path: path of a state dict that :py:func:`save_weights` wrote, or of MONAI, GenerativeModels or MAISI, also as one
-            value of a dictionary (which is loaded with a warning).
+    Load ``path`` into ``network``, after checking that the weights were made for it. They are a state dict that
+    :py:func:`save_weights` wrote, or one of MONAI, GenerativeModels or MAISI, also as one value of a dictionary, which
+    cannot be checked and is loaded with a warning.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -102,9 +86,6 @@ def load_weights(network: Any, path: str | Path) -> None:
 def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
     """
     Read a file of weights. No code in it is run.
-
-    Args:
-        path: path of the weights.
 
     Returns:
         what the file holds, on the CPU, and the arguments of its network from the JSON file beside it, None without one.
@@ -129,13 +110,8 @@ def read_weights(path: str | Path) -> tuple[Any, dict[str, Any] | None]:
 
 def read_description(weights: str | Path) -> Any:
     """
-    What :py:func:`save_weights` wrote beside weights; None where there is no such file, or one of another program.
-
-    Args:
-        weights: path of the weights.
-
-    Raises:
-        ValueError: when it holds something else.
+    What :py:func:`save_weights` wrote beside ``weights``, a path; None where there is no such file, or one of another
+    program.
     """
     path = Path(weights).with_suffix(".json")
     description = read_dataclass(path, Description) if path.is_file() else None
@@ -151,33 +127,17 @@ def what_differs(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def check_arguments(saved: dict[str, Any], wanted: dict[str, Any], path: str | Path) -> None:
-    """
-    Compare the arguments of two networks.
-
-    Args:
-        saved: arguments of the network in the file.
-        wanted: arguments of the other network.
-        path: path of the file, for the error.
-
-    Raises:
-        ValueError: when they differ, with the arguments that do and both values.
-    """
+    """Raise a ValueError when the arguments of the network in a file are not those of another one, with both values."""
     if details := what_differs(saved, wanted):
         raise ValueError(f"{path} was made for another network: {details}.")
 
 
+@dataclass(eq=False)
 class WeightsLoader:
-    """
-    Handler that loads weights before the engine reads its first batch; see :py:func:`load_weights`.
+    """Handler that loads weights before the engine reads its first batch, by :py:func:`load_weights`."""
 
-    Args:
-        network: the network.
-        path: path of the weights.
-    """
-
-    def __init__(self, network: AutoencoderKL, path: str) -> None:
-        self.network = network
-        self.path = path
+    network: AutoencoderKL
+    path: str
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, lambda: load_weights(self.network, self.path))
@@ -188,14 +148,8 @@ class WeightsLoader:
 
 def autoencoder_in(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
     """
-    The state dict of an autoencoder in a file: the whole of it, or the first value that is one.
-
-    Args:
-        content: content of the file. Names may have a prefix (``module.``).
-        path: path of the file, for the error.
-
-    Raises:
-        ValueError: when the file has no weights of an autoencoder.
+    The state dict of an autoencoder in the ``content`` of a file: the whole of it, or the first value that is one, without
+    a prefix of its names (``module.``). A ValueError when there is none.
     """
     for found in [content, *content.values()] if isinstance(content, dict) else []:
         keys = [key for key in found if isinstance(key, str)] if isinstance(found, dict) else []
@@ -207,46 +161,37 @@ def autoencoder_in(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
     raise ValueError(f"{path} holds no weights of an AutoencoderKL (none is called encoder.blocks...), but {held}.")
 
 
-def is_maisi(state: dict[str, torch.Tensor]) -> bool:
-    """Whether a state dict is one of MONAI's ``AutoencoderKlMaisi``, which MAISI and NV-Generate publish."""
-    return any(".conv1.conv.conv." in key for key in state)
-
-
-def is_of_this_bundle(state: dict[str, torch.Tensor]) -> bool:
-    """Whether a state dict has a linear shortcut, which no other program's network has."""
-    return any(key.startswith("shortcut.") for key in state)
-
-
-def named_as_here(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of MAISI, of GenerativeModels or of MONAI with the names of this network."""
-    renamed = {}
-    for key, value in state.items():
-        for theirs, ours in MAISI if is_maisi(state) else GENERATIVE_MODELS:
-            key = theirs.sub(ours, key)
-        renamed[key] = value
-    return renamed
+def named_as_here(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    A state dict with the names of this network, and the arguments of its network that its names tell: MONAI's,
+    GenerativeModels' and MAISI's have group norms, and MAISI's (MONAI's ``AutoencoderKlMaisi``) enlarges trilinearly. Those
+    with a linear shortcut, which no other program's network has, tell none.
+    """
+    if any(key.startswith("shortcut.") for key in state):
+        return state, {}
+    is_maisi = any(".conv1.conv.conv." in key for key in state)
+    for theirs, ours in MAISI if is_maisi else GENERATIVE_MODELS:
+        state = {theirs.sub(ours, key): value for key, value in state.items()}
+    return state, {"norm": "group", "upsample_mode": "trilinear" if is_maisi else "nearest"}
 
 
 def named_for(network: torch.nn.Module, content: Any, path: str | Path) -> dict[str, Any]:
     """
-    Weights that a file without a description holds, with the names of a network.
-
-    Args:
-        network: network that they are for, an autoencoder of this bundle or of MONAI.
-        content: content of the file.
-        path: path of the file, for the error.
+    Weights in the ``content`` of a file without a description, with the names of a network, an autoencoder of this bundle or
+    of MONAI.
 
     Raises:
         ValueError: when there are none, and for those of a network that computes something else with them.
     """
-    keys = network.state_dict().keys()
+    keys, here = network.state_dict().keys(), getattr(network, "arguments", {})
     state = content if isinstance(content, dict) and content.keys() == keys else autoencoder_in(content, path)
-    arguments = getattr(network, "arguments", {})
-    if state.keys() != keys and is_maisi(state) and arguments.get("upsample_mode") != "trilinear":
+    named, theirs = named_as_here(state)
+    fits = state.keys() == keys
+    if not fits and theirs.get("upsample_mode") == "trilinear" and here.get("upsample_mode") != "trilinear":
         raise ValueError(f"{path} holds weights of MAISI's network, which needs configs/presets/maisi.json.")
-    if arguments.get("norm", "group") != "group" and not is_of_this_bundle(state):
+    if theirs and here.get("norm", "group") != "group":
         raise ValueError(
             f"{path} has no JSON file beside it, so it is taken for weights of MONAI's network, which needs "
             'configs/presets/4x.json, or `norm` "group".'
         )
-    return state if state.keys() == keys else named_as_here(state)
+    return state if fits else named

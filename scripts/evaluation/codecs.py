@@ -16,9 +16,8 @@ from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.config import CONFIGS
 from scripts.bundle.weights import (
     autoencoder_in,
-    is_maisi,
-    is_of_this_bundle,
     load_weights,
+    named_as_here,
     named_for,
     read_description,
     read_weights,
@@ -143,12 +142,12 @@ class _WithLatents(nn.Module):
 def _autoencoder(path: Path, image_channels: int, preset: str | None = None, **keys: Any) -> AutoencoderKL:
     content, arguments = read_weights(path)
     if arguments is None:  # of another program
-        state = autoencoder_in(content, path)
-        preset = preset or ("maisi" if is_maisi(state) else None)
+        _, theirs = named_as_here(autoencoder_in(content, path))
+        preset = preset or ("maisi" if theirs.get("upsample_mode") == "trilinear" else None)
         files = [str(CONFIGS / "inference.json")]
         if preset is not None:
             files.append(preset if Path(preset).suffix else str(CONFIGS / "presets" / f"{preset}.json"))
-        norm = {} if is_of_this_bundle(state) else {"norm": "group"}
+        norm = {"norm": theirs["norm"]} if theirs else {}
         arguments = read_plan(files, **{"image_channels": image_channels, **norm, **keys}).network.arguments
     elif preset or keys:
         raise ValueError(f"{path.with_suffix('.json')} says which network it is; give `weights` alone.")

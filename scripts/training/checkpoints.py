@@ -31,7 +31,6 @@ from scripts.training.trainer import ResumableTrainer
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)\.pt")  # the number is that of the last iteration
 WEIGHTS = "model.pt"
-METRICS = ("best_metric", "metric_before")  # of the evaluator
 NEW_IN_EACH_PART = ("resume", "overwrite")  # keys of the config
 logger = logging.getLogger(__name__)
 
@@ -64,12 +63,8 @@ def newest_checkpoint(ckpt_dir: str | Path) -> tuple[Path, dict[str, Any]] | Non
 
 def resumed_precision(ckpt_dir: str, device: str | torch.device) -> Precision:
     """
-    The precision of the newest checkpoint, so that a run continues as it began, on another processor too. Without a
-    checkpoint, the default of the device.
-
-    Args:
-        ckpt_dir: folder of the checkpoints.
-        device: device on which the run continues.
+    The precision of the newest checkpoint in ``ckpt_dir``, so that a run continues as it began, on another processor too.
+    Without a checkpoint, the default of ``device``.
     """
     if found := newest_checkpoint(ckpt_dir):
         return Precision(str(device), **found[1]["precision"], reason=f"that of {found[0]}, from which the run is resumed")
@@ -78,17 +73,11 @@ def resumed_precision(ckpt_dir: str, device: str | torch.device) -> Precision:
 
 def claim_ckpt_dir(ckpt_dir: str, resume: bool, overwrite: bool) -> None:
     """
-    Refuse to start a new run in a folder with checkpoints or weights of another one, or in a folder that cannot be written
-    to.
-
-    Args:
-        ckpt_dir: folder for the checkpoints, made if necessary.
-        resume: whether the run continues from the checkpoints in it.
-        overwrite: whether the run may replace what is in it.
+    Make the folder for a run's checkpoints, and refuse one that holds those of an earlier run or cannot be written to.
 
     Raises:
-        FileExistsError: when the folder holds checkpoints and neither is set, or weights without a checkpoint and
-            ``overwrite`` is not.
+        FileExistsError: when the folder holds checkpoints and neither ``resume`` nor ``overwrite`` is set, or weights
+            without a checkpoint and ``overwrite`` is not.
         OSError: when the folder cannot be made or written to.
     """
     folder = Path(ckpt_dir)
@@ -112,23 +101,19 @@ class TrainingSaver:
     """
     Handler that writes a checkpoint after every epoch, every few minutes within one, and when a signal ends the run; and
     ``model.pt`` (with ``model.json``) whenever the evaluator's key metric reaches a new best value. A checkpoint holds all
-    that a run needs to be continued exactly: weights, optimizers, schedules, position, best metric.
-
-    A checkpoint is written to a temporary file, flushed to the disk and renamed before old ones are removed: a kill, a full
-    disk or a power failure never destroys a complete checkpoint.
+    that a run needs to be continued exactly, and is complete on the disk before old ones are removed.
 
     Args:
         ckpt_dir: folder for the checkpoints.
         network: network, not wrapped; its ``arguments`` are what it was made with.
-        items: further objects with a ``state_dict``, by name; None stands for one that this run does not have. Those with
-            ``must_match``, a function of their state, cannot change in what it returns.
+        items: further objects with a ``state_dict``, by name; None stands for one that this run does not have. What
+            ``must_match``, if an item has it, returns of its state must stay.
         evaluator: validation engine; the weights of its network are ``model.pt``.
         config: config of the run, as JSON has it.
         dataset_dir: folder from which validation volumes are named, so that it may be moved.
         minutes: age of the last checkpoint at which another one is written within an epoch.
         keep: number of checkpoints that are kept, besides that of the best epoch.
-        describe: function that gives the entries of ``model.json`` besides the network's arguments and how long it was
-            trained.
+        describe: function that gives further entries of ``model.json``.
     """
 
     ckpt_dir: str
@@ -187,14 +172,17 @@ class TrainingSaver:
     def state_dict(self, trainer: ResumableTrainer) -> dict[str, Any]:
         """The content of a checkpoint: tensors, numbers, text, lists and dictionaries."""
         measured = self.evaluator.state
-        metrics = {name: float(getattr(measured, name)) for name in METRICS if hasattr(measured, name)}
         return {
             "arguments": self.network.arguments,
             "network": self.network.state_dict(),
             "scaler": trainer.scaler.state_dict(),
             "precision": trainer.precision,
             "trainer": {name: getattr(trainer.state, name) for name in ("iteration", "epoch", "epoch_length")},
-            "evaluator": {**metrics, "best_metric_epoch": measured.best_metric_epoch},
+            "evaluator": {
+                "best_metric": float(measured.best_metric),
+                "metric_before": float(getattr(measured, "metric_before", math.nan)),
+                "best_metric_epoch": measured.best_metric_epoch,
+            },
             "config": self.config,
             "validation": self._validation_volumes(),
             **{name: item.state_dict() for name, item in self.items.items()},
@@ -206,8 +194,8 @@ class TrainingSaver:
 
     def resume(self, trainer: ResumableTrainer) -> bool:
         """
-        Go on from the newest checkpoint. The settings of the run are its own: learning rate, weight decay, length of the
-        schedule and weights of losses are those of its config. With the same config, it goes on bit for bit.
+        Go on from the newest checkpoint, with the settings of this run's config: learning rate, weight decay, length of the
+        schedule, weights of losses. With the same config, it goes on bit for bit.
 
         Args:
             trainer: trainer that is starting.

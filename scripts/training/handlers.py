@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,10 @@ logger = logging.getLogger(__name__)
 class RunHandlers:
     """
     The handlers of a training run: initial weights, order of the batches, progress, curves, validation and what it is
-    compared with, checkpoints, and stopping on a signal.
-
-    A metric that is NaN is never the best, and any other one is better.
+    compared with, checkpoints (of the first process), and stopping on a signal. A metric that is NaN is never the best.
 
     Args:
-        start: initial weights, with the run's checkpoints; only the first process writes these.
+        start: initial weights, with the run's checkpoints.
         val_interval: number of epochs from one validation to the next.
         report: what is said of the validation before and after, or None.
         tensorboard: writer of the curves, or None.
@@ -54,7 +52,8 @@ class RunHandlers:
         tensorboard: SummaryWriter | None = None,
     ) -> None:
         evaluator = start.saver.evaluator
-        evaluator.metric_cmp_fn = _ignoring_nan(evaluator.metric_cmp_fn)
+        better = evaluator.metric_cmp_fn
+        evaluator.metric_cmp_fn = lambda new, best: not math.isnan(new) and (math.isnan(best) or better(new, best))
         self.handlers: list[Any] = [
             start,
             RepeatableOrder(),
@@ -71,21 +70,15 @@ class RunHandlers:
             handler.attach(engine)
 
 
-def _ignoring_nan(better: Callable[[float, float], bool]) -> Callable[[float, float], bool]:
-    return lambda current, best: not math.isnan(current) and (math.isnan(best) or better(current, best))
-
-
 class TrainingProgress:
     """
-    Trainer handler that shows one progress bar over all iterations (epoch, losses, time left; Ignite's ``ProgressBar``
-    covers one epoch only). After every epoch, it logs the mean losses, how many volumes were trained on per second, by all
-    processes, and the share of the time that was spent waiting for data: a large share means that the loader is too slow.
-
-    It must be attached before validation, whose time is not that of training, in all processes of a distributed run.
+    Trainer handler that shows one progress bar over all iterations (Ignite's ``ProgressBar`` covers one epoch). After every
+    epoch, it logs the mean losses, how many volumes were trained on per second, by all processes, and the share of the time
+    that was spent waiting for data. It must be attached before validation, in all processes of a distributed run.
     """
 
     def __init__(self) -> None:
-        self.bar: ProgressBar | None = None
+        self.bar: Any = None
         self.waiting = Timer()
         self.volumes = 0
 
@@ -107,7 +100,6 @@ class TrainingProgress:
 
     def _advance(self, engine: ResumableTrainer) -> None:
         self.volumes += len(engine.state.batch[Keys.IMAGE]) * idist.get_world_size()
-        assert self.bar is not None
         if self.bar.update():  # only when it is redrawn, because reading the losses makes the GPU wait
             losses = {name: f"{engine.state.output[0][name].item():.3g}" for name in engine.loss_names}
             self.bar.set_postfix({"epoch": engine.state.epoch, **losses}, refresh=False)
@@ -130,14 +122,10 @@ class Curves:
     Trainer handler that writes TensorBoard's curves: learning rate and losses of every iteration, throughput and metrics of
     every epoch, all by the number of the iteration. So a resumed run hides what was written after its checkpoint, and a new
     run what an earlier one left in the folder.
-
-    Args:
-        writer: writer of the run's folder.
-        evaluator: validation engine, whose metrics are written.
     """
 
     writer: SummaryWriter
-    evaluator: Any
+    evaluator: Any  # of the validation
 
     def attach(self, engine: ResumableTrainer) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -164,16 +152,15 @@ class Curves:
 @dataclass(eq=False)
 class BeforeAndAfter:
     """
-    Trainer handler that validates before the first step and after the last. At the end it logs the validation engine's key
-    metric before and after, metrics to compare it with, and the files that the run has written. Training that made nothing
-    better gets a warning.
+    Trainer handler that validates before the first step and after the last, and logs at the end the key metric before and
+    after. Training that made nothing better gets a warning.
 
     Args:
         validator: validation engine.
         name: name of its key metric in the log.
-        unit: unit of the key metric, and of those that it is compared with, in the log.
-        compare: further metrics of the engine to compare the key metric with: ``{text: name of the metric}``.
-        files: files that the run has written: ``{text: path}``.
+        unit: unit of the metrics in the log.
+        compare: further metrics to compare the key metric with: ``{text: name of the metric}``.
+        files: files that the run has written, for the log: ``{text: path}``.
     """
 
     validator: Any
@@ -224,16 +211,14 @@ class BeforeAndAfter:
 
 class MLflowRun(MLFlowHandler):
     """
-    Trainer handler: MONAI's, with a run of MLflow for each run of training. A resumed run goes on with its own, also when
-    that was finished; MONAI's joins any run of the experiment that is not.
-
-    Losses and metrics are means over epochs, because the database is too slow for values of every step. Parameters are the
-    plain values at the top of the config, and precision. The whole config is an artifact.
+    MONAI's trainer handler, with a run of MLflow for each run of training. A resumed run goes on with its own, also when
+    that was finished; MONAI's joins any run of the experiment that is not. Losses and metrics are means over epochs, because
+    the database is too slow for values of every step. Parameters are the plain values at the top of the config.
 
     Args:
         evaluator: validation engine, whose metrics are tracked.
         run_dir: folder of the run, which keeps the id of its run of MLflow.
-        config: config of the run, as JSON has it.
+        config: config of the run, as JSON has it, which becomes an artifact.
         kwargs: arguments of ``MLFlowHandler``.
     """
 
@@ -252,16 +237,14 @@ class MLflowRun(MLFlowHandler):
         self._default_epoch_log(evaluator)
 
     def start(self, engine: ResumableTrainer) -> None:  # type: ignore[override]
-        """Make the run, or go on with it, and log parameters and config."""
         if self.cur_run is not None:
             return
         self._set_experiment()
-        experiment: Any = self.experiment
         if engine.state.iteration > 0 and self.file.is_file():
             run = self.client.get_run(self.file.read_text())
             self.client.update_run(run.info.run_id, status="RUNNING")
         else:
-            run = self.client.create_run(experiment.experiment_id, run_name=self.run_name)
+            run = self.client.create_run(self.experiment.experiment_id, run_name=self.run_name)  # type: ignore[attr-defined]
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(run.info.run_id)
         self.cur_run = run
@@ -274,14 +257,8 @@ class MLflowRun(MLFlowHandler):
 
 def log_factors(network: AutoencoderKL, patch_size: Sequence[int]) -> None:
     """
-    Log in one line by how much the network shrinks, and the latent of one patch.
-
-    Args:
-        network: the network.
-        patch_size: spatial size of a training patch, voxels.
-
-    Raises:
-        ValueError: when the total factor does not divide the patch.
+    Log in one line by how much the network shrinks, and the latent of a patch of ``patch_size`` voxels. A ValueError when
+    the total factor does not divide it.
     """
     channels, *size = network.latent_shape(patch_size)
     levels = ", ".join(by(factors) for factors in network.downsample_factors) or "none"

@@ -19,13 +19,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.progress import ProgressBar
-from scripts.bundle.weights import autoencoder_in, is_maisi, named_as_here, read_weights, what_differs
+from scripts.bundle.weights import autoencoder_in, named_as_here, read_weights, what_differs
 from scripts.layers.linear_shortcut import LinearShortcut
 from scripts.training.checkpoints import TrainingSaver
 from scripts.training.repeatable_batches import RepeatableBatchSampler, training_patches
 from scripts.training.trainer import ResumableTrainer
 
 CODE_PATCHES, NEIGHBOUR_PATCHES = 64, 128  # that the code is fitted to, and then its decoder with neighbours
+MONAI = {"initial_downsample_factor": 1, "downsample_factors": None, "initial_mode": "conv", "linear_shortcut": False}
 LAYER = re.compile(r"(?:encoder|decoder)\.blocks\.\d+|decoder\.refine|quant_conv\w+|post_quant_conv|shortcut")
 logger = logging.getLogger(__name__)
 
@@ -33,18 +34,17 @@ logger = logging.getLogger(__name__)
 @dataclass(eq=False)
 class InitialWeights:
     """
-    Trainer handler that sets the network's weights before the first step. It loads the newest checkpoint, if ``resume`` is
-    set and there is one. Otherwise it loads ``pretrained``, if that is given; fits the linear shortcut to the training data,
-    if ``fit_shortcut`` is set and the shortcut is as it was built; and sets the average to the result.
+    Trainer handler that sets the network's weights before the first step: those of the newest checkpoint, with ``resume``
+    and if there is one. Otherwise it loads ``pretrained``, fits the linear shortcut to the training data, and sets the
+    average to the result.
 
     Args:
         saver: checkpoints of the run.
         resume: whether to continue from the newest of them.
         average: average of the network's weights, or None.
         pretrained: path of weights; empty for none.
-        load: function of network and path that loads ``pretrained``; by default for an
-            :py:class:`scripts.autoencoderkl.AutoencoderKL`.
-        fit_shortcut: whether to fit the shortcut of such a network.
+        load: function of network and path that loads ``pretrained``; by default :py:func:`load_pretrained`.
+        fit_shortcut: whether to fit a shortcut that is as it was built.
 
     Raises:
         ValueError: when training starts, for checkpoints or weights that cannot be used.
@@ -82,8 +82,7 @@ def fit_shortcut(shortcut: LinearShortcut | None, dataset: Any, sampler: Repeata
 
     Args:
         shortcut: shortcut of a :py:class:`scripts.autoencoderkl.AutoencoderKL`.
-        dataset: the trainer's :py:class:`scripts.training.RepeatableDataset`.
-        sampler: batch sampler of its loader.
+        dataset: the trainer's :py:class:`scripts.training.RepeatableDataset`, and ``sampler`` its batch sampler.
     """
     if shortcut is None or not shortcut.is_as_built():
         return
@@ -109,10 +108,6 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
     2 at every step, with the names of MONAI, GenerativeModels or MAISI, which enlarges trilinearly. They may be one value of
     a checkpoint's dictionary, under any key, and in float16.
 
-    Args:
-        network: the network.
-        path: path of the weights.
-
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: when it is damaged, holds code, is not what its arguments say, or has no layer in common.
@@ -121,8 +116,8 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
     state = autoencoder_in(content, path)
     arguments = arguments or content.get("arguments")  # of a checkpoint of this bundle
     if arguments is None:
-        arguments = _as_monai(network.arguments, "trilinear" if is_maisi(state) else "nearest")
-        state = named_as_here(state)
+        state, theirs = named_as_here(state)
+        arguments = {**network.arguments, **MONAI, **theirs}
         logger.info(f"{path} has no JSON file beside it: it is taken for MONAI's network, with the other arguments as here")
     with torch.device("meta"):
         source = AutoencoderKL(**arguments)
@@ -148,13 +143,6 @@ def load_pretrained(network: AutoencoderKL, path: str | Path) -> None:
     logger.info(f"training starts from {path}: {len(pairs)} of {len(here)} layers taken over")
     if left_out:
         logger.info(f"not taken over: {left_out}")
-
-
-def _as_monai(arguments: dict[str, Any], upsample_mode: str) -> dict[str, Any]:
-    axes = arguments["spatial_dims"]
-    factors = [[2] * axes for _ in arguments["downsample_factors"]]
-    monai = {"initial_downsample_factor": [1] * axes, "initial_mode": "conv", "linear_shortcut": False}
-    return {**arguments, "downsample_factors": factors, **monai, "upsample_mode": upsample_mode, "norm": "group"}
 
 
 def _layers(network: AutoencoderKL) -> dict[str, str]:

@@ -34,15 +34,12 @@ class ReconstructionLoss:
 def kl_divergence(z_mu: torch.Tensor, z_sigma: torch.Tensor) -> torch.Tensor:
     """
     Kullback-Leibler divergence of a diagonal normal distribution from the standard one (Kingma and Welling,
-    https://arxiv.org/abs/1312.6114, appendix B), in float32 for any input type: with the logarithm of a float16 variance,
-    training can become NaN.
+    https://arxiv.org/abs/1312.6114, appendix B) in nats, summed over the latent and averaged over the batch. It is computed
+    in float32: with the logarithm of a float16 variance, training can become NaN.
 
     Args:
         z_mu: mean, ``B`` times the latent's shape.
         z_sigma: standard deviation, the same shape.
-
-    Returns:
-        the divergence in nats, summed over the latent and averaged over the batch.
     """
     z_mu, variance = z_mu.float(), z_sigma.float().square()
     return 0.5 * (z_mu.square() + variance - variance.log() - 1).flatten(1).sum(1).mean()
@@ -53,9 +50,6 @@ class SpectralLoss(JukeboxLoss):
     MONAI's ``JukeboxLoss`` (Dhariwal et al., https://arxiv.org/abs/2005.00341), the squared difference of the amplitudes of
     all frequencies, with a gradient that is finite where an amplitude is zero. In MONAI's it is NaN there, and the first
     reconstructions of a network with ``linear_shortcut`` have such frequencies.
-
-    Args:
-        kwargs: arguments of ``JukeboxLoss``.
     """
 
     def _get_fft_amplitude(self, images: torch.Tensor) -> torch.Tensor:
@@ -64,7 +58,7 @@ class SpectralLoss(JukeboxLoss):
 
 class Adversary:
     """
-    A patch discriminator with its optimizer and schedule, as in VQGAN (Esser et al., https://arxiv.org/abs/2012.09841), with
+    A patch discriminator with its optimizer and schedule, as in VQGAN (Esser et al., https://arxiv.org/abs/2012.09841), and
     a least-squares loss.
 
     Args:
@@ -100,10 +94,7 @@ class Adversary:
         self.loss = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
 
     def generator_loss(self, reconstruction: torch.Tensor) -> torch.Tensor:
-        """
-        Loss of a ``reconstruction`` (``BxCxHxWxD``), smallest where the discriminator takes it for an image. The gradient
-        goes to the reconstruction, not to the discriminator.
-        """
+        """Loss of a ``reconstruction`` (``BxCxHxWxD``), to which alone the gradient goes."""
         # not through the wrapper for distributed training, which would wait for gradients of the frozen weights
         self.discriminator.requires_grad_(False)
         try:
@@ -112,13 +103,7 @@ class Adversary:
             self.discriminator.requires_grad_(True)
 
     def discriminator_loss(self, image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
-        """
-        Loss of the discriminator, smallest where it tells images from reconstructions.
-
-        Args:
-            image: ``BxCxHxWxD``.
-            reconstruction: the same shape, detached from the autoencoder.
-        """
+        """Loss of the discriminator, of an image (``BxCxHxWxD``) and its reconstruction, detached from the autoencoder."""
         # one forward pass for both, as the wrapper for distributed training expects
         real, fake = self.network(torch.cat([image, reconstruction.to(image.dtype)]))[-1].chunk(2)
         return 0.5 * (

@@ -52,7 +52,8 @@ class Muon(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    change = self._by_muon if _is_matrix(parameter) else self._by_adam
+                    is_matrix = parameter.ndim > 1 and min(parameter.shape[:2]) > 1
+                    change = self._by_muon if is_matrix else self._by_adam
                     change(parameter, parameter.grad, self.state[parameter], group)
 
     @staticmethod
@@ -76,21 +77,11 @@ class Muon(Optimizer):
         parameter.addcdiv_(mean, square.div(second).sqrt_().add_(group["eps"]), value=-group["lr"] / first)
 
 
-def _is_matrix(parameter: Tensor) -> bool:
-    return parameter.ndim > 1 and min(parameter.shape[:2]) > 1
-
-
 def orthogonalised(matrix: Tensor) -> Tensor:
     """
-    A matrix with the same singular vectors, and singular values of about 1, by Newton and Schulz's iteration. Each of its
-    steps multiplies the matrix by a polynomial of its products of rows. These are multiplied with each other first, and the
-    matrix, which is much longer than it is high where it belongs to a convolution, only once with the result.
-
-    Args:
-        matrix: matrix of any shape.
-
-    Returns:
-        float32.
+    A matrix with the same singular vectors, and singular values of about 1, by Newton and Schulz's iteration, in float32.
+    Each of its steps multiplies the matrix by a polynomial of its products of rows. These are multiplied with each other
+    first, and the matrix, much longer than high where it belongs to a convolution, only once with the result.
     """
     tall = len(matrix) > matrix.shape[1]
     x = (matrix.t() if tall else matrix).float()

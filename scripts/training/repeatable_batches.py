@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset, Sampler
 
 
 class Draw(NamedTuple):
-    """One item of a batch: which volume, and the seed of its random transforms."""
+    """One item of a batch: the number of its volume, and the seed of its random transforms."""
 
     item: int
     seed: int
@@ -32,24 +32,20 @@ def derive_seed(*parts: int) -> int:
 
 class RepeatableBatchSampler(Sampler[list[Draw]]):
     """
-    Shuffled batches that depend on the seed, the epoch and the position alone. With several processes
-    (``torch.distributed``), each global batch is divided among them: two processes with batch size 1 see what one sees with
-    batch size 2. The last batch of an epoch is filled up with the epoch's first items, so that all have one size.
+    Shuffled batches that depend on the seed, the epoch and the position alone. Several processes divide each batch: two with
+    batch size 1 see what one sees with batch size 2. The last batch of an epoch is filled up with the epoch's first items.
 
     Args:
         num_items: number of items in the dataset.
         batch_size: number of items in a batch of one process.
-        seed: seed of the whole run.
+        seed: seed of the run.
 
     Attributes:
         epoch: number of the epoch, from 1 as ignite counts.
-        start: number of batches of the epoch to skip, when a run is resumed in its middle. ``len()`` stays that of the whole
-            epoch.
+        start: number of batches of the epoch to skip, when a run is resumed in its middle; ``len()`` counts them.
     """
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size!r}; it must be at least 1.")
         self.num_items = num_items
         self.batch_size = batch_size
         self.seed = seed
@@ -138,14 +134,10 @@ def _sampler_of(engine: Engine) -> RepeatableBatchSampler:
 
 def training_patches(dataset: Any, sampler: RepeatableBatchSampler) -> Iterator[torch.Tensor]:
     """
-    Patches as training sees them, epoch after epoch, in the order and with the augmentation that they have there.
+    Patches as training sees them, ``1xCxHxWxD``, without end: in the order and with the augmentation that they have there.
 
     Args:
-        dataset: a :py:class:`RepeatableDataset`.
-        sampler: batch sampler of its loader.
-
-    Returns:
-        tensors ``1xCxHxWxD``, without end.
+        dataset: a :py:class:`RepeatableDataset`, and ``sampler`` the batch sampler of its loader.
     """
     for epoch in itertools.count(1):
         for draw in sampler.draws(epoch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -16,11 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from scripts.bundle.precision import autocast_dtype, dtype_name
+from scripts.bundle.precision import autocast_dtype
 from scripts.training.losses import Adversary, LossTerm, kl_divergence
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # Python 3.10 has none
 
 Losses = dict[str, torch.Tensor]
 TrainedPart = tuple[torch.nn.Module, torch.optim.Optimizer, LRScheduler | None]  # a network, its optimizer and schedule
@@ -29,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 class ResumableTrainer(SupervisedTrainer):
     """
-    MONAI's ``SupervisedTrainer`` with mixed precision on any device, clipped gradients, and a gradient scaler that is made
-    once, so that a resumed run keeps its scale. A step whose loss or gradient is not finite is skipped. Schedule and average
-    follow the steps of the optimizer.
+    MONAI's ``SupervisedTrainer`` with mixed precision on any device, clipped gradients, and a gradient scaler that a resumed
+    run keeps. A step whose loss or gradient is not finite is skipped. Schedule and average follow the steps of the
+    optimizer.
 
-    ``engine.state.output`` is a list of one dict, as MONAI's handlers expect: the input, the target, the prediction, and the
-    losses of the whole batch. A trainer with further losses has a ``compute_losses`` and ``loss_names`` of its own.
+    ``engine.state.output`` is a list of one dict: the input, the target, the prediction, and the losses of the whole batch.
+    A trainer with further losses has a ``compute_losses`` and ``loss_names`` of its own.
 
     Args:
         amp_dtype: ``"bfloat16"``, or ``"float16"`` with a gradient scaler.
@@ -46,6 +43,7 @@ class ResumableTrainer(SupervisedTrainer):
             batches of one optimizer step.
 
     Attributes:
+        precision: ``amp`` and ``amp_dtype`` of the run.
         exit_code: exit code of the process when ``run`` ends, if it is not 0.
 
     Raises:
@@ -69,6 +67,7 @@ class ResumableTrainer(SupervisedTrainer):
         self.average = average
         self.max_grad_norm = max_grad_norm
         self.max_nonfinite_steps = max_nonfinite_steps
+        self.precision = {"amp": self.amp, "amp_dtype": amp_dtype}
         self.autocast = {"device_type": self.state.device.type, "dtype": autocast_dtype(amp_dtype), "enabled": self.amp}
         self.scaler: Any = torch.amp.GradScaler(self.state.device.type, enabled=self.amp and amp_dtype == "float16")
         self.exit_code = 0
@@ -79,11 +78,6 @@ class ResumableTrainer(SupervisedTrainer):
     def loss_names(self) -> tuple[str, ...]:
         """Names of the losses in ``engine.state.output``, the total first."""
         return (Keys.LOSS.value,)
-
-    @property
-    def precision(self) -> dict[str, Any]:
-        """``amp`` and ``amp_dtype`` of the run."""
-        return {"amp": self.autocast["enabled"], "amp_dtype": dtype_name(self.autocast["dtype"])}
 
     @property
     def step_is_complete(self) -> bool:
@@ -143,20 +137,17 @@ class ResumableTrainer(SupervisedTrainer):
 
     def compute_losses(self, output: Any, inputs: torch.Tensor, targets: Any) -> Losses:
         """
-        The losses of a batch.
+        ``"loss"``, which is minimised, and its parts without their weights.
 
         Args:
-            output: what the network makes of ``inputs``, in the data type of the run.
-            inputs: ``BxCxHxWxD``.
+            output: what the network makes of ``inputs`` (``BxCxHxWxD``), in the data type of the run.
+            inputs: images of the batch.
             targets: what ``prepare_batch`` gives beside them.
-
-        Returns:
-            ``"loss"``, which is minimised, and its parts without their weights.
         """
         return {Keys.LOSS.value: self.loss_function(output.float(), targets)}
 
     def _gradients_shared(self, network: torch.nn.Module) -> contextlib.AbstractContextManager:
-        """A context in which processes exchange gradients, which they do only for the last batch of a step."""
+        """Processes exchange gradients only for the last batch of a step."""
         if isinstance(network, DistributedDataParallel) and not self.step_is_complete:
             return network.no_sync()
         return contextlib.nullcontext()
@@ -242,18 +233,18 @@ class AutoencoderTrainer(ResumableTrainer):
         *,
         amp_dtype: torch.dtype | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> AutoencoderTrainer:
         """
-        A trainer for given batches, without the data and handlers of a run; for estimates, tests and benchmarks.
+        A trainer without the data and handlers of a run, for estimates, tests and benchmarks.
 
         Args:
             images: the batches of its only epoch, each ``BxCxHxWxD``, on the device where it trains.
             network: network on that device.
             optimizer: optimizer of the network.
             amp_dtype: data type of mixed precision, None for none.
-            kwargs: further arguments of the trainer; without them, the loss is the absolute error and the KL divergence.
+            kwargs: further arguments of the trainer; by default, the loss is the absolute error and the KL divergence.
         """
-        precision = {"amp": amp_dtype is not None, "amp_dtype": dtype_name(amp_dtype or torch.bfloat16)}
+        precision = {"amp": amp_dtype is not None, "amp_dtype": str(amp_dtype or torch.bfloat16).removeprefix("torch.")}
         loss = {"loss_function": torch.nn.functional.l1_loss, "kl_weight": 1e-8}
         batches = [{Keys.IMAGE: image} for image in images]
         return cls(
