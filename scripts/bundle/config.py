@@ -27,21 +27,17 @@ PATHS = (
 )
 FilePath = Annotated[str, Must("a path", len)]
 Amount = Annotated[float, Must("a number from 0 on", lambda x: x >= 0)]
-SpatialKey = Annotated[
-    str,
-    Must(
-        "a name of letters, digits, '-' and '_', other than 'image'",
-        re.compile("(?!image$)[a-zA-Z0-9][a-zA-Z0-9_-]*").fullmatch,
-    ),
-]
+NAME = re.compile("(?!image$)[a-zA-Z0-9][a-zA-Z0-9_-]*")
+SpatialKey = Annotated[str, Must("a name of letters, digits, '-' and '_', other than 'image'", NAME.fullmatch)]
 SpatialKeys = Annotated[list[SpatialKey], Must("a list of different names", lambda names: len({*names}) == len(names))]
 KINDS: dict[str, Any] = {  # of the keys of which their default does not say it
     **dict.fromkeys(PATHS, FilePath | None),
     "pretrained": bool | FilePath,
     "use_checkpoint": bool | list[bool],
     "amp": bool,
-    **dict.fromkeys(("view_worst", "view_nearest"), Count),
-    **dict.fromkeys(("repeats", "further_repeats", "head_patches", "procedural_volumes"), Count),
+    **dict.fromkeys(
+        ("view_worst", "view_nearest", "repeats", "further_repeats", "head_patches", "procedural_volumes"), Count
+    ),
     **dict.fromkeys(("spatial_keys", "label_keys"), SpatialKeys),
     **dict.fromkeys(("initial_downsample_factor", "num_res_blocks", "patch_size"), PositiveInt | list),
 }

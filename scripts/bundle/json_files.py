@@ -62,11 +62,9 @@ def read_dataclass(path: str | Path, cls: type[T], max_bytes: int = MAX_BYTES) -
     if len(text) > max_bytes:
         raise ValueError(f"{path} has more than {max_bytes} bytes, which no such file has.")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter for deeply nested brackets
+        return checked(json.loads(text), cls)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last for deeply nested brackets
         raise ValueError(f"{path} is damaged, or not JSON ({error}).") from error
-    try:
-        return checked(content, cls)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

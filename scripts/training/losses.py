@@ -68,10 +68,10 @@ class Adversary:
         weight: weight of the adversarial loss in the autoencoder's.
         warmup_epochs: number of epochs that the autoencoder trains alone first.
         device: device that it is moved to, None to leave it where it is.
-        parallel: function that wraps it for distributed training, or None.
 
     Attributes:
-        network: the discriminator as it is trained, wrapped or not.
+        network: the discriminator as it is trained; :py:class:`AutoencoderTrainer` wraps it where it trains a wrapped
+        network.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Adversary:
         weight: float,
         warmup_epochs: int,
         device: torch.device | str | None = None,
-        parallel: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
     ) -> None:
-        self.discriminator = discriminator.to(device)
-        self.network = parallel(self.discriminator) if parallel else self.discriminator
+        if device is not None:
+            discriminator.to(device)
         keep_in_float32(discriminator)  # some of its convolutions, under the CPU's autocast
+        self.discriminator = self.network = discriminator
         self.optimizer = optimizer(discriminator.parameters())
         self.lr_scheduler = WarmupCosineSchedule(self.optimizer, warmup_steps=0, t_total=num_steps)
         self.weight = weight

@@ -223,6 +223,8 @@ class AutoencoderTrainer(ResumableTrainer):
         self.loss_terms = loss_terms or {}  # before handlers are attached, which ask for `loss_names`
         self.adversary = adversary
         super().__init__(**kwargs)
+        if adversary is not None and isinstance(self.network, DistributedDataParallel):
+            adversary.network = DistributedDataParallel(adversary.discriminator, self.network.device_ids)
 
     @classmethod
     def of_images(
