@@ -37,10 +37,15 @@ class Precision:
     amp_dtype: str
     reason: str
 
+    @property
+    def name(self) -> str:
+        """The data type that is computed in."""
+        return computing_dtype(self.amp, self.amp_dtype)
+
     def log(self, amp: bool, amp_dtype: str) -> None:
         """Log in one line which precision a run with these settings has and why; warn when it is slow on the device."""
-        used, default = computing_dtype(amp, amp_dtype), computing_dtype(self.amp, self.amp_dtype)
-        configured = "" if used == default else f", as configured; the default here is {default}"
+        used = computing_dtype(amp, amp_dtype)
+        configured = "" if used == self.name else f", as configured; the default here is {self.name}"
         logger.info(f"precision: {used} on {self.device}{configured}: {self.reason}")
         if cost := _cost(self.device, used):
             logger.warning(f"{used} is slow on {self.device}: {cost}")

@@ -39,7 +39,6 @@ class ProgressBar(tqdm):
             self._above.enter_context(logging_redirect_tqdm())
 
     def close(self) -> None:
-        """Draw the bar for the last time, or remove it; see ``tqdm``."""
         super().close()
         self._above.close()
 
@@ -62,11 +61,7 @@ class _Lines:
 class VolumeProgress:
     """
     Evaluator handler that shows a progress bar over the volumes, with the name and, where it is read from a file, the size
-    of the current one. In a distributed run the first process shows its own share.
-
-    Args:
-        desc: what stands before the bar.
-        leave: whether the bar stays when it is full.
+    of the current one. ``desc`` stands before the bar, which stays when it is full if ``leave`` is set.
     """
 
     def __init__(self, desc: str = "volumes", leave: bool = True) -> None:

@@ -11,13 +11,8 @@ import torch
 def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
     """
     A ``multi_avg_fn`` for PyTorch's ``AveragedModel``. The share that a step keeps grows with the run, up to ``decay``, so
-    that the first weights soon have no influence and short runs gain from the average too.
-
-    Args:
-        decay: largest share of the average that a step keeps, in [0, 1); 0 is no average.
-
-    Raises:
-        ValueError: for another ``decay``.
+    that the first weights soon have no influence and short runs gain from the average too. ``decay`` is in [0, 1); 0 is no
+    average.
     """
     if not 0 <= decay < 1:
         raise ValueError(f"`ema_decay` is {decay!r}; it must be at least 0 and below 1.")

@@ -76,13 +76,13 @@ class InitialWeights:
 
 def fit_shortcut(shortcut: LinearShortcut | None, dataset: Any, sampler: RepeatableBatchSampler) -> None:
     """
-    Fit a network's linear shortcut to training patches, by :py:meth:`scripts.layers.LinearShortcut.fit` and
-    :py:meth:`~scripts.layers.LinearShortcut.fit_neighbours`; all processes get the same result. Nothing happens if there is
-    no shortcut, or if it is not as it was built: fitted already, trained, or loaded.
+    Fit a network's linear shortcut to training patches, the same in all processes. Nothing happens if there is no shortcut,
+    or if it is not as it was built: fitted already, trained, or loaded.
 
     Args:
         shortcut: shortcut of a :py:class:`scripts.autoencoderkl.AutoencoderKL`.
-        dataset: the trainer's :py:class:`scripts.training.RepeatableDataset`, and ``sampler`` its batch sampler.
+        dataset: the trainer's :py:class:`scripts.training.RepeatableDataset`.
+        sampler: batch sampler of its loader.
     """
     if shortcut is None or not shortcut.is_as_built():
         return

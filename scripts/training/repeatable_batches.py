@@ -71,8 +71,8 @@ class RepeatableBatchSampler(Sampler[list[Draw]]):
 
 class RepeatableDataset(Dataset):
     """
-    A MONAI dataset whose random transforms are seeded for every item by its :py:class:`Draw`, and whose items also say
-    their ``file`` and the ``seed`` of their draw.
+    A MONAI dataset whose random transforms are seeded by an item's :py:class:`Draw`, and whose items have its ``file`` and
+    the ``seed`` of the draw too.
 
     Args:
         dataset: dataset with ``data`` (``[{"image": path}, ...]``) and a ``transform`` that is a ``Compose``:
@@ -97,7 +97,6 @@ class RepeatableDataset(Dataset):
 
 
 def _part_of(dataset: Any, item: int) -> tuple[Any, int]:
-    """The dataset that an item of a ``ConcatDataset`` comes from, and the item's number there."""
     if not isinstance(dataset, ConcatDataset):
         return dataset, item
     part = bisect.bisect_right(dataset.cumulative_sizes, item)
