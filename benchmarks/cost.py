@@ -23,7 +23,7 @@ from benchmarks.networks import FACTORS, MONAI, build, total_factors
 from benchmarks.tables import described, print_table
 from scripts.bundle.machine import MIB
 from scripts.bundle.precision import autocast_dtype, choose_precision
-from scripts.planning.costs import SavedTensors
+from scripts.planning.fake_tensors import SavedTensors
 from scripts.training.trainer import AutoencoderTrainer
 
 REPEATS = 3

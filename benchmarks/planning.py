@@ -24,7 +24,7 @@ from scripts.bundle.config import ROOT
 from scripts.bundle.machine import GIB, MIB
 from scripts.bundle.precision import autocast_dtype, choose_precision
 from scripts.layers.factors import by
-from scripts.planning.costs import CONTEXT
+from scripts.planning.estimates import CONTEXT
 from scripts.planning.generator_estimates import GeneratorPlan, estimate_generator, plan_generator
 from scripts.planning.training_costs import training_cost
 from tests.planning.real_steps import saved_in_a_generator_step, saved_in_a_step
@@ -72,7 +72,7 @@ def compare(name: str, device: str) -> list[str]:
     """The cells of a row. The estimate is without what an idle process needs, as the measurement is."""
     size: tuple[int, ...]
     if name in GENERATORS:
-        found = estimate_generator(plan_of(*GENERATORS[name]), device)
+        found = estimate_generator(plan_of(*GENERATORS[name]))
         cost, size, batch_size = found.costs["training"], found.spatial_size, found.batch_size
     else:
         network, size, batch_size, arguments = ROWS[name]

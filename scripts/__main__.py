@@ -25,10 +25,9 @@ from scripts.bundle.errors import is_of_user, reason
 from scripts.bundle.files import write_atomically
 from scripts.bundle.json_files import PositiveFloat, checked
 from scripts.planning import tables
-from scripts.planning.costs import Estimate
-from scripts.planning.estimates import TRAIN, estimate_changes, estimate_memory, read_plan
+from scripts.planning.autoencoder_estimates import TRAIN, estimate_changes, estimate_memory, read_plan
 from scripts.planning.generator_estimates import estimate_generator, plan_generator
-from scripts.planning.recommendations import NothingFits, Recommendation, recommend_downsample_factors
+from scripts.planning.recommendations import NothingFits, recommend_downsample_factors
 from scripts.planning.self_test import check_all
 
 
@@ -67,7 +66,7 @@ def estimate(
     slabs, changes = "", {}
     if "flow" in ConfigParser.load_config_files(config_file):  # a generator
         generator = plan_generator(config_file, spatial_size, autoencoder, num_classes, device=device, **overrides)
-        found = estimate_generator(generator, device)
+        found = estimate_generator(generator)
     else:
         asked: Any = {"config_file": config_file, "device": device, **overrides}
         found = estimate_memory(spatial_size, volume_size=volume_size, **asked)
@@ -121,7 +120,11 @@ def recommend(
         found = recommend_downsample_factors(spatial_size, target_latent_size, memory_gb, device=device, **request)
     except NothingFits as error:
         sys.exit(f"{error}:\n{tables.verdict(error.least.estimate, memory_gb or 0, error.changes)}")
-    pairs = [(item, _generator_of(item, device)) for item in found]
+    pairs = []
+    for item in found:
+        network = read_plan(device=device, **item.overlay).network
+        plan = plan_generator(spatial_size=item.overlay["patch_size"], autoencoder=network, device=device)
+        pairs.append((item, estimate_generator(plan)))
     if memory_gb is not None:
         pairs.sort(key=lambda pair: not pair[1].fits(memory_gb))
     if json:
@@ -148,13 +151,6 @@ def check(*, json: bool = False, **overrides: Any) -> None:
     print(jsonlib.dumps([asdict(result) for result in results], indent=2) if json else tables.checks_table(results))
     if any(result.error is not None for result in results):
         sys.exit(1)
-
-
-def _generator_of(recommendation: Recommendation, device: str) -> Estimate:
-    """What the generator of ``train_diffusion.json`` needs on the latents of a recommended autoencoder."""
-    autoencoder = read_plan(device=device, **recommendation.overlay).network
-    size = recommendation.overlay["patch_size"]
-    return estimate_generator(plan_generator(spatial_size=size, autoencoder=autoencoder, device=device), device)
 
 
 COMMANDS = {"estimate": estimate, "recommend": recommend, "check": check}

@@ -11,7 +11,7 @@ from scripts.bundle.machine import GIB
 from scripts.bundle.precision import choose_precision
 from scripts.inference.inferers import StreamingInferer
 from scripts.layers.lean_blocks import GroupNorm, ResidualBlock
-from scripts.planning.costs import SavedTensors
+from scripts.planning.fake_tensors import SavedTensors
 from scripts.planning.training_costs import training_cost
 from scripts.training.trainer import AutoencoderTrainer
 from tests.inference.test_inferers import CONFIGURATIONS, network_and_image

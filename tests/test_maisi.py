@@ -9,9 +9,8 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.autoencoderkl import AutoencoderKL, Reconstructor, Upsample
 from scripts.bundle.weights import load_weights
-from scripts.planning.costs import AllocationTracker
-from scripts.planning.estimates import read_plan
-from scripts.planning.fake_tensors import fake_tensors
+from scripts.planning.autoencoder_estimates import read_plan
+from scripts.planning.fake_tensors import AllocationTracker, fake_tensors
 from scripts.slabs import stream
 from scripts.training.initial_weights import load_pretrained
 from tests.conftest import ROOT, save_volume

@@ -25,7 +25,7 @@ from scripts.bundle.weights import (
 from scripts.inference.exported_networks import SUFFIXES, ExportedNetwork
 from scripts.layers.factors import by, per_axis
 from scripts.layers.resampling import pad_to_multiple
-from scripts.planning.estimates import read_plan
+from scripts.planning.autoencoder_estimates import read_plan
 from scripts.planning.fake_tensors import fake_copy, fake_tensors
 
 SPATIAL_DIMS = 3  # of the pipelines

@@ -1,198 +1,107 @@
-"""What an autoencoder's config needs in memory and operations, and which changes would need less."""
+"""What an operation and a whole configuration need, and the margin that is added."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from monai.bundle import ConfigParser
+import torch.nn as nn
 
-from scripts.autoencoderkl import AutoencoderKL
-from scripts.bundle.config import ROOT, check_parser
-from scripts.bundle.precision import Precision, autocast_dtype, choose_precision
-from scripts.layers.factors import padded_size, per_axis
-from scripts.planning.costs import Estimate
-from scripts.planning.inference_costs import inference_cost
-from scripts.planning.training_costs import training_cost
+from scripts.bundle.machine import GIB
+from scripts.layers.factors import padded_size
+from scripts.planning.fake_tensors import AllocationTracker
 
-TRAIN = str(ROOT / "configs" / "train.json")
-MAX_INITIAL = 8
-MADE_LATER = ("network_def", "optimizer")  # components of real or of fake parameters
+CONTEXT = {"cuda": 0.6, "cpu": 0.5}  # GiB: CUDA's context and libraries; the process before the first step
+FRAGMENTATION = 0.12  # share of the peak that an allocator holds and cannot use, and that other operations need beside it
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cost:
     """
-    What a config says about an autoencoder.
+    What one operation needs. Sizes are in bytes.
 
     Args:
-        build: makes the network.
-        network: what it makes, on the ``meta`` device.
-        amp_dtype: data type of mixed precision, None for none.
-        patch_size: spatial size of a training patch, voxels; None in a config that does not train.
-        training: further arguments of :py:func:`scripts.planning.training_costs.training_cost`; empty without training.
+        device: ``"cuda"`` or ``"cpu"``.
+        parameters: networks, their buffers and the average of their weights.
+        peak: largest amount in use at one time, everything included.
+        needed: peak and margin: what PyTorch does not allocate (``CONTEXT``), what its allocator cannot use
+            (``FRAGMENTATION``), and ``convolution``.
+        convolution: input and result of the largest convolution: libraries may need as much again to reorder them.
+        flops: operations, a multiplication and an addition counted as two.
+        in_slabs: whether it works in slabs, with the same result, where memory is short.
+        gradients: gradients of all trained parameters.
+        optimizer_state: state of all optimizers.
+        saved_activations: what forward pass and loss keep for the backward pass, parameters apart.
+        levels: the same for each level of an autoencoder, from the image to the latent and back.
     """
 
-    build: Callable[[], AutoencoderKL]
-    network: AutoencoderKL
-    amp_dtype: torch.dtype | None
-    patch_size: tuple[int, ...] | None = None
-    training: dict[str, Any] = field(default_factory=dict)
+    device: str
+    parameters: int
+    peak: int
+    needed: int
+    convolution: int
+    flops: int
+    in_slabs: bool = False
+    gradients: int = 0
+    optimizer_state: int = 0
+    saved_activations: int = 0
+    levels: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def counted(cls, tracker: AllocationTracker, parameters: int, **parts: Any) -> Cost:
+        """The cost of what a tracker has counted; ``parts`` are further fields."""
+        needed = int(tracker.peak * (1 + FRAGMENTATION)) + tracker.convolution + int(CONTEXT[tracker.device] * GIB)
+        return cls(tracker.device, parameters, tracker.peak, needed, tracker.convolution, tracker.flops, **parts)
 
 
-def read_config(config_file: str | Sequence[str], device: str, later: Sequence[str], **overrides: Any) -> ConfigParser:
+@dataclass(frozen=True)
+class Estimate:
     """
-    Read a config as ``monai.bundle run`` does, and check it.
+    What a configuration needs.
 
     Args:
-        config_file: a config, or a list of a config and its overlays.
-        device: device that is planned for. Where the config does not set the precision, it is bfloat16 for ``"cuda"``, which
-            need not be present, and this machine's default for ``"cpu"``.
-        later: keys of components of which the parser is to return what makes them.
-        overrides: further config keys.
-
-    Raises:
-        OSError: for a config that cannot be read.
-        ValueError: for a config that is damaged, an unknown key, or a value that makes no sense.
+        spatial_size: size of the training patch, or of a generator's volumes, voxels.
+        volume_size: size of the volume that is reconstructed or decoded, voxels.
+        batch_size: patches or latents per training step.
+        downsample_factor: total factor of the autoencoder along each axis.
+        latent_shape: shape of one patch's latent, channels first.
+        voxels_per_latent: voxels (times image channels) for each number of the latent.
+        parameters: number of parameters of the network.
+        costs: by name: ``"training"`` (a step) and ``"reconstruction"`` of an autoencoder, ``"training"``, ``"sampling"``
+            (a step of the solver with guidance), ``"encoding"`` (a plane of a spatial condition) and ``"decoding"`` of a
+            generator.
     """
-    try:
-        parser = ConfigParser(ConfigParser.load_config_files(config_file))
-    except ValueError as error:
-        raise ValueError(f"{config_file} cannot be read: {error}") from error
-    parser.update(pairs=overrides)
-    on_gpu = Precision(device, True, "bfloat16", "the GPU that is planned for is assumed to have units for it")
-    parser["precision"] = choose_precision(device) if device == "cpu" else on_gpu
-    for key in later:
-        if key in parser:
-            parser[key] = {**{k: v for k, v in parser[key].items() if k != "params"}, "_mode_": "callable"}
-    parser.parse(reset=True)
-    check_parser(parser)
-    return parser
 
+    spatial_size: tuple[int, ...]
+    volume_size: tuple[int, ...]
+    batch_size: int
+    downsample_factor: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    voxels_per_latent: float
+    parameters: int
+    costs: Mapping[str, Cost]
 
-def amp_dtype_of(parser: ConfigParser) -> torch.dtype | None:
-    """Data type of a config's mixed precision, None for none."""
-    return autocast_dtype(parser.get_parsed_content("amp_dtype")) if parser.get_parsed_content("amp") else None
+    @classmethod
+    def of(cls, network: nn.Module, autoencoder: Any, spatial_size: Sequence[int], **parts: Any) -> Estimate:
+        """That of a network which is trained, and the autoencoder that makes the latents; ``parts`` are further fields."""
+        factors = autoencoder.total_downsample_factor
+        latent = autoencoder.latent_shape(padded_size(spatial_size, factors))
+        return cls(
+            spatial_size=tuple(spatial_size),
+            downsample_factor=factors,
+            latent_shape=latent,
+            voxels_per_latent=math.prod(factors) * autoencoder.arguments["in_channels"] / latent[0],
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            **parts,
+        )
 
+    @property
+    def needed(self) -> int:
+        """Bytes of the operation that needs most, margin included; those that work in slabs only where there is no other."""
+        return max(self.costs.values(), key=lambda cost: (not cost.in_slabs, cost.needed)).needed
 
-def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda", **overrides: Any) -> Plan:
-    """
-    Read the config of an autoencoder, and build its network on the ``meta`` device.
-
-    Args:
-        config_file: see :py:func:`read_config`.
-        device: ditto.
-        overrides: ditto.
-
-    Raises:
-        OSError: as :py:func:`read_config`.
-        ValueError: ditto; also for a config of another network.
-        RuntimeError: MONAI's, for a value that a component refuses.
-    """
-    parser = read_config(config_file, device, MADE_LATER, **overrides)
-    get = parser.get_parsed_content
-    if "network_def" not in parser:
-        raise ValueError(f"{config_file} has no `network_def`; a preset goes after a config, in a list.")
-    build = get("network_def")
-    if not issubclass(made := getattr(build, "func", build), AutoencoderKL):
-        raise ValueError(f"`network_def` is {made.__name__}; the planner needs scripts.autoencoderkl.AutoencoderKL.")
-    with torch.device("meta"):
-        network = build()
-        plan = Plan(build, network, amp_dtype_of(parser))
-        if "patch_size" not in parser:
-            return plan
-        discriminator = get("adversary#discriminator") if get("adv_weight") > 0 else None
-    training = {
-        "batch_size": get("batch_size"),
-        "accumulation_steps": get("gradient_accumulation_steps"),
-        "loss_function": get("loss"),
-        "loss_terms": get("train#loss_terms"),
-        "optimizer": get("optimizer"),
-        "discriminator": discriminator,
-        "averaged": "train#average" in parser,
-    }
-    patch_size = per_axis("patch_size", get("patch_size"), network.arguments["spatial_dims"])
-    return replace(plan, patch_size=patch_size, training=training)
-
-
-def estimate_memory(
-    spatial_size: int | Sequence[int] | None = None,
-    channels: Sequence[int] | None = None,
-    downsample_factors: Sequence[Any] | None = None,
-    batch_size: int | None = None,
-    *,
-    config_file: str | Sequence[str] = TRAIN,
-    volume_size: int | Sequence[int] | None = None,
-    device: str = "cuda",
-    **overrides: Any,
-) -> Estimate:
-    """
-    What an autoencoder needs in memory and operations, for a training step and for reconstructing a volume. The real
-    network runs on fake tensors: nothing is allocated, no GPU is needed, and it takes a few seconds at any size.
-
-    Args:
-        spatial_size: size of the training patch, voxels; one number for a cube. None takes the config's ``patch_size``.
-        channels: feature channels of each level; None, as below, takes the config's.
-        downsample_factors: the shrink between two levels, each an integer or one integer per axis.
-        batch_size: patches per step.
-        config_file: a config, or a list of a config and its overlays, as ``monai.bundle run`` takes them.
-        volume_size: size of the volume that is reconstructed, voxels; None is ``spatial_size``.
-        device: ``"cuda"`` or ``"cpu"``: whose rules of mixed precision, optimizer and allocator apply.
-        overrides: further config keys, such as ``initial_downsample_factor``, ``amp`` or ``gradient_accumulation_steps``.
-
-    Raises:
-        OSError: as :py:func:`read_plan`.
-        ValueError: ditto; also for sizes that do not fit the network.
-        RuntimeError: ditto.
-    """
-    given = {"channels": channels, "downsample_factors": downsample_factors, "batch_size": batch_size}
-    overrides.update({key: value for key, value in given.items() if value is not None})
-    plan = read_plan(config_file, device=device, **overrides)
-    network, axes = plan.network, plan.network.arguments["spatial_dims"]
-    size = (plan.patch_size or volume_size) if spatial_size is None else spatial_size
-    if size is None:
-        raise ValueError("this config does not train, so it has no `patch_size`: set `spatial_size`.")
-    size = per_axis("spatial_size", size, axes)
-    volume = size if volume_size is None else per_axis("volume_size", volume_size, axes)
-    precision: dict[str, Any] = {"amp_dtype": plan.amp_dtype, "device": device}
-    costs = {"training": training_cost(network, size, **precision, **plan.training)} if plan.training else {}
-    costs["reconstruction"] = inference_cost(network, volume, **precision, in_slabs=not plan.training)
-    batch_size = plan.training.get("batch_size", 1)
-    return Estimate.of(network, network, size, volume_size=volume, batch_size=batch_size, costs=costs)
-
-
-def estimate_changes(
-    estimate: Estimate, config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda", **overrides: Any
-) -> dict[str, int]:
-    """
-    Options of the command line with which a training needs less memory.
-
-    Args:
-        estimate: what it needs.
-        config_file: its config, see :py:func:`estimate_memory`.
-        device: ditto.
-        overrides: ditto.
-
-    Returns:
-        the bytes that are needed with each of them.
-    """
-    size, factors = estimate.spatial_size, estimate.downsample_factor
-    initial = read_plan(config_file, device=device, **overrides).network.initial_downsample_factor
-    larger = [min(2 * factor, MAX_INITIAL) for factor in initial]
-    multiples = [factor * after // before for factor, before, after in zip(factors, initial, larger)]
-    changes: list[dict[str, Any]] = [
-        {"batch_size": 1, "gradient_accumulation_steps": estimate.batch_size},
-        {"use_checkpoint": True},
-        *({"patch_size": [max(n // divisor // f, 1) * f for n, f in zip(size, factors)]} for divisor in (2, 4)),
-        {"initial_downsample_factor": larger, "patch_size": list(padded_size(size, multiples))},
-    ]
-    found = {}
-    for change in changes:
-        keys = {**overrides, "patch_size": list(size), **change}
-        changed = estimate_memory(config_file=config_file, volume_size=estimate.volume_size, device=device, **keys)
-        if changed.needed < estimate.needed:
-            options = (f"--{key} {value}".replace(", ", ",") for key, value in change.items())
-            found[" ".join(options)] = changed.needed
-    return found
+    def fits(self, memory_gb: float) -> bool:
+        """Whether ``memory_gb`` GiB are enough for everything that does not work in slabs."""
+        return self.needed <= memory_gb * GIB

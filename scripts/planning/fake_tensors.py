@@ -1,20 +1,31 @@
-"""Networks on PyTorch's fake tensors: every operation is run, in the data types of a device that need not be there, but
-tensors have neither values nor memory."""
+"""Networks on PyTorch's fake tensors, and what they allocate and keep: every operation is run, in the data types of a device
+that need not be there, but tensors have neither values nor memory. The two counters count real tensors as well."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import itertools
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
+from ignite.engine import Events
+from monai.engines import Trainer
+from monai.engines.utils import IterationEvents
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
+from scripts.layers.factors import by
+
+UNIT = {"cpu": 64, "cuda": 512}  # bytes that the allocators round up to
+aten = torch.ops.aten
 # Operations that CUDA's autocast runs in float32 and the CPU's does not:
 # https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float32, and ATen/autocast_mode.h
 FLOAT32_ON_CUDA = """
@@ -78,3 +89,123 @@ class _CudaCasting(TorchFunctionMode):
 
 def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+class AllocationTracker(TorchDispatchMode):
+    """
+    A context that counts the storages that are allocated and freed in it, fake or real, and operations.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``, whose allocator is imitated.
+        only: type of the device whose tensors are counted; None for all.
+
+    Attributes:
+        peak: largest number of bytes allocated at one time.
+        convolution: bytes of input and result of the largest convolution.
+        flops: operations, a multiplication and an addition counted as two.
+
+    Raises:
+        ValueError: for another device.
+    """
+
+    def __init__(self, device: str, only: str | None = None) -> None:
+        if device not in UNIT:
+            raise ValueError(f"`device` is {device!r}; it must be one of {', '.join(UNIT)}.")
+        super().__init__()
+        self.device, self.only = device, only
+        self.alive: dict[int, weakref.ref] = {}
+        self.nbytes = self.peak = self.convolution = self.flops = 0
+
+    def track(self, *tensors: Any) -> None:
+        """Count tensors that exist before the first operation."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor) and self.only in (None, tensor.device.type):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.nbytes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # FlopCounterMode would count the same, but its hooks keep gradients in memory longer than a step does
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        self.track(result)
+        if func is aten.mse_loss.default and result.dim() == 0:
+            self.peak = max(self.peak, self.nbytes + args[0].nbytes)  # squared errors are there before their mean is taken
+        if func is aten.convolution.default:
+            self.convolution = max(self.convolution, args[0].nbytes + result.nbytes)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.alive:
+            return
+        unit = UNIT[self.device]
+        nbytes = -(-storage.nbytes() // unit) * unit
+
+        def free(_: Any) -> None:
+            del self.alive[key]
+            self.nbytes -= nbytes
+
+        self.alive[key] = weakref.ref(storage, free)
+        self.nbytes += nbytes
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """
+    A context that counts what a forward pass in it keeps for the backward pass, on any device, fake or not. A storage counts
+    once.
+
+    Args:
+        apart: tensors that are not counted, such as parameters.
+
+    Attributes:
+        nbytes: bytes that are kept.
+        levels: those of each level of a network that is watched, in the order of the forward pass.
+    """
+
+    def __init__(self, apart: Sequence[torch.Tensor] = ()) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        self.counting = True
+        self.known = {tensor.untyped_storage()._cdata for tensor in apart}
+        self.nbytes = self.before_block = 0
+        self.levels: dict[str, int] = {}
+
+    def attach(self, trainer: Trainer) -> None:
+        """Count only what forward pass and loss of the last iteration of the first epoch keep."""
+        self.counting = False
+        last = Events.ITERATION_STARTED(once=trainer.state.epoch_length)
+        trainer.add_event_handler(last, setattr, self, "counting", True)
+        trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, setattr, self, "counting", False)
+
+    def watch(self, network: Any) -> None:
+        """
+        Tell the levels of encoder and decoder apart. A level is a sequence of blocks with the same finest grid; that of a
+        block is the finer one of its input's and its result's.
+
+        Args:
+            network: with ``encoder.blocks`` and ``decoder.blocks``, as MONAI's ``AutoencoderKL``; it keeps its hooks.
+        """
+        for part in ("encoder", "decoder"):
+            for block in getattr(network, part).blocks:
+                block.register_forward_pre_hook(self._enter)
+                block.register_forward_hook(partial(self._leave, part))
+
+    def _enter(self, *_: Any) -> None:
+        self.before_block = self.nbytes
+
+    def _leave(self, part: str, block: nn.Module, args: Any, result: torch.Tensor) -> None:
+        level = f"{part} {by(map(max, zip(args[0].shape[2:], result.shape[2:])))}"
+        self.levels[level] = self.levels.get(level, 0) + self.nbytes - self.before_block
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if self.counting and storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.nbytes += storage.nbytes()
+        return tensor
+
+
+def nbytes_of(tensors: Any) -> int:
+    """Bytes of all tensors in nested lists, tuples and dictionaries."""
+    return sum(tensor.nbytes for tensor in tree_leaves(tensors) if isinstance(tensor, torch.Tensor))

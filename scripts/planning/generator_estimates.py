@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from monai.bundle import ConfigParser
 from monai.inferers import SimpleInferer
 from monai.utils import ensure_tuple
 from monai.utils.enums import CommonKeys as Keys
@@ -19,13 +18,12 @@ from scripts.bundle.config import ROOT
 from scripts.bundle.json_files import PositiveInt, checked
 from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.conditions import Conditions, Volume
-from scripts.diffusion.preconditioning import Denoiser
 from scripts.diffusion.sampler import Generator, Sampler
 from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
 from scripts.layers.factors import padded_size, per_axis
-from scripts.planning.costs import AllocationTracker, Cost, Estimate, nbytes_of
-from scripts.planning.estimates import TRAIN, amp_dtype_of, read_config, read_plan
-from scripts.planning.fake_tensors import casting_rules, fake_copy, fake_tensors
+from scripts.planning.autoencoder_estimates import TRAIN, Plan, read_config, read_plan
+from scripts.planning.estimates import Cost, Estimate
+from scripts.planning.fake_tensors import AllocationTracker, casting_rules, fake_copy, fake_tensors, nbytes_of
 from scripts.planning.inference_costs import inference_cost
 from scripts.planning.training_costs import step_cost
 from scripts.training.trainer import ResumableTrainer
@@ -35,31 +33,24 @@ LABEL = Keys.LABEL.value
 
 
 @dataclass(frozen=True)
-class GeneratorPlan:
+class GeneratorPlan(Plan):
     """
-    What a config says of a generator and of the latents that it is trained on.
+    The config of a generator that has been read, and the latents that it is trained on. The network is its denoiser.
 
     Args:
-        config: parsed config, with statistics of latents of the right shape.
         statistics: statistics of the latents.
-        network: denoiser, on the ``meta`` device.
         autoencoder: network that makes the latents, on the ``meta`` device.
         volume: the largest volume along each axis.
-        padded_size: its size, padded to what the autoencoder divides, voxels.
-        latent_shape: shape of its latent, channels first.
     """
 
-    config: ConfigParser
     statistics: LatentStatistics
-    network: Denoiser
     autoencoder: AutoencoderKL
     volume: Volume
-    padded_size: tuple[int, ...]
-    latent_shape: tuple[int, ...]
 
-    def get(self, key: str) -> Any:
-        """A component or value of the config."""
-        return self.config.get_parsed_content(key)
+    @property
+    def padded_size(self) -> tuple[int, ...]:
+        """Size of the volume, padded to what the autoencoder divides, voxels."""
+        return padded_size(self.volume.size, self.autoencoder.total_downsample_factor)
 
     @property
     def precision(self) -> dict[str, Any]:
@@ -97,36 +88,28 @@ def plan_generator(
     parser = read_config(config_file, device, ("optimizer",), **overrides)
     get = parser.get_parsed_content
     if spatial_size is not None:
-        if not isinstance(autoencoder, AutoencoderKL):
-            autoencoder = read_plan([TRAIN, *ensure_tuple(autoencoder or ())], device=device).network
+        files = [TRAIN, *ensure_tuple(autoencoder or ())]
+        network = autoencoder if isinstance(autoencoder, AutoencoderKL) else read_plan(files, device=device).network
         conditions, spatial = ensure_tuple(get("condition_keys")), ensure_tuple(get("spatial_keys"))
-        parser["statistics"] = _statistics(spatial_size, autoencoder, conditions, spatial, num_classes)
+        parser["statistics"] = _statistics(spatial_size, network, conditions, spatial, num_classes)
     elif autoencoder is not None or num_classes is not None:
         raise ValueError("`autoencoder` and `num_classes` need `spatial_size`, the size of the volumes in voxels.")
     with torch.device("meta"):
         statistics = get("statistics")
         network, autoencoder = get("network_def"), AutoencoderKL(**statistics.autoencoder.network)
     size = tuple(map(max, zip(*(each.size for each in statistics.geometries))))
-    padded = padded_size(size, autoencoder.total_downsample_factor)
-    volume, latent = Volume(size, [1.0] * len(size)), autoencoder.latent_shape(padded)
-    return GeneratorPlan(parser, statistics, network, autoencoder, volume, padded, latent)
+    return GeneratorPlan(parser, device, network, statistics, autoencoder, Volume(size, [1.0] * len(size)))
 
 
-def estimate_generator(plan: GeneratorPlan, device: str = "cuda") -> Estimate:
-    """
-    What a generator needs, found by running its trainer's step, its sampler and the autoencoder on fake tensors.
-
-    Args:
-        plan: see :py:func:`plan_generator`.
-        device: ``"cuda"`` or ``"cpu"``: whose rules of mixed precision, optimizer and allocator apply.
-    """
-    precision: Any = {"amp_dtype": amp_dtype_of(plan.config), "device": device}
+def estimate_generator(plan: GeneratorPlan) -> Estimate:
+    """What a generator needs, found by running its trainer's step, its sampler and the autoencoder on fake tensors."""
+    precision: Any = {"amp_dtype": plan.amp_dtype, "device": plan.device}
     once = partial(inference_cost, plan.autoencoder, plan.padded_size, others=[plan.network], in_slabs=True, **precision)
     with fake_tensors():
         batch, batches = latent_batch(plan), min(2, plan.get("gradient_accumulation_steps"))
         trainer = step_trainer(plan, fake_copy(plan.network), [batch] * batches, accumulation_steps=batches)
-        costs = {"training": step_cost(trainer, batch, device, averaged=True)}
-    costs["sampling"] = _sampling_cost(plan, device)
+        costs = {"training": step_cost(trainer, batch, plan.device, averaged=True)}
+    costs["sampling"] = _sampling_cost(plan)
     if plan.statistics.spatial:
         costs["encoding"] = once(operation="encode")  # a plane at a time
     costs["decoding"] = once(operation="decode")
@@ -138,13 +121,8 @@ def step_trainer(
     plan: GeneratorPlan, network: nn.Module, batches: Sequence[Mapping[str, Any]], **kwargs: Any
 ) -> ResumableTrainer:
     """
-    The trainer of ``train_diffusion.json`` for given batches, without the data and handlers of a run.
-
-    Args:
-        plan: see :py:func:`plan_generator`.
-        network: denoiser, on the CPU.
-        batches: batches of its only epoch, as :py:func:`latent_batch` makes them.
-        kwargs: further arguments of the trainer.
+    The trainer of ``train_diffusion.json`` for the batches of one epoch, as :py:func:`latent_batch` makes them, without the
+    data and handlers of a run. The network is on the CPU; ``kwargs`` are further arguments of the trainer.
     """
 
     def prepare(batchdata: Mapping[str, Any], device: torch.device, *_: Any, **__: Any) -> Any:
@@ -166,24 +144,25 @@ def step_trainer(
 
 def latent_batch(plan: GeneratorPlan) -> dict[str, Any]:
     """A batch of latents of the planned size, whose values do not count."""
-    spatial, given = plan.statistics.stacked({}, plan.latent_shape[1:])
-    item = {Keys.IMAGE: torch.zeros(plan.latent_shape), "volume": plan.volume, "seed": 0, "file": ""}
+    shape = plan.autoencoder.latent_shape(plan.padded_size)
+    spatial, given = plan.statistics.stacked({}, shape[1:])
+    item = {Keys.IMAGE: torch.zeros(shape), "volume": plan.volume, "seed": 0, "file": ""}
     return plan.get("collate")([{**item, "spatial": spatial, "given": given}] * plan.get("batch_size"))
 
 
-def _sampling_cost(plan: GeneratorPlan, device: str) -> Cost:
+def _sampling_cost(plan: GeneratorPlan) -> Cost:
     """A step of the solver with classifier-free guidance, beside the autoencoder."""
-    tracker = AllocationTracker(device)
+    tracker = AllocationTracker(plan.device)
     with fake_tensors(), torch.no_grad():
         network: Any = fake_copy(plan.network).eval()
         weights = [network.state_dict(), fake_copy(plan.autoencoder).state_dict()]
         generator = Generator(network, plan.statistics, plan.get("flow"), condition_dropout=0.1, sha256="")
         sampler = Sampler(generator, num_inference_steps=1, guidance_scale=1.5, **plan.precision)
         start = sampler.start(plan.volume, 0)
-        with tracker, casting_rules(device):
+        with tracker, casting_rules(plan.device):
             tracker.track(weights, start["noise"], start["context"])
             sampler(**start)
-    return tracker.cost(nbytes_of(weights))
+    return Cost.counted(tracker, nbytes_of(weights))
 
 
 def _statistics(

@@ -14,8 +14,16 @@ import torch.nn as nn
 
 from scripts.bundle.machine import GIB
 from scripts.layers.factors import padded_size
-from scripts.planning.costs import AllocationTracker, Cost, nbytes_of
-from scripts.planning.fake_tensors import autocast, casting_rules, fake_copy, fake_image, fake_tensors
+from scripts.planning.estimates import Cost
+from scripts.planning.fake_tensors import (
+    AllocationTracker,
+    autocast,
+    casting_rules,
+    fake_copy,
+    fake_image,
+    fake_tensors,
+    nbytes_of,
+)
 from scripts.slabs import FeatureMap, PaddedImage, SlabRun
 
 GPU = "cuda"
@@ -62,7 +70,7 @@ def inference_cost(
                 result = getattr(network, operation)(given)
                 result = (result[0] if operation == "encode" else result).to(given.dtype)
             del result
-    return tracker.cost(nbytes_of(network.state_dict()), in_slabs=in_slabs)
+    return Cost.counted(tracker, nbytes_of(network.state_dict()), in_slabs=in_slabs)
 
 
 @dataclass(frozen=True)
@@ -119,12 +127,8 @@ def slab_cost(
 
 def least_slab_cost(network: Any, spatial_size: Sequence[int], **kwargs: Any) -> SlabCost:
     """
-    Cost of a run with the smallest ``memory_gb`` that it keeps within, a convolution's workspace included.
-
-    Args:
-        network: see :py:func:`slab_cost`.
-        spatial_size: ditto.
-        kwargs: ditto.
+    Cost of a run with the smallest ``memory_gb`` that it keeps within, a convolution's workspace included. The arguments are
+    those of :py:func:`slab_cost`.
     """
     found = slab_cost(network, spatial_size, 0, **kwargs)  # the thinnest slabs
     while found.peak + found.convolution > found.budget:  # with more memory, slabs may be thicker

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from scripts.bundle.config import ROOT
 from scripts.bundle.json_files import PositiveFloat, PositiveInt, checked
 from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import by, padded_size, per_axis
-from scripts.planning.costs import Estimate
-from scripts.planning.estimates import TRAIN, estimate_changes, estimate_memory, read_plan
+from scripts.planning.autoencoder_estimates import TRAIN, estimate_changes, estimate_memory, read_plan
+from scripts.planning.estimates import Estimate
 
 MAX_FACTOR = 64
 INITIAL_FACTORS = {1: 0.5, 2: 0.0, 4: 0.25, 8: 1.0}  # and the penalty of each in the ranking, octaves
@@ -27,18 +27,19 @@ MAX_LATENT_CHANNELS = 256
 FACTOR_KEYS = ("initial_downsample_factor", "downsample_factors", "latent_channels")
 
 
-@dataclass(frozen=True)
-class Candidate:
+@dataclass
+class Recommendation:
     """
     Factors for a volume.
 
     Args:
-        overlay: factors and patch size, as an overlay of ``train.json``.
+        overlay: factors and patch size, with the other keys of the request, as an overlay of ``train.json``.
         block: number of voxels of a latent voxel.
         latent_spacing: edges of a latent voxel, in mm where the spacing is known, otherwise in voxels.
         score: distance from the request in octaves; less is better.
         reason: reason for its rank.
         last_resort: whether it is used only if nothing else fits.
+        estimate: what it needs; not set for one that has only been ranked.
     """
 
     overlay: dict[str, Any]
@@ -47,27 +48,16 @@ class Candidate:
     score: float
     reason: str
     last_resort: bool
-
-
-@dataclass(frozen=True)
-class Recommendation(Candidate):
-    """
-    A candidate that suits a request. Its overlay has the other keys of the request too.
-
-    Args:
-        estimate: what it needs.
-    """
-
-    estimate: Estimate
+    estimate: Estimate = field(init=False)
 
 
 class NothingFits(ValueError):
     """
-    No candidate fits.
+    No factors fit.
 
     Args:
-        least: candidate that needs least.
-        changes: what else would save memory, see :py:func:`scripts.planning.estimates.estimate_changes`.
+        least: those that need least.
+        changes: options that would save memory, and the bytes that are needed with each.
     """
 
     def __init__(self, least: Recommendation, changes: Mapping[str, int]) -> None:
@@ -128,10 +118,10 @@ def recommend_downsample_factors(
         if len(found) == count or (found and candidate.last_resort):
             break
         channels = _latent_channels(candidate.block, network.arguments["in_channels"], voxels_per_latent)
-        overlay = {**overrides, **candidate.overlay, "latent_channels": channels}
-        estimate = estimate_memory(device=device, **overlay)
-        fits = memory_gb is None or estimate.fits(memory_gb)
-        (found if fits else too_large).append(Recommendation(**{**vars(candidate), "overlay": overlay}, estimate=estimate))
+        candidate.overlay = {**overrides, **candidate.overlay, "latent_channels": channels}
+        candidate.estimate = estimate_memory(device=device, **candidate.overlay)
+        fits = memory_gb is None or candidate.estimate.fits(memory_gb)
+        (found if fits else too_large).append(candidate)
     if not found:
         least = min(too_large, key=lambda item: item.estimate.needed)
         raise NothingFits(least, estimate_changes(least.estimate, device=device, **least.overlay))
@@ -158,7 +148,7 @@ def _known_latents() -> list[tuple[int, int]]:
     return known
 
 
-def _candidates(size: tuple[int, ...], mm: list[float] | None, transitions: int, target: int) -> list[Candidate]:
+def _candidates(size: tuple[int, ...], mm: list[float] | None, transitions: int, target: int) -> list[Recommendation]:
     """All candidates for a volume with voxels of ``mm``, the best first, and those with the largest initial factor last."""
     edges = mm or [1.0] * len(size)
     splits: dict[tuple[tuple[int, ...], ...], None] = {}  # without those that small volumes have twice
@@ -170,8 +160,10 @@ def _candidates(size: tuple[int, ...], mm: list[float] | None, transitions: int,
     return sorted(found, key=lambda candidate: (candidate.last_resort, candidate.score))
 
 
-def _candidate(size: tuple[int, ...], mm: list[float] | None, split: tuple[tuple[int, ...], ...], target: int) -> Candidate:
-    """The candidate with these factors along each axis, the initial one first."""
+def _candidate(
+    size: tuple[int, ...], mm: list[float] | None, split: tuple[tuple[int, ...], ...], target: int
+) -> Recommendation:
+    """That with these factors along each axis, the initial one first."""
     initial, *per_level = zip(*split)
     totals = [math.prod(factors) for factors in split]
     padded = padded_size(size, totals)
@@ -190,7 +182,7 @@ def _candidate(size: tuple[int, ...], mm: list[float] | None, split: tuple[tuple
         "initial_downsample_factor": _short(initial),
         "downsample_factors": [_short(level) for level in per_level],
     }
-    return Candidate(overlay, math.prod(totals), latent_spacing, score, reason, max(initial) > MAX_INITIAL)
+    return Recommendation(overlay, math.prod(totals), latent_spacing, score, reason, max(initial) > MAX_INITIAL)
 
 
 def _short(factor: tuple[int, ...]) -> int | list[int]:

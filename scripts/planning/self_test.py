@@ -16,8 +16,9 @@ from scripts.bundle.config import ROOT
 from scripts.bundle.errors import reason
 from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import by
-from scripts.planning.costs import Estimate, SavedTensors
-from scripts.planning.estimates import Plan, estimate_memory, read_plan
+from scripts.planning.autoencoder_estimates import Plan, estimate_memory, read_plan
+from scripts.planning.estimates import Estimate
+from scripts.planning.fake_tensors import SavedTensors
 from scripts.training.trainer import AutoencoderTrainer
 
 TOLERANCE = 0.02  # of the saved activations, between estimate and count
@@ -58,7 +59,7 @@ def check_all(root: Path = ROOT, **overrides: Any) -> list[CheckResult]:
 
 def check_configuration(files: Sequence[str], root: Path = ROOT, device: str = "cpu", **overrides: Any) -> CheckResult:
     """
-    Build a configuration, train a step on a volume of two latents along each axis, encode and decode it.
+    Build a configuration, encode and decode a volume of two latents along each axis, and train two steps on it.
 
     Args:
         files: config and overlays, relative to the bundle's root.
@@ -68,18 +69,18 @@ def check_configuration(files: Sequence[str], root: Path = ROOT, device: str = "
     """
     name = " + ".join(file.removeprefix("configs/").removesuffix(".json") for file in files)
     try:
-        return _run(name, config_file=[str(root / file) for file in files], device=device, **overrides)
+        return CheckResult(name, *_run(config_file=[str(root / file) for file in files], device=device, **overrides))
     except Exception as error:  # a self-test reports every configuration
         why = reason(error)
         return CheckResult(name, error=f"{type(why).__name__}: {why}".splitlines()[0])
 
 
-def _run(name: str, device: str, **config: Any) -> CheckResult:
+def _run(device: str, **config: Any) -> tuple[Estimate, int | None, int | None]:
     plan = read_plan(device=device, **config)
     size = tuple(2 * factor for factor in plan.network.total_downsample_factor)
     estimate = estimate_memory(size, device=device, **config)
     torch.manual_seed(0)
-    network = plan.build().to(device)
+    network = plan.get("network_def")().to(device)
     image = torch.rand(estimate.batch_size, network.arguments["in_channels"], *size, device=device)
     with torch.no_grad():
         z_mu, _ = network.eval().encode(image)
@@ -89,12 +90,12 @@ def _run(name: str, device: str, **config: Any) -> CheckResult:
     if not torch.isfinite(reconstruction).all():
         raise ArithmeticError("the reconstruction is not finite")
     if "training" not in estimate.costs:
-        return CheckResult(name, estimate)
+        return estimate, None, None
     saved, peak = _train(plan, network, image)
     expected = estimate.costs["training"].saved_activations
     if abs(saved - expected) > TOLERANCE * saved:
         raise ArithmeticError(f"{saved} bytes of activations were saved, {expected} were estimated")
-    return CheckResult(name, estimate, saved, peak)
+    return estimate, saved, peak
 
 
 def _train(plan: Plan, network: AutoencoderKL, image: torch.Tensor) -> tuple[int, int | None]:
@@ -102,11 +103,11 @@ def _train(plan: Plan, network: AutoencoderKL, image: torch.Tensor) -> tuple[int
     trainer = AutoencoderTrainer.of_images(
         [image, image],
         network,
-        plan.training["optimizer"](network.parameters()),
+        plan.get("optimizer")(network.parameters()),
         amp_dtype=plan.amp_dtype,
-        loss_function=plan.training["loss_function"],
-        loss_terms=plan.training["loss_terms"],
-        average=AveragedModel(network) if plan.training["averaged"] else None,
+        loss_function=plan.get("loss"),
+        loss_terms=plan.get("train#loss_terms"),
+        average=AveragedModel(network) if "train#average" in plan.config else None,
     )
     on_gpu = image.device.type == "cuda"
     if on_gpu:

@@ -9,7 +9,7 @@ from monai.utils import ensure_tuple
 
 from scripts.bundle.machine import GIB, MIB
 from scripts.layers.factors import by
-from scripts.planning.costs import Cost, Estimate
+from scripts.planning.estimates import Cost, Estimate
 from scripts.planning.inference_costs import least_slab_cost, slab_cost
 from scripts.planning.recommendations import Recommendation
 from scripts.planning.self_test import CheckResult

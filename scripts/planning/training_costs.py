@@ -1,8 +1,5 @@
-"""What a training step needs, found by making it on fake tensors.
-
-The trainer makes the step with the real network, loss and optimizer under PyTorch's ``FakeTensorMode``: every operation is
-run, in the order and the data types of the real step, but tensors have no values. So a volume of any size takes a second and
-no memory, and the result follows the training code when that changes.
+"""What a training step needs, found by making it on fake tensors: the trainer makes the step with the real network, loss and
+optimizer, so the result follows the training code when that changes.
 """
 
 from __future__ import annotations
@@ -20,8 +17,16 @@ from monai.utils.enums import CommonKeys as Keys
 from torch.nn.parallel import DistributedDataParallel
 
 from scripts.bundle.machine import GIB, total_memory
-from scripts.planning.costs import AllocationTracker, Cost, SavedTensors, nbytes_of
-from scripts.planning.fake_tensors import casting_rules, fake_copy, fake_image, fake_tensors
+from scripts.planning.estimates import Cost
+from scripts.planning.fake_tensors import (
+    AllocationTracker,
+    SavedTensors,
+    casting_rules,
+    fake_copy,
+    fake_image,
+    fake_tensors,
+    nbytes_of,
+)
 from scripts.training.losses import Adversary
 from scripts.training.trainer import AutoencoderTrainer, ResumableTrainer
 
@@ -33,6 +38,7 @@ def training_cost(
     spatial_size: Sequence[int],
     *,
     batch_size: int = 1,
+    amp_dtype: torch.dtype | None = torch.bfloat16,
     device: str = "cuda",
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     accumulation_steps: int = 1,
@@ -48,13 +54,13 @@ def training_cost(
             returning the reconstruction, ``z_mu`` and ``z_sigma``). It is not changed, and may be on the ``meta`` device.
         spatial_size: size of the volume or patch, voxels.
         batch_size: volumes per step.
+        amp_dtype: data type of mixed precision, None for none.
         device: ``"cuda"`` or ``"cpu"``, whose casting rules, optimizer and allocator are imitated. No such device is needed.
         optimizer: makes an optimizer from parameters. The discriminator's is AdamW.
         accumulation_steps: batches of one step; with several, gradients of an earlier one are in memory during the last.
         discriminator: for adversarial training, MONAI's ``PatchDiscriminator`` or one with its interface.
         averaged: whether an average of the weights, PyTorch's ``AveragedModel``, is kept.
-        kwargs: ``amp_dtype`` (bfloat16; None for none), ``loss_function`` and ``loss_terms`` of
-            :py:meth:`scripts.training.AutoencoderTrainer.of_images`.
+        kwargs: ``loss_function`` and ``loss_terms`` of :py:meth:`scripts.training.AutoencoderTrainer.of_images`.
 
     Raises:
         ValueError: for another device.
@@ -68,22 +74,18 @@ def training_cost(
             [image] * batches,
             network,
             optimizer(network.parameters()),
+            amp_dtype=amp_dtype,
             adversary=adversary,
             accumulation_steps=batches,
-            **{"amp_dtype": torch.bfloat16, **kwargs},
+            **kwargs,
         )
         return step_cost(trainer, {Keys.IMAGE: image}, device, averaged)
 
 
 def step_cost(trainer: ResumableTrainer, batch: Mapping[str, Any], device: str, averaged: bool) -> Cost:
     """
-    Cost of a step of any trainer, which is made. To be called inside :py:func:`scripts.planning.fake_tensors.fake_tensors`.
-
-    Args:
-        trainer: trainer whose networks are fake.
-        batch: batch that the step is made with, fake.
-        device: see :py:func:`training_cost`.
-        averaged: ditto.
+    Cost of a step of any trainer on a batch, both fake. The step is made. To be called inside
+    :py:func:`scripts.planning.fake_tensors.fake_tensors`; the last two arguments are those of :py:func:`training_cost`.
     """
     trainer.are_finite = lambda values: True  # type: ignore[method-assign]  # nothing else in a step reads values
     trainer.scaler = torch.amp.GradScaler(enabled=False)  # an enabled one reads whether gradients are finite
@@ -105,12 +107,14 @@ def step_cost(trainer: ResumableTrainer, batch: Mapping[str, Any], device: str, 
         tracker.track(held, states, [parameter.grad for parameter in parameters], batch)
         trainer.fire_event(Events.ITERATION_STARTED)
         trainer._iteration(trainer, dict(batch))
-    return tracker.cost(
+    levels = {**saved.levels, "other": saved.nbytes - sum(saved.levels.values())} if saved.levels else {}
+    return Cost.counted(
+        tracker,
         nbytes_of(held),
         gradients=nbytes_of([parameter.grad for parameter in parameters]),
         optimizer_state=nbytes_of(states),
         saved_activations=saved.nbytes,
-        levels=saved.levels if saved.level_of else {},
+        levels=levels,
     )
 
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from scripts.autoencoderkl import Reconstructor, Upsample
 from scripts.layers.lean_blocks import NORMS, GroupNorm, ResidualBlock, RMSNorm, rms_norm
-from scripts.planning.costs import SavedTensors
+from scripts.planning.fake_tensors import SavedTensors
 from tests.test_autoencoderkl import build, image_for
 
 

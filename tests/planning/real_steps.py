@@ -8,7 +8,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from scripts.diffusion.preconditioning import Denoiser
-from scripts.planning.costs import SavedTensors
+from scripts.planning.fake_tensors import SavedTensors
 from scripts.planning.generator_estimates import GeneratorPlan, latent_batch, step_trainer
 from scripts.training.averaging import moving_average
 from scripts.training.trainer import AutoencoderTrainer, ResumableTrainer

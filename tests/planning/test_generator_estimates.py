@@ -14,7 +14,7 @@ from scripts.__main__ import main
 from scripts.data.latents import read_description
 from scripts.data.spatial_kinds import SpatialKind
 from scripts.diffusion.training_data import latent_lists
-from scripts.planning.costs import nbytes_of
+from scripts.planning.fake_tensors import nbytes_of
 from scripts.planning.generator_estimates import estimate_generator, plan_generator
 from scripts.planning.inference_costs import inference_cost
 from tests.conftest import ROOT
@@ -33,7 +33,7 @@ def test_saved_activations_are_those_of_a_real_step(prediction, amp, batch_size,
     keys = {**SMALL, "prediction": prediction, "amp": amp, "amp_dtype": "bfloat16", "batch_size": batch_size, **spatial}
     plan = plan_generator(CONFIG, 64, PRESET, device="cpu", **keys)
     counted = saved_in_a_generator_step(plan)
-    assert estimate_generator(plan, "cpu").costs["training"].saved_activations == pytest.approx(counted, rel=0.02)
+    assert estimate_generator(plan).costs["training"].saved_activations == pytest.approx(counted, rel=0.02)
 
 
 def test_average_optimizer_and_the_network_beside_the_decoder_are_counted():

@@ -18,7 +18,7 @@ from benchmarks.networks import MONAI, build
 from scripts.__main__ import main
 from scripts.bundle.machine import GIB
 from scripts.layers.factors import per_axis
-from scripts.planning.estimates import TRAIN, estimate_memory, read_plan
+from scripts.planning.autoencoder_estimates import TRAIN, estimate_memory, read_plan
 from scripts.planning.inference_costs import inference_cost
 from scripts.planning.recommendations import recommend_downsample_factors
 from scripts.planning.self_test import check_all, check_configuration, configurations

@@ -13,7 +13,7 @@ from monai.networks.nets import AutoencoderKL as MonaiAutoencoderKL
 
 from scripts.autoencoderkl import AutoencoderKL
 from scripts.bundle.weights import load_weights, save_weights
-from scripts.planning.estimates import read_plan
+from scripts.planning.autoencoder_estimates import read_plan
 from scripts.training.initial_weights import load_pretrained
 from tests.conftest import ROOT, save_volume
 from tests.test_autoencoderkl import as_generative_models
