@@ -58,8 +58,8 @@ def read_config(config_file: str | Sequence[str], device: str, later: Sequence[s
         overrides: further config keys.
 
     Raises:
-        OSError: for a config that cannot be read.
-        ValueError: for a config that is damaged, an unknown key, or a value that makes no sense.
+        OSError: for a file that is missing.
+        ValueError: for a damaged file, an unknown key, or a value that makes no sense.
     """
     try:
         parser = ConfigParser(ConfigParser.load_config_files(config_file))
@@ -78,11 +78,10 @@ def read_config(config_file: str | Sequence[str], device: str, later: Sequence[s
 
 def read_plan(config_file: str | Sequence[str] = TRAIN, *, device: str = "cuda", **overrides: Any) -> Plan:
     """
-    Read the config of an autoencoder, see :py:func:`read_config`. Its ``network_def`` and ``optimizer`` are what makes them.
+    Read the config of an autoencoder as :py:func:`read_config` does. ``network_def`` and ``optimizer`` are what makes them.
 
     Raises:
-        OSError: for a config that cannot be read.
-        ValueError: for a damaged config, an unknown key, a value that makes no sense, or another network.
+        ValueError: for a config of another network.
         RuntimeError: MONAI's, for a value that a component refuses.
     """
     parser = read_config(config_file, device, ("network_def", "optimizer"), **overrides)
@@ -121,8 +120,8 @@ def estimate_memory(
         overrides: further config keys, such as ``initial_downsample_factor``, ``amp`` or ``gradient_accumulation_steps``.
 
     Raises:
-        OSError: for a config that cannot be read.
-        ValueError: for a damaged config, an unknown key, a value that makes no sense, or sizes that do not fit the network.
+        OSError: for a file that is missing.
+        ValueError: for a damaged file, an unknown key, a value that makes no sense, or sizes that do not fit the network.
         RuntimeError: MONAI's, for a value that a component refuses.
     """
     given = {"channels": channels, "downsample_factors": downsample_factors, "batch_size": batch_size}

@@ -43,10 +43,8 @@ def fake_tensors() -> Any:
 
 
 def fake_copy(module: nn.Module, device: str = "cpu") -> nn.Module:
-    """
-    A copy of ``module``, on any device, with fake parameters and buffers on ``device``, which need not exist. To be called
-    inside :py:func:`fake_tensors`.
-    """
+    """A copy of a module on any device, with fake parameters and buffers on ``device``, which need not exist. To be called
+    inside :py:func:`fake_tensors`."""
     memo: dict[int, Any] = {}
     attributes = (value for part in module.modules() for value in vars(part).values())
     plain = (value for value in attributes if isinstance(value, torch.Tensor))  # attention blocks have one
@@ -93,19 +91,12 @@ def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 class AllocationTracker(TorchDispatchMode):
     """
-    A context that counts the storages that are allocated and freed in it, fake or real, and operations.
+    A context that counts the storages that are allocated and freed in it, fake or real, and operations. ``peak`` is the
+    largest number of bytes allocated at one time.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``, whose allocator is imitated.
         only: type of the device whose tensors are counted; None for all.
-
-    Attributes:
-        peak: largest number of bytes allocated at one time.
-        convolution: bytes of input and result of the largest convolution.
-        flops: operations, a multiplication and an addition counted as two.
-
-    Raises:
-        ValueError: for another device.
     """
 
     def __init__(self, device: str, only: str | None = None) -> None:
@@ -153,15 +144,11 @@ class AllocationTracker(TorchDispatchMode):
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """
-    A context that counts what a forward pass in it keeps for the backward pass, on any device, fake or not. A storage counts
-    once.
+    A context that counts the bytes that a forward pass in it keeps for the backward pass (``nbytes``), on any device, fake
+    or not, and those of each level of a network that it watches (``levels``). A storage counts once.
 
     Args:
         apart: tensors that are not counted, such as parameters.
-
-    Attributes:
-        nbytes: bytes that are kept.
-        levels: those of each level of a network that is watched, in the order of the forward pass.
     """
 
     def __init__(self, apart: Sequence[torch.Tensor] = ()) -> None:
@@ -179,13 +166,8 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         trainer.add_event_handler(IterationEvents.LOSS_COMPLETED, setattr, self, "counting", False)
 
     def watch(self, network: Any) -> None:
-        """
-        Tell the levels of encoder and decoder apart. A level is a sequence of blocks with the same finest grid; that of a
-        block is the finer one of its input's and its result's.
-
-        Args:
-            network: with ``encoder.blocks`` and ``decoder.blocks``, as MONAI's ``AutoencoderKL``; it keeps its hooks.
-        """
+        """Tell the levels of an autoencoder apart, which keeps the hooks. A level is a sequence of blocks with the same
+        finest grid; that of a block is the finer one of its input's and its result's."""
         for part in ("encoder", "decoder"):
             for block in getattr(network, part).blocks:
                 block.register_forward_pre_hook(self._enter)

@@ -75,15 +75,13 @@ def plan_generator(
         config_file: a config, or a list of a config and its overlays.
         spatial_size: size of the volumes, voxels; None for the largest of the latents'.
         autoencoder: its config or preset, or a list of them, or the network; None for ``train.json``.
-        num_classes: number of classes, without the background, of the label map ``label``, where ``spatial_keys`` names it.
-            Other spatial keys are images.
+        num_classes: classes, without the background, of the label map ``label``; other spatial keys are images.
         device: device that is planned for, ``"cuda"`` or ``"cpu"``.
         overrides: further config keys.
 
     Raises:
-        OSError: for a config that cannot be read, or where there are no latents.
-        ValueError: for a size that is missing, a label map whose number of classes is, and as :py:func:`read_config`.
-        RuntimeError: MONAI's, for a value that a component refuses.
+        OSError: where there are no latents.
+        ValueError: for a size that is missing, or a label map whose number of classes is.
     """
     parser = read_config(config_file, device, ("optimizer",), **overrides)
     get = parser.get_parsed_content
@@ -95,8 +93,8 @@ def plan_generator(
     elif autoencoder is not None or num_classes is not None:
         raise ValueError("`autoencoder` and `num_classes` need `spatial_size`, the size of the volumes in voxels.")
     with torch.device("meta"):
-        statistics = get("statistics")
-        network, autoencoder = get("network_def"), AutoencoderKL(**statistics.autoencoder.network)
+        statistics, network = get("statistics"), get("network_def")
+        autoencoder = AutoencoderKL(**statistics.autoencoder.network)
     size = tuple(map(max, zip(*(each.size for each in statistics.geometries))))
     return GeneratorPlan(parser, device, network, statistics, autoencoder, Volume(size, [1.0] * len(size)))
 
@@ -120,10 +118,8 @@ def estimate_generator(plan: GeneratorPlan) -> Estimate:
 def step_trainer(
     plan: GeneratorPlan, network: nn.Module, batches: Sequence[Mapping[str, Any]], **kwargs: Any
 ) -> ResumableTrainer:
-    """
-    The trainer of ``train_diffusion.json`` for the batches of one epoch, as :py:func:`latent_batch` makes them, without the
-    data and handlers of a run. The network is on the CPU; ``kwargs`` are further arguments of the trainer.
-    """
+    """The trainer of ``train_diffusion.json`` for one epoch of given batches, see :py:func:`latent_batch`, without the data
+    and handlers of a run. The network is on the CPU; ``kwargs`` are further arguments of the trainer."""
 
     def prepare(batchdata: Mapping[str, Any], device: torch.device, *_: Any, **__: Any) -> Any:
         return plan.get("prepare_batch").at_time(batchdata, 0.5, device)  # a drawn time would depend on the mask's values

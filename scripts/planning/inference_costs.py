@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ def inference_cost(
     Cost of reconstructing, encoding or decoding whole volumes in one pass without gradients.
 
     Args:
-        network: network with ``encoder.in_channels``, as MONAI's ``AutoencoderKL``. It is not changed, and may be on the
-            ``meta`` device.
+        network: MONAI's ``AutoencoderKL`` or one with its interface, on any device. It is not changed.
         spatial_size: size of the volume, voxels.
         batch_size: volumes at once.
         amp_dtype: data type of mixed precision, None for none.
@@ -53,9 +51,6 @@ def inference_cost(
         operation: ``"reconstruct"``, ``"encode"``, or ``"decode"`` from the latent of such a volume.
         others: networks that are in memory meanwhile.
         in_slabs: whether the run would work in slabs where memory is short.
-
-    Raises:
-        ValueError: for another device.
     """
     tracker = AllocationTracker(device)
     with fake_tensors(), torch.no_grad():
@@ -68,21 +63,20 @@ def inference_cost(
             tracker.track(network.state_dict(), [other.state_dict() for other in others], given)
             with autocast(amp_dtype):
                 result = getattr(network, operation)(given)
-                result = (result[0] if operation == "encode" else result).to(given.dtype)
-            del result
+                (result[0] if operation == "encode" else result).to(given.dtype)  # which runs do too
     return Cost.counted(tracker, nbytes_of(network.state_dict()), in_slabs=in_slabs)
 
 
 @dataclass(frozen=True)
 class SlabCost:
     """
-    What a run in slabs needs on a GPU. All but ``slabs`` are bytes.
+    What a run in slabs needs on a GPU, in bytes; what lies in the host's memory is not counted.
 
     Args:
         budget: ``memory_gb``, in bytes.
-        peak: largest amount in use at one time, the network included. What lies in the host's memory is not counted.
+        peak: largest amount in use at one time, the network included.
         convolution: input and result of the largest convolution: libraries may need as much again to reorder them.
-        slabs: their number, over all layers.
+        slabs: number of slabs, over all layers.
     """
 
     budget: int
@@ -100,14 +94,12 @@ def slab_cost(
     amp_dtype: torch.dtype | None = torch.bfloat16,
 ) -> SlabCost:
     """
-    Cost of a run in slabs on a GPU, as :py:func:`scripts.slabs.stream` makes it. No GPU is needed.
+    Cost of a run in slabs on a GPU, as :py:func:`scripts.slabs.stream` makes it. No GPU is needed. Further arguments are
+    those of :py:func:`inference_cost`; ``"encode"`` is no operation here.
 
     Args:
-        network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`. It is not changed, and may be on the ``meta`` device.
-        spatial_size: size of the volume, voxels.
+        network: a :py:class:`scripts.autoencoderkl.AutoencoderKL`.
         memory_gb: budget in GiB, the network included.
-        operation: ``"reconstruct"``, or ``"decode"`` from the latent of such a volume.
-        amp_dtype: data type of mixed precision, None for none.
     """
     tracker = AllocationTracker(GPU, only=GPU)
     budget = int(memory_gb * GIB)
@@ -115,7 +107,8 @@ def slab_cost(
         network = fake_copy(network, GPU).eval()
         image = torch.empty(1, network.arguments["in_channels"], *spatial_size)
         latent = torch.empty(1, *network.latent_shape(padded_size(spatial_size, network.total_downsample_factor)))
-        with tracker, _autocast_of_gpu(amp_dtype):
+        with tracker, torch.autocast(GPU, amp_dtype, enabled=False):  # it disables itself without a GPU
+            torch.set_autocast_enabled(GPU, amp_dtype is not None)
             tracker.track(network.state_dict())
             run = _FakeRun(network, latent if operation == "decode" else image, operation, budget)
             if operation == "decode":
@@ -126,10 +119,7 @@ def slab_cost(
 
 
 def least_slab_cost(network: Any, spatial_size: Sequence[int], **kwargs: Any) -> SlabCost:
-    """
-    Cost of a run with the smallest ``memory_gb`` that it keeps within, a convolution's workspace included. The arguments are
-    those of :py:func:`slab_cost`.
-    """
+    """:py:func:`slab_cost` with the smallest ``memory_gb`` that a run keeps within, a convolution's workspace included."""
     found = slab_cost(network, spatial_size, 0, **kwargs)  # the thinnest slabs
     while found.peak + found.convolution > found.budget:  # with more memory, slabs may be thicker
         found = slab_cost(network, spatial_size, (found.peak + found.convolution) / GIB, **kwargs)
@@ -148,21 +138,6 @@ class _FakeRun(SlabRun):
         return super()._moments(slab[:, :1]).expand(-1, -1, slab.shape[1])  # channels are alike
 
     def _next_start(self, start: int, stop: int, thickness: int, units: int) -> int:
-        remaining = -(-(units - stop) // thickness)
-        skipped = 0 if start == 0 else max(remaining - 1, 0)  # all but the last slab
+        skipped = 0 if start == 0 else max((units - stop - 1) // thickness, 0)  # all but the last slab
         self.slabs += 1 + skipped
         return stop + skipped * thickness
-
-
-@contextlib.contextmanager
-def _autocast_of_gpu(dtype: torch.dtype | None) -> Iterator[None]:
-    """Mixed precision as on a GPU; ``torch.autocast`` disables itself without one."""
-    before = torch.is_autocast_enabled(GPU), torch.get_autocast_dtype(GPU)
-    torch.set_autocast_enabled(GPU, dtype is not None)
-    torch.set_autocast_dtype(GPU, dtype or before[1])
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled(GPU, before[0])
-        torch.set_autocast_dtype(GPU, before[1])

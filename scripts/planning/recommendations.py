@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
-from scripts.bundle.config import ROOT
+from scripts.bundle.config import CONFIGS
 from scripts.bundle.json_files import PositiveFloat, PositiveInt, checked
 from scripts.bundle.progress import ProgressBar
 from scripts.layers.factors import by, padded_size, per_axis
@@ -52,13 +51,7 @@ class Recommendation:
 
 
 class NothingFits(ValueError):
-    """
-    No factors fit.
-
-    Args:
-        least: those that need least.
-        changes: options that would save memory, and the bytes that are needed with each.
-    """
+    """No factors fit, not even those that need ``least``; ``changes`` are options that would save memory."""
 
     def __init__(self, least: Recommendation, changes: Mapping[str, int]) -> None:
         self.least, self.changes = least, changes
@@ -79,18 +72,18 @@ def recommend_downsample_factors(
     """
     The configurations that suit a volume best.
 
-    Factors are powers of two, with an initial factor of at most 4 (8 if nothing else fits). They are divided among the axes
-    so that the latent is as nearly isotropic in millimetres as possible. Candidates are ranked by their distance from the
-    request in octaves: the longest axis of the latent against ``target_latent_size``, its anisotropy, the padding, and small
-    penalties for initial factors other than 2 and for steps of 4.
+    Factors are powers of two, the initial one at most 4 (8 if nothing else fits), divided among the axes so that the latent
+    is as nearly isotropic in millimetres as possible. They are ranked by their distance from the request in octaves: the
+    longest axis of the latent against ``target_latent_size``, its anisotropy, the padding, and small penalties for initial
+    factors other than 2 and for steps of 4.
 
     Args:
         spatial_size: size of the volumes, voxels; one number for a cube. The plan is to train on whole volumes.
         target_latent_size: wanted size of the latent along its longest axis.
         memory_gb: limit in GiB for training and for reconstruction, margin included; None for no limit.
         spacing: mm per voxel along each axis; None is isotropic.
-        voxels_per_latent: wanted voxels for each number of the latent, which determines ``latent_channels``; None takes the
-            ratio of the preset with the nearest factors.
+        voxels_per_latent: wanted voxels for each number of the latent; None takes those of the preset with the nearest
+            factors.
         count: how many to return at most.
         device: ``"cuda"`` or ``"cpu"``.
         overrides: further config keys, such as ``channels`` or ``batch_size``, which the overlays repeat.
@@ -100,7 +93,7 @@ def recommend_downsample_factors(
 
     Raises:
         NothingFits: when nothing fits.
-        ValueError: as :py:func:`scripts.planning.estimate_memory`.
+        ValueError: for a request that makes no sense.
     """
     network = read_plan(device=device, **overrides).network
     size = per_axis("spatial_size", spatial_size, network.arguments["spatial_dims"])
@@ -138,10 +131,9 @@ def _latent_channels(block: int, image_channels: int, voxels_per_latent: float |
 
 def _known_latents() -> list[tuple[int, int]]:
     """Voxels and latent channels of one latent position, in the default config and in the presets."""
-    default = json.loads(Path(TRAIN).read_text())
-    overlays = [json.loads(path.read_text()) for path in sorted((ROOT / "configs" / "presets").glob("*.json"))]
     known = []
-    for config in [default, *({**default, **overlay} for overlay in overlays)]:
+    for overlay in [[], *([str(path)] for path in sorted((CONFIGS / "presets").glob("*.json")))]:
+        config = ConfigParser.load_config_files([TRAIN, *overlay])
         factors = [config["initial_downsample_factor"], *config["downsample_factors"]]
         block = math.prod(math.prod(per_axis("factor", factor, config["spatial_dims"])) for factor in factors)
         known.append((block, config["latent_channels"]))
@@ -196,10 +188,8 @@ def _factor_of_axis(total: int, size: int, relative_spacing: float) -> int:
 
 
 def _split(total: int, levels: Sequence[int]) -> tuple[int, ...]:
-    """
-    ``total`` as an initial factor and one per level, of at most ``levels``. The deepest level gets its factor first, so that
-    the first levels leave an axis with thick slices as it is.
-    """
+    """``total`` as an initial factor and one per level, of at most ``levels``. The deepest level gets its factor first, so
+    that the first levels leave an axis with thick slices as it is."""
     rest, factors = total, []
     for level in reversed(levels):
         factors.append(min(level, rest))

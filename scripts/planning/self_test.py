@@ -34,7 +34,7 @@ class CheckResult:
         estimate: estimate for the volume that was tried; None where the check failed.
         saved: saved activations of the real training step; None for a config that does not train.
         peak: peak of the real step; None on the CPU, where PyTorch does not count.
-        error: what failed; None if nothing did.
+        error: what failed, or None.
     """
 
     name: str
@@ -58,15 +58,8 @@ def check_all(root: Path = ROOT, **overrides: Any) -> list[CheckResult]:
 
 
 def check_configuration(files: Sequence[str], root: Path = ROOT, device: str = "cpu", **overrides: Any) -> CheckResult:
-    """
-    Build a configuration, encode and decode a volume of two latents along each axis, and train two steps on it.
-
-    Args:
-        files: config and overlays, relative to the bundle's root.
-        root: root of the bundle.
-        device: where to run.
-        overrides: further config keys.
-    """
+    """Build the network of a config and its overlays, files relative to ``root``, encode and decode a volume of two latents
+    along each axis, and train two steps on it; ``overrides`` are further config keys."""
     name = " + ".join(file.removeprefix("configs/").removesuffix(".json") for file in files)
     try:
         return CheckResult(name, *_run(config_file=[str(root / file) for file in files], device=device, **overrides))

@@ -10,7 +10,7 @@ from monai.utils import ensure_tuple
 from scripts.bundle.machine import GIB, MIB
 from scripts.layers.factors import by
 from scripts.planning.estimates import Cost, Estimate
-from scripts.planning.inference_costs import least_slab_cost, slab_cost
+from scripts.planning.inference_costs import SlabCost, least_slab_cost, slab_cost
 from scripts.planning.recommendations import Recommendation
 from scripts.planning.self_test import CheckResult
 
@@ -62,25 +62,18 @@ def verdict(estimate: Estimate, memory_gb: float, changes: Mapping[str, int]) ->
 
 
 def slab_table(network: Any, spatial_size: Sequence[int], memory_gb: float | None, amp_dtype: Any) -> str:
-    """
-    The smallest budget for reconstructing and for decoding in slabs on a GPU, and what a given one holds.
-
-    Args:
-        network: see :py:func:`scripts.planning.inference_costs.slab_cost`.
-        spatial_size: ditto.
-        memory_gb: the given budget in GiB; None for none.
-        amp_dtype: data type of mixed precision, None for none.
-    """
-    least = [least_slab_cost(network, spatial_size, operation=name, amp_dtype=amp_dtype) for name in OPERATIONS]
-    rows = [
-        ["smallest memory_gb", *(memory(cost.budget) for cost in least)],
-        ["  slabs", *(str(cost.slabs) for cost in least)],
-    ]
+    """The smallest budget for reconstructing and for decoding in slabs on a GPU, and what they hold within ``memory_gb``."""
+    ways: list[dict[str, Any]] = [{"operation": name, "amp_dtype": amp_dtype} for name in OPERATIONS]
+    least = [least_slab_cost(network, spatial_size, **way) for way in ways]
+    rows = [["smallest memory_gb", *(memory(cost.budget) for cost in least)], _slabs(least)]
     if memory_gb is not None:
-        given = [slab_cost(network, spatial_size, memory_gb, operation=name, amp_dtype=amp_dtype) for name in OPERATIONS]
-        rows.append([f"peak with memory_gb {memory_gb:g}", *(memory(cost.peak) for cost in given)])
-        rows.append(["  slabs", *(str(cost.slabs) for cost in given)])
+        given = [slab_cost(network, spatial_size, memory_gb, **way) for way in ways]
+        rows += [[f"peak with memory_gb {memory_gb:g}", *(memory(cost.peak) for cost in given)], _slabs(given)]
     return table([f"in slabs, {by(spatial_size)}", *OPERATIONS], rows)
+
+
+def _slabs(costs: Sequence[SlabCost]) -> list[str]:
+    return ["  slabs", *(str(cost.slabs) for cost in costs)]
 
 
 def recommendations_table(pairs: Sequence[tuple[Recommendation, Estimate]]) -> str:

@@ -50,8 +50,7 @@ def training_cost(
     Cost of a step of :py:class:`scripts.training.AutoencoderTrainer`. Nothing is computed or allocated.
 
     Args:
-        network: MONAI's ``AutoencoderKL`` or one with its interface (``encoder.blocks``, ``decoder.blocks``, ``forward``
-            returning the reconstruction, ``z_mu`` and ``z_sigma``). It is not changed, and may be on the ``meta`` device.
+        network: MONAI's ``AutoencoderKL`` or one with its interface, on any device. It is not changed.
         spatial_size: size of the volume or patch, voxels.
         batch_size: volumes per step.
         amp_dtype: data type of mixed precision, None for none.
@@ -59,34 +58,23 @@ def training_cost(
         optimizer: makes an optimizer from parameters. The discriminator's is AdamW.
         accumulation_steps: batches of one step; with several, gradients of an earlier one are in memory during the last.
         discriminator: for adversarial training, MONAI's ``PatchDiscriminator`` or one with its interface.
-        averaged: whether an average of the weights, PyTorch's ``AveragedModel``, is kept.
-        kwargs: ``loss_function`` and ``loss_terms`` of :py:meth:`scripts.training.AutoencoderTrainer.of_images`.
-
-    Raises:
-        ValueError: for another device.
+        averaged: whether an average of the weights is kept.
+        kwargs: further arguments of the trainer, such as ``loss_function`` and ``loss_terms``.
     """
     with fake_tensors():
-        network, adversary = fake_copy(network), None
+        network, batches = fake_copy(network), min(2, accumulation_steps)
+        image = fake_image(network, batch_size, spatial_size)
+        kwargs |= {"amp_dtype": amp_dtype, "accumulation_steps": batches}
         if discriminator is not None:
             adversary = Adversary(fake_copy(discriminator), torch.optim.AdamW, num_steps=1, weight=1.0, warmup_epochs=0)
-        image, batches = fake_image(network, batch_size, spatial_size), min(2, accumulation_steps)
-        trainer = AutoencoderTrainer.of_images(
-            [image] * batches,
-            network,
-            optimizer(network.parameters()),
-            amp_dtype=amp_dtype,
-            adversary=adversary,
-            accumulation_steps=batches,
-            **kwargs,
-        )
+            kwargs["adversary"] = adversary
+        trainer = AutoencoderTrainer.of_images([image] * batches, network, optimizer(network.parameters()), **kwargs)
         return step_cost(trainer, {Keys.IMAGE: image}, device, averaged)
 
 
 def step_cost(trainer: ResumableTrainer, batch: Mapping[str, Any], device: str, averaged: bool) -> Cost:
-    """
-    Cost of a step of any trainer on a batch, both fake. The step is made. To be called inside
-    :py:func:`scripts.planning.fake_tensors.fake_tensors`; the last two arguments are those of :py:func:`training_cost`.
-    """
+    """Cost of a step of any trainer on a batch, both fake, which is made. To be called inside
+    :py:func:`scripts.planning.fake_tensors.fake_tensors`; the last two arguments are those of :py:func:`training_cost`."""
     trainer.are_finite = lambda values: True  # type: ignore[method-assign]  # nothing else in a step reads values
     trainer.scaler = torch.amp.GradScaler(enabled=False)  # an enabled one reads whether gradients are finite
     trainer.state.epoch, trainer.state.iteration = 1, trainer.state.epoch_length  # whose end is a step of the optimizers
@@ -107,14 +95,13 @@ def step_cost(trainer: ResumableTrainer, batch: Mapping[str, Any], device: str, 
         tracker.track(held, states, [parameter.grad for parameter in parameters], batch)
         trainer.fire_event(Events.ITERATION_STARTED)
         trainer._iteration(trainer, dict(batch))
-    levels = {**saved.levels, "other": saved.nbytes - sum(saved.levels.values())} if saved.levels else {}
     return Cost.counted(
         tracker,
         nbytes_of(held),
         gradients=nbytes_of([parameter.grad for parameter in parameters]),
         optimizer_state=nbytes_of(states),
         saved_activations=saved.nbytes,
-        levels=levels,
+        levels={**saved.levels, "other": saved.nbytes - sum(saved.levels.values())} if saved.levels else {},
     )
 
 
