@@ -68,35 +68,36 @@ def main(
 def commands(part: str, device: str, work: Path) -> Iterator[tuple[str, list[str]]]:
     """The commands of one of ``PARTS``, each with its name; volumes and results of the runs are below ``work``."""
     small, volumes = device == "cpu", work / "volumes"
-    if part == "machine":
-        yield part, python("torch.utils.collect_env")
-    elif part == "tests":
-        yield part, python("pytest", "-m", "cuda", "-p", "no:cacheprovider", "tests")
-    elif part == "cost":
-        yield part, python("benchmarks.cost", "--device", device, *["--size", "16", "--inference_size", "32"] * small)
-    elif part == "planning":
-        yield part, python("benchmarks.planning", "--device", device)
-    elif part == "loop":
-        yield part, python("benchmarks.loop", "--device", device, *["--patch_size", "16", "--epochs", "2"] * small)
+    modules = {
+        "machine": ["torch.utils.collect_env"],
+        "tests": ["pytest", "-m", "cuda", "-p", "no:cacheprovider", "tests"],
+        "cost": ["benchmarks.cost", "--device", device, *["--size", "32", "--inference_size", "32"] * small],
+        "planning": ["benchmarks.planning", "--device", device],
+        "loop": ["benchmarks.loop", "--device", device, *["--patch_size", "16", "--epochs", "2"] * small],
+    }
+    if part in modules:
+        yield part, python(*modules[part])
+        return
+    if not volumes.exists():
+        save_volumes(volumes, 3 + 2 * torch.cuda.device_count(), 16 if small else 128)
+    keys = {"dataset_dir": volumes, "output_dir": work / part, "fast_dev_run": True, **(SMALL | PATCH if small else {})}
+    if part == "whole_volume":
+        keys = {"patch_size": "[512,512,512]", **keys, "device": device}
+        yield part, bundle("training", "['configs/train.json','configs/presets/16x_lean.json']", **keys)
+    elif part == "distributed":  # a process for each GPU with nccl, one with gloo without
+        processes = max(1, torch.cuda.device_count())
+        files = "['configs/train.json','configs/multi_gpu_train.json']"
+        run = bundle("training", files, **keys, fast_dev_run_batches=2 * processes)
+        yield part, [*python("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"), *run[1:]]
     else:
-        if not volumes.exists():
-            save_volumes(volumes, 3 + 2 * torch.cuda.device_count(), 16 if small else 128)
-        keys = {"dataset_dir": volumes, "output_dir": work / part, "fast_dev_run": True, **(SMALL | PATCH if small else {})}
-        if part == "whole_volume":
-            keys = {"patch_size": "[512,512,512]", **keys, "device": device}
-            yield part, bundle("training", "['configs/train.json','configs/presets/16x_lean.json']", **keys)
-        elif part == "distributed":  # a process for each GPU with nccl, one with gloo without
-            processes = max(1, torch.cuda.device_count())
-            files = "['configs/train.json','configs/multi_gpu_train.json']"
-            run = bundle("training", files, **keys, fast_dev_run_batches=2 * processes)
-            yield part, [*python("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"), *run[1:]]
-        else:
-            for precision, channels_last in product(precisions(device), (False,) if small else (False, True)):
-                name = f"{part}_{precision}" + "_channels_last" * channels_last
-                common = {"device": device, "channels_last": channels_last, "amp": precision != "float32"}
-                common |= {"amp_dtype": precision} if common["amp"] else {}
-                steps = chain(work / name, volumes, common, compiled=part == "compiled", small=small)
-                yield from ((f"{name}_{step}", words) for step, words in steps)
+        best = choose_precision(device).name
+        precisions = ("bfloat16", "float16") if best == "bfloat16" and device == "cuda" else (best,)
+        for precision, channels_last in product(precisions, (False,) if small else (False, True)):
+            name = f"{part}_{precision}" + "_channels_last" * channels_last
+            common = {"device": device, "channels_last": channels_last, "amp": precision != "float32"}
+            common |= {"amp_dtype": precision} if common["amp"] else {}
+            steps = chain(work / name, volumes, common, compiled=part == "compiled", small=small)
+            yield from ((f"{name}_{step}", words) for step, words in steps)
 
 
 def chain(home: Path, volumes: Path, common: dict[str, Any], compiled: bool, small: bool) -> Iterator[tuple[str, list[str]]]:
@@ -128,12 +129,6 @@ def bundle(run_id: str, config: str, **keys: Any) -> list[str]:
     """The command that runs a config."""
     options = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     return python("monai.bundle", "run", run_id, "--config_file", config, *META, *options)
-
-
-def precisions(device: str) -> tuple[str, ...]:
-    """The precisions that runs are tried in: both lower ones on a GPU that has units for both."""
-    best = choose_precision(device).name
-    return ("bfloat16", "float16") if best == "bfloat16" and device == "cuda" else (best,)
 
 
 def run_all(commands: Mapping[str, Sequence[str]], folder: Path, seconds: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,6 @@ from scripts.bundle.config import ROOT
 from scripts.training.losses import kl_divergence
 from scripts.training.muon import Muon
 
-NUM_VOLUMES = 6  # one of them for validation
 WARM_UP = 3
 
 
@@ -42,7 +42,7 @@ def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu", **overr
         overrides: further keys of ``configs/train.json``, such as ``amp``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_volumes(Path(folder, "volumes"), NUM_VOLUMES, patch_size)
+        save_volumes(Path(folder, "volumes"), 6, patch_size)  # one of them for validation
         flow = ConfigWorkflow(
             config_file=str(ROOT / "configs/train.json"),
             logging_file=str(ROOT / "configs/logging.conf"),
@@ -58,13 +58,12 @@ def overhead(epochs: int = 4, patch_size: int = 96, device: str = "cpu", **overr
             **{"num_workers": 0, **overrides},
         )
         flow.initialize()
-        bare, whole = PlainLoop(flow, patch_size), Stopwatch(device)
-        trainer = flow.trainer
-        trainer.add_event_handler(Events.GET_BATCH_STARTED, bare.step)
+        bare, whole, trainer = Stopwatch(device), Stopwatch(device), flow.trainer
+        trainer.add_event_handler(Events.GET_BATCH_STARTED, plain_step(flow, patch_size, bare))
         trainer.add_event_handler(Events.GET_BATCH_COMPLETED, whole.start)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, whole.stop)  # attached last, so it is called last
         flow.run()
-    ours, plain = whole.seconds[WARM_UP:], bare.watch.seconds[WARM_UP:]
+    ours, plain = whole.seconds[WARM_UP:], bare.seconds[WARM_UP:]
     share = median(a / b for a, b in zip(ours, plain)) - 1
     print(
         f"step of {patch_size}³ on {device}: {1000 * median(ours):.0f} ms with the trainer and its handlers, "
@@ -82,7 +81,7 @@ def save_volumes(folder: Path, number: int, size: int) -> None:
 
 
 class Stopwatch:
-    """Collects the durations between pairs of ``start`` and ``stop``, seconds."""
+    """The durations between pairs of ``start`` and ``stop``, seconds."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -100,32 +99,30 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class PlainLoop:
+def plain_step(flow: ConfigWorkflow, patch_size: int, watch: Stopwatch) -> Callable[[], None]:
     """The same step on a copy of the network, written in plain PyTorch."""
+    get = flow.parser.get_parsed_content
+    network, device = copy.deepcopy(get("network_def")).train(), get("device")
+    optimizer = Muon(network.parameters(), lr=get("lr"))
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    autocast = {"device_type": device, "dtype": getattr(torch, get("amp_dtype")), "enabled": get("amp")}
+    loss_function, kl_weight = get("loss"), get("kl_weight")
+    batch = torch.rand(get("batch_size"), 1, *[patch_size] * 3)
 
-    def __init__(self, flow: ConfigWorkflow, patch_size: int) -> None:
-        get = flow.parser.get_parsed_content
-        self.network = copy.deepcopy(get("network_def")).train()
-        self.optimizer = Muon(self.network.parameters(), lr=get("lr"))
-        self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
-        self.loss = get("loss")
-        self.kl_weight = get("kl_weight")
-        self.autocast = {"device_type": get("device"), "dtype": getattr(torch, get("amp_dtype")), "enabled": get("amp")}
-        self.batch = torch.rand(get("batch_size"), 1, *[patch_size] * 3)
-        self.watch = Stopwatch(get("device"))
-
-    def step(self) -> None:
-        self.watch.start()
-        image = self.batch.to(self.autocast["device_type"])
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(**self.autocast):
-            reconstruction, z_mu, z_sigma = self.network(image)
-        loss = self.loss(reconstruction.float(), image) + self.kl_weight * kl_divergence(z_mu, z_sigma)
+    def step() -> None:
+        watch.start()
+        image = batch.to(device)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(**autocast):
+            reconstruction, z_mu, z_sigma = network(image)
+        loss = loss_function(reconstruction.float(), image) + kl_weight * kl_divergence(z_mu, z_sigma)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.watch.stop()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        watch.stop()
+
+    return step
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ import sys
 from typing import Any
 
 import fire
-import torch
 
-from benchmarks.inference_peak import peak_bytes, restart_peak
+from benchmarks.cost import peak_bytes, restart_peak
 from benchmarks.networks import MONAI, build, total_factors
-from benchmarks.tables import described, print_table
+from benchmarks.tables import amp_dtype, described, print_table
 from scripts.bundle.config import ROOT
 from scripts.bundle.machine import GIB, MIB
-from scripts.bundle.precision import autocast_dtype, choose_precision
 from scripts.layers.factors import by
 from scripts.planning.estimates import CONTEXT
 from scripts.planning.generator_estimates import GeneratorPlan, estimate_generator, plan_generator
@@ -56,13 +54,8 @@ GENERATORS: dict[str, tuple[str, int, dict[str, Any]]] = {  # preset of the auto
 
 
 def table(device: str = "cpu") -> None:
-    """
-    Print the table.
-
-    Args:
-        device: ``"cpu"``, or ``"cuda"`` for the rows of autoencoders.
-    """
-    print(f"{described(device, choose_precision(device).name)}:\n", flush=True)
+    """Print the table; on ``"cuda"`` the rows of autoencoders."""
+    print(f"{described(device)}:\n", flush=True)
     header = ["", "size", "batch", "saved: estimated", "counted", "needed: estimated", "measured", "off by"]
     names = ROWS if device == "cuda" else {**ROWS, **GENERATORS}
     print_table(header, (compare(name, device) for name in names))
@@ -70,14 +63,13 @@ def table(device: str = "cpu") -> None:
 
 def compare(name: str, device: str) -> list[str]:
     """The cells of a row. The estimate is without what an idle process needs, as the measurement is."""
-    size: tuple[int, ...]
     if name in GENERATORS:
-        found = estimate_generator(plan_of(*GENERATORS[name]))
+        found = estimate_generator(plan_of(name))
         cost, size, batch_size = found.costs["training"], found.spatial_size, found.batch_size
     else:
         network, size, batch_size, arguments = ROWS[name]
-        dtype = amp_dtype(device)
-        cost = training_cost(build(network, **arguments), size, batch_size=batch_size, amp_dtype=dtype, device=device)
+        precision = {"amp_dtype": amp_dtype(device), "device": device}
+        cost = training_cost(build(network, **arguments), size, batch_size=batch_size, **precision)
     command = [sys.executable, "-m", __spec__.name, "step", repr(name), device]  # fire reads literals
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
     saved, peak = map(int, process.stdout.split()[-2:])
@@ -86,44 +78,32 @@ def compare(name: str, device: str) -> list[str]:
     return [name, by(size), str(batch_size), *numbers, f"{needed / peak - 1:+.1%}"]
 
 
-def plan_of(preset: str, size: int, keys: dict[str, Any]) -> GeneratorPlan:
-    """Plan of a generator on the CPU."""
-    return plan_generator(spatial_size=size, autoencoder=str(ROOT / f"configs/presets/{preset}.json"), device="cpu", **keys)
-
-
-def amp_dtype(device: str) -> torch.dtype | None:
-    """Data type of mixed precision, where it is the default."""
-    precision = choose_precision(device)
-    return autocast_dtype(precision.amp_dtype) if precision.amp else None
-
-
 def step(name: str, device: str) -> None:
-    """
-    Print the bytes that a step saves, and the bytes by which two steps raise the peak above what was held before the network
-    was built. A small step before them loads the libraries.
-
-    Args:
-        name: name of a row.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
-    if name in GENERATORS:
-        preset, size, keys = GENERATORS[name]
-        saved_in_a_generator_step(plan_of(preset, 64, {**keys, "batch_size": 1}))
-        before = held(device)
-        saved = saved_in_a_generator_step(plan_of(preset, size, keys))
-    else:
-        network, shape, batch_size, arguments = ROWS[name]
-        small = tuple(2 * f for f in total_factors(build(network, **arguments)))
-        saved_in_a_step(build(network, **arguments), small, 1, amp_dtype(device), device)
-        before = held(device)
-        saved = saved_in_a_step(build(network, **arguments), shape, batch_size, amp_dtype(device), device)
+    """Print the bytes that a step of a row saves, and the bytes by which two steps raise the peak above what was held before
+    the network was built. A small step before them loads the libraries."""
+    saved_in_row(name, device, small=True)
+    gc.collect()  # a trainer and its handlers refer to each other, and so keep the network in memory
+    before = restart_peak(device)
+    saved = saved_in_row(name, device)
     print(saved, peak_bytes(device) - before)
 
 
-def held(device: str) -> int:
-    """Bytes that are held now, from where the peak starts."""
-    gc.collect()  # a trainer and its handlers refer to each other, and so keep the network in memory
-    return restart_peak(device)
+def saved_in_row(name: str, device: str, small: bool = False) -> int:
+    """Bytes that the second step of a row saves."""
+    if name in GENERATORS:
+        return saved_in_a_generator_step(plan_of(name, **({"spatial_size": 64, "batch_size": 1} if small else {})))
+    network_name, size, batch_size, arguments = ROWS[name]
+    network = build(network_name, **arguments)
+    if small:
+        size, batch_size = tuple(2 * factor for factor in total_factors(network)), 1
+    return saved_in_a_step(network, size, batch_size, amp_dtype(device), device)
+
+
+def plan_of(name: str, **changes: Any) -> GeneratorPlan:
+    """Plan of a generator on the CPU."""
+    preset, size, keys = GENERATORS[name]
+    autoencoder = str(ROOT / f"configs/presets/{preset}.json")
+    return plan_generator(**{"spatial_size": size, "autoencoder": autoencoder, "device": "cpu", **keys, **changes})
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@
     python -m benchmarks.quality plot
     python -m benchmarks.quality linear --network 8x --data clinical
 
-`train` takes a preset's name or `MONAI` and writes a row, the weights and a picture per volume to eval/quality; `rows` does
-so for all rows of quality_rows.json that have no result yet, each by one thread in a separate process; `tables` prints the
-existing rows in Markdown, beside two methods without training: the block-wise cosine transform with as many numbers, and
-trilinear shrinking; `plot` draws them against the memory of training; `linear` measures the linear shortcut alone, before
-any training. Training time is the processor time of the training process divided by the number of its threads, so that other
-load on the machine does not count; on a GPU it is wall-clock time.
+`train` writes a row, the weights and a picture per volume to eval/quality; `rows` does so for all rows of quality_rows.json
+that have no result yet; `tables` prints the rows in Markdown, beside two methods without training: the block-wise cosine
+transform with as many numbers, and trilinear shrinking; `plot` draws them against the memory of training; `linear` measures
+the linear shortcut alone. Training time is the processor time of the training process divided by the number of its threads,
+so that other load on the machine does not count; on a GPU it is wall-clock time.
 """
 
 from __future__ import annotations
@@ -23,8 +22,10 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from benchmarks.networks import total_factors
 from benchmarks.tables import described, print_table
 from scripts.bundle.config import ROOT, check_parser
 from scripts.bundle.machine import GIB
-from scripts.bundle.precision import autocast_dtype, computing_dtype
+from scripts.bundle.precision import computing_dtype
 from scripts.evaluation.codecs import BlockDCT
 from scripts.evaluation.metrics import (
     EdgePSNRMetric,
@@ -51,6 +52,7 @@ from scripts.evaluation.metrics import (
     trilinear_reconstruction,
 )
 from scripts.evaluation.pictures import draw_reconstruction
+from scripts.inference.inferers import ReconstructionInferer
 from scripts.layers.resampling import pad_to_multiple
 from scripts.planning.training_costs import training_cost
 from scripts.training import InitialWeights, RepeatableOrder, TrainingSaver
@@ -59,7 +61,6 @@ from scripts.training.repeatable_batches import training_patches
 
 RESULTS = Path("eval/quality")
 ROWS = Path(__file__).with_name("quality_rows.json")
-MINUTES = 12.0  # of training, for a row that sets no other time
 NETWORKS = {path.stem: str(path) for path in Path(ROOT, "configs/presets").glob("*.json")}
 NETWORKS["MONAI"] = str(ROWS.with_name("monai.json"))
 PATCHES = {"sample": [64, 64, 64], "clinical": [96, 96, 32]}  # about as many voxels; the clinical volumes have few slices
@@ -91,12 +92,7 @@ MARKERS = {  # of the plot, with what it shows
 
 
 def train(
-    network: str,
-    data: str = "sample",
-    minutes: float = MINUTES,
-    device: str = "cpu",
-    name: str | None = None,
-    **overrides: Any,
+    network: str, data: str = "sample", minutes: float = 12.0, device: str = "cpu", name: str | None = None, **overrides: Any
 ) -> None:
     """
     Train from scratch and evaluate.
@@ -113,8 +109,6 @@ def train(
     parser.update({"train#handlers": [], "validate#handlers": []})
     get = parser.get_parsed_content
     set_determinism(seed=get("seed"))
-    machine = described(device, computing_dtype(get("amp"), get("amp_dtype")))
-    print(machine, flush=True)
     trainer = get("train#trainer")
     saver = TrainingSaver("", get("network_def"), {}, evaluator=None)
     InitialWeights(saver, average=get("train#average"), fit_shortcut=True).attach(trainer)
@@ -129,7 +123,7 @@ def train(
     row = {
         "network": str(name or network),
         "data": data,
-        "machine": machine,
+        "machine": described(device, computing_dtype(get("amp"), get("amp_dtype"))),
         "minutes": minutes,
         "steps": trainer.state.iteration,
         "factors": list(total_factors(trained)),
@@ -162,9 +156,8 @@ def result_path(row: dict[str, Any]) -> Path:
 
 
 def read_recipe(network: str, data: str, device: str = "cpu", **overrides: Any) -> ConfigParser:
-    """The recipe of ``configs/train.json`` without a limit of epochs; see :py:func:`train`."""
-    parser = ConfigParser()
-    parser.read_config([str(ROOT / "configs/train.json"), NETWORKS[network]])
+    """The recipe of ``configs/train.json`` without a limit of epochs; the arguments are those of :py:func:`train`."""
+    parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / "configs/train.json"), NETWORKS[network]]))
     settings = {
         "dataset_dir": f"data/{data}",
         "patch_size": PATCHES[data],
@@ -185,18 +178,16 @@ class Budget:
     WARM_UP = 0.02  # of the time
 
     def __init__(self, seconds: float, device: str) -> None:
-        self.seconds = seconds
-        self.threads = torch.get_num_threads()
-        self.on_cpu = device == "cpu"
+        self.seconds, self.on_cpu = seconds, device == "cpu"
 
     def attach(self, engine: Engine) -> None:
-        """Register with a trainer."""
+        """Start the time, and register with a trainer."""
         self.start = self.now()
         engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def now(self) -> float:
         """Seconds since an arbitrary moment."""
-        return time.process_time() / self.threads if self.on_cpu else time.perf_counter()
+        return time.process_time() / torch.get_num_threads() if self.on_cpu else time.perf_counter()
 
     def __call__(self, engine: Any) -> None:
         spent = (self.now() - self.start) / self.seconds
@@ -217,17 +208,17 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
     The name of each file of the validation, and all numbers of its reconstruction; those of the block cosine transform start
     with ``dct_``. Pictures have paths that start with ``pictures``; None for no pictures.
     """
-    factors, device = list(total_factors(network)), parser["device"]
-    get = parser.get_parsed_content
-    for name, item in validation_volumes(parser):
+    factors, get = list(total_factors(network)), parser.get_parsed_content
+    reconstruct = partial(ReconstructionInferer(get("amp"), get("amp_dtype")), network=network)
+    for name, item in validation_volumes(get):
         image = item.as_tensor()[None]
-        with torch.no_grad(), torch.autocast(device, autocast_dtype(get("amp_dtype")), enabled=get("amp")):
-            reconstruction = at_any_size(network.reconstruct, image.to(device), factors).float().clamp(0, 1).cpu()
+        with torch.no_grad():
+            reconstruction = at_any_size(reconstruct, image.to(get("device")), factors).clamp(0, 1).cpu()
         if pictures is not None:
-            figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], tuple(float(s) for s in item.pixdim))
+            figure = draw_reconstruction(image[0, 0], reconstruction[0, 0], item.pixdim.tolist())
             figure.savefig(f"{pictures}{name}.png", dpi=100)
-        found = {"trilinear_psnr": float(METRICS["psnr"](trilinear_reconstruction(image, factors), image))}
-        found["image_grid"] = grid_energy(image, factors)
+        trilinear = float(METRICS["psnr"](trilinear_reconstruction(image, factors), image))
+        found = {"trilinear_psnr": trilinear, "image_grid": grid_energy(image, factors)}
         dct = BlockDCT(factors, get("network_def#latent_channels")).reconstruct(image)
         for start, result in (("", reconstruction), ("dct_", dct)):
             found |= {f"{start}{key}": float(metric(result, image)) for key, metric in METRICS.items()}
@@ -235,9 +226,9 @@ def measure_volumes(parser: ConfigParser, network: Any, pictures: str | None) ->
         yield name, found
 
 
-def validation_volumes(parser: ConfigParser) -> Iterator[tuple[str, MetaTensor]]:
+def validation_volumes(get: Callable[[str], Any]) -> Iterator[tuple[str, MetaTensor]]:
     """The validation volumes of a config, ``CxHxWxD``, each with the name of its file."""
-    for item in parser.get_parsed_content("validate#dataset"):
+    for item in get("validate#dataset"):
         yield Path(item["image"].meta["filename_or_obj"]).name.removesuffix(".nii.gz"), item["image"]
 
 
@@ -247,29 +238,22 @@ def at_any_size(code: Callable[[torch.Tensor], torch.Tensor], image: torch.Tenso
     return code(pad_to_multiple(image, factors))[..., : shape[0], : shape[1], : shape[2]]
 
 
-def linear(network: str = "8x", data: str = "sample", **overrides: Any) -> None:
+@torch.no_grad()
+def linear(network: str = "8x", data: str = "sample", **overrides: Any) -> dict[str, dict[str, float]]:
     """
-    Print the PSNR of the linear shortcut alone: as initialised, and after each of its two fits. The first row is the
-    block-wise cosine transform with as many numbers.
+    Print and return the PSNR of the linear shortcut alone, for each validation volume: as initialised, and after each of its
+    two fits, which are those of a training. The first row is the block-wise cosine transform with as many numbers.
 
     Args:
         network: name of a preset with a linear shortcut.
         data: ``sample`` or ``clinical``, folders below ``data``.
         overrides: keys of ``configs/train.json``, such as ``latent_channels``.
     """
-    found = measure_linear(read_recipe(network, data, **overrides))
-    rows = ([code, *(f"{psnr:.2f} dB" for psnr in by_volume.values())] for code, by_volume in found.items())
-    print_table(["linear code", *next(iter(found.values()))], rows)
-
-
-@torch.no_grad()
-def measure_linear(parser: ConfigParser) -> dict[str, dict[str, float]]:
-    """PSNR by the name of the linear code, then by that of the validation volume; fitted as training does."""
-    get: Any = parser.get_parsed_content
+    get: Any = read_recipe(network, data, **overrides).get_parsed_content
     set_determinism(seed=get("seed"))
-    network = get("network_def")
-    shortcut, factors = network.shortcut, network.total_downsample_factor
-    images = {name: item.as_tensor()[None] for name, item in validation_volumes(parser)}
+    autoencoder = get("network_def")
+    shortcut, factors = autoencoder.shortcut, autoencoder.total_downsample_factor
+    images = {name: item.as_tensor()[None] for name, item in validation_volumes(get)}
     patches = training_patches(get("train#dataloader").dataset, get("train#sampler"))
 
     def psnr(code: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
@@ -278,35 +262,31 @@ def measure_linear(parser: ConfigParser) -> dict[str, dict[str, float]]:
     def code(image: torch.Tensor) -> torch.Tensor:
         return at_any_size(shortcut, image, factors)
 
-    strongest = psnr(lambda image: BlockDCT(factors, network.latent_channels).reconstruct(image))
+    strongest = psnr(BlockDCT(factors, autoencoder.latent_channels).reconstruct)
     found = {"strongest frequencies of each volume": strongest, "lowest frequencies": psnr(code)}
     shortcut.fit(itertools.islice(patches, CODE_PATCHES))
     found["principal components"] = psnr(code)
     shortcut.fit_neighbours(itertools.islice(patches, NEIGHBOUR_PATCHES))
     found["and neighbours"] = psnr(code)
+    rows = ([code_name, *(f"{value:.2f} dB" for value in by_volume.values())] for code_name, by_volume in found.items())
+    print_table(["linear code", *images], rows)
     return found
 
 
 def tables() -> None:
     """Print the rows that have been trained."""
-    rows = read_rows()
-    volumes = sorted({(row["data"], name) for row in rows for name in row["volumes"]}, reverse=True)
-    for data, name in volumes:
-        chosen = [row for row in rows if name in row["volumes"] and row["data"] == data]
-        print(f"\n`{name}`, trained on `data/{data}`, {' and '.join(sorted({row['machine'] for row in chosen}))}:\n")
-        numbers = (
-            {**row, **row["volumes"][name], "share": math.prod(row["factors"]) / row["latent_channels"]} for row in chosen
-        )
-        print_table(COLUMNS, ([form.format(**each) for form in COLUMNS.values()] for each in numbers))
+    by_volume = defaultdict(list)
+    for row in read_rows():
+        share = math.prod(row["factors"]) / row["latent_channels"]
+        for name, found in row["volumes"].items():
+            by_volume[row["data"], name].append({**row, **found, "share": share})
+    for (data, name), rows in sorted(by_volume.items(), reverse=True):
+        print(f"\n`{name}`, trained on `data/{data}`, {' and '.join(sorted({row['machine'] for row in rows}))}:\n")
+        print_table(COLUMNS, ([form.format(**row) for form in COLUMNS.values()] for row in rows))
 
 
 def plot(path: str = "docs/quality.png") -> None:
-    """
-    Draw the rows' quality against the planner's memory of training on 256³.
-
-    Args:
-        path: PNG file.
-    """
+    """Draw the rows' quality against the planner's memory of training on 256³, as a PNG file."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in read_rows() if row["network"] in NETWORKS]  # those of another recipe are left out
@@ -318,20 +298,18 @@ def plot(path: str = "docs/quality.png") -> None:
         for name, volume in row["volumes"].items():
             for key, (marker, _) in MARKERS.items():
                 axes.scatter(memory, volume[key], marker=marker, color=f"C{volumes.index(name)}", s=60)
-        best = max(volume["psnr"] for volume in row["volumes"].values())
-        highest[row["network"]] = (memory, max(best, highest.get(row["network"], (memory, best))[1]))
+            position = memory, volume["psnr"]
+            highest[row["network"]] = max(highest.get(row["network"], position), position)
     for name, position in highest.items():
         axes.annotate(name, position, xytext=(6, 4), textcoords="offset points", fontsize=8)
     for index, name in enumerate(volumes):
         axes.scatter([], [], marker="s", color=f"C{index}", label=name)
     for marker, label in MARKERS.values():
         axes.scatter([], [], marker=marker, color="gray", label=label)
-    axes.set_xscale("log")
-    axes.set_xticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
+    axes.set(xscale="log", xlabel="peak of training on 256³, GiB", ylabel="PSNR, dB")
+    axes.set_xticks(ticks := [1, 2, 5, 10, 20, 50], ticks)
     axes.minorticks_off()
     axes.margins(x=0.15)
-    axes.set_xlabel("peak of training on 256³, GiB")
-    axes.set_ylabel("PSNR, dB")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -342,4 +320,5 @@ def read_rows() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    fire.Fire({"rows": train_rows, "train": train, "tables": tables, "plot": plot, "linear": linear})
+    commands = {"rows": train_rows, "train": train, "tables": tables, "plot": plot, "linear": linear}
+    fire.Fire(commands, serialize=lambda result: None)

@@ -41,8 +41,7 @@ def evaluate(pictures: str | None = None, dataset_dir: str | None = None, device
         device: where to run.
     """
     for folder, presets in SETS.items():
-        parser = ConfigParser()
-        parser.read_config(["configs/train.json", *presets, *RECIPE])
+        parser = ConfigParser(ConfigParser.load_config_files(["configs/train.json", *presets, *RECIPE]))
         parser.update({"device": device})
         if dataset_dir is not None:
             files = sorted(str(path) for path in Path(dataset_dir).rglob("*.nii*"))

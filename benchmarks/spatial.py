@@ -45,12 +45,9 @@ def slices(
     Print PSNR and SSIM to the thin volumes.
 
     Args:
-        samples_dir: folder of the samples.
-        dataset_dir: folder of the pairs.
         factor: thin slices in a thick one.
         axis: of the file, along which the slices lie.
         thick_key: key of the thick slices in the pairs.
-        decoded_dir: folder of the volumes, encoded and decoded.
     """
     scores: Scores = defaultdict(list)
     for truth, _, estimates in _cases(samples_dir, dataset_dir, [thick_key], decoded_dir):
@@ -67,14 +64,8 @@ def slices(
 
 
 def holes(samples_dir: str, dataset_dir: str, decoded_dir: str | None = None) -> None:
-    """
-    Print the errors inside the holes and the steps across their borders, the latter beside those of the real volumes.
-
-    Args:
-        samples_dir: folder of the samples.
-        dataset_dir: folder of the pairs, whose items have ``masked`` and ``hole``.
-        decoded_dir: folder of the volumes, encoded and decoded.
-    """
+    """Print the errors inside the holes (keys ``masked`` and ``hole`` of the pairs) and the steps across their borders, the
+    latter beside those of the real volumes."""
     scores: Scores = defaultdict(list)
     for truth, (masked, hole), estimates in _cases(samples_dir, dataset_dir, ["masked", "hole"], decoded_dir):
         inside = hole != 0

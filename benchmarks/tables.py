@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import platform
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 
+from scripts.bundle.precision import autocast_dtype, choose_precision
 
-def described(device: str, precision: str) -> str:
-    """
-    Device, instruction set, threads, PyTorch and precision in one line.
 
-    Args:
-        device: where a benchmark runs.
-        precision: what it computes in.
-    """
+def amp_dtype(device: str) -> torch.dtype | None:
+    """Data type of mixed precision where that is the default of the device, otherwise None."""
+    precision = choose_precision(device)
+    return autocast_dtype(precision.amp_dtype) if precision.amp else None
+
+
+def described(device: str, precision: str | None = None) -> str:
+    """Device, instruction set, threads, PyTorch and precision (without one, the device's default) in one line."""
+    precision = precision or choose_precision(device).name
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, {precision}"
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
@@ -32,7 +36,5 @@ def print_table(header: Collection[str], rows: Iterable[Collection[str]]) -> Non
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(": ", 1)[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()

@@ -26,15 +26,13 @@ import torch
 from benchmarks.tables import described, print_table
 from scripts.evaluation.samples.segmentation import Pair, dice, train_segmenter
 
-STEPS = 450
-
 
 def usefulness(
     real: str,
     generated: str | None = None,
     generated_by_few: str | None = None,
     few: int = 16,
-    steps: int = STEPS,
+    steps: int = 450,
     seeds: int = 3,
     output: str = "eval/usefulness",
 ) -> None:

@@ -9,11 +9,10 @@ import torch
 from ignite.engine import Engine
 from monai.optimizers import WarmupCosineSchedule
 
-from benchmarks.cost import saved_activations
-from benchmarks.inference_peak import inference_peak
+from benchmarks.cost import peak, saved_activations
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
-from benchmarks.quality import ROWS, Budget, measure_linear, read_recipe, result_path
+from benchmarks.quality import ROWS, Budget, linear, read_recipe, result_path
 from benchmarks.tables import described
 from scripts.planning.fake_tensors import fake_tensors
 from tests.conftest import save_volume
@@ -48,7 +47,7 @@ def test_benchmarked_networks_have_the_factors_of_their_names():
 
 @pytest.mark.parametrize("memory_gb", [None, 1e-4])
 def test_peak_of_inference_is_measured_in_one_pass_and_in_slabs(memory_gb):
-    assert 0 <= inference_peak("initial 2, [2,2]", 32, memory_gb=memory_gb) < 2**30
+    assert 0 <= peak("initial 2, [2,2]", 32, memory_gb=memory_gb) < 2**30
 
 
 def test_overhead_of_the_training_loop_is_measured_on_equal_steps(capsys):
@@ -76,8 +75,7 @@ def test_learning_rate_warms_up_from_the_first_step_however_long_the_preparation
 def test_each_fit_of_the_linear_shortcut_wins_on_volumes_that_it_did_not_see(tmp_path):
     for i in range(4):
         save_volume(tmp_path / f"sub-{i}" / "t1.nii.gz", (48, 40, 44), seed=i)
-    parser = read_recipe("8x", "sample", dataset_dir=str(tmp_path), patch_size=[32, 32, 32], val_fraction=0.25)
-    found = measure_linear(parser)
+    found = linear("8x", "sample", dataset_dir=str(tmp_path), patch_size=[32, 32, 32], val_fraction=0.25)
     lowest, components, neighbours = (
         sum(found[name].values()) for name in ("lowest frequencies", "principal components", "and neighbours")
     )

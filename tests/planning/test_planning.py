@@ -13,7 +13,7 @@ import pytest
 import torch
 from monai.networks.nets import PatchDiscriminator
 
-from benchmarks.inference_peak import peak_bytes, restart_peak
+from benchmarks.cost import peak_bytes, restart_peak
 from benchmarks.networks import MONAI, build
 from scripts.__main__ import main
 from scripts.bundle.machine import GIB
