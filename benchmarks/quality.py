@@ -111,7 +111,8 @@ def train(
     set_determinism(seed=get("seed"))
     trainer = get("train#trainer")
     saver = TrainingSaver("", get("network_def"), {}, evaluator=None)
-    InitialWeights(saver, average=get("train#average"), fit_shortcut=True).attach(trainer)
+    has_shortcut = hasattr(get("network_def"), "shortcut")  # not MONAI's network
+    InitialWeights(saver, average=get("train#average"), fit_shortcut=has_shortcut).attach(trainer)
     RepeatableOrder().attach(trainer)
     Budget(60 * minutes, device).attach(trainer)
     trainer.run()

@@ -12,7 +12,7 @@ from monai.optimizers import WarmupCosineSchedule
 from benchmarks.cost import peak, saved_activations
 from benchmarks.loop import overhead
 from benchmarks.networks import FACTORS, MONAI, build
-from benchmarks.quality import ROWS, Budget, linear, read_recipe, result_path
+from benchmarks.quality import ROWS, Budget, linear, read_recipe, result_path, tables, train
 from benchmarks.tables import described
 from scripts.planning.fake_tensors import fake_tensors
 from tests.conftest import save_volume
@@ -81,6 +81,16 @@ def test_each_fit_of_the_linear_shortcut_wins_on_volumes_that_it_did_not_see(tmp
     )
     assert all(len(by_volume) == 1 for by_volume in found.values())
     assert lowest < components < neighbours
+
+
+def test_row_of_a_network_of_monai_is_trained_and_printed(tmp_path, monkeypatch, capsys):
+    for i in range(3):
+        save_volume(tmp_path / f"sub-{i}" / "t1.nii.gz", (20, 18, 17), seed=i)
+    monkeypatch.chdir(tmp_path)
+    small = {"channels": [4, 8, 8], "norm_num_groups": 4, "patch_size": [16, 16, 16], "val_fraction": 0.34, "amp": False}
+    train("MONAI", minutes=0.01, dataset_dir=str(tmp_path), **small)
+    tables()
+    assert "| MONAI | 0.01 |" in capsys.readouterr().out
 
 
 def test_keys_of_a_benchmark_are_checked_as_those_of_a_run(tmp_path):
