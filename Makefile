@@ -58,7 +58,7 @@ generate: .venv/installed
 	done
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.cost --device $(DEVICE)

@@ -149,7 +149,7 @@ class WeightsLoader:
 def autoencoder_in(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
     """
     The state dict of an autoencoder in the ``content`` of a file: the whole of it, or the first value that is one, without
-    a prefix of its names (``module.``). A ValueError when there is none.
+    a prefix of its names (``module.``). ValueError without such weights.
     """
     for found in [content, *content.values()] if isinstance(content, dict) else []:
         keys = [key for key in found if isinstance(key, str)] if isinstance(found, dict) else []

@@ -164,7 +164,7 @@ def _value(value: Any) -> float | str | None:
     if text.lower() in MISSING or without_ending(text) != text:  # the path of a volume
         return None
     try:
-        number = float(text.replace("_", " "))  # 1_000 is none
+        number = float(text.replace("_", " "))  # 1_000 is a word
     except ValueError:
         return text
     return number if math.isfinite(number) else None
