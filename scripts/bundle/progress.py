@@ -27,6 +27,8 @@ class ProgressBar(tqdm):
     output goes to a file, the bar writes a line every half a minute. Arguments are those of ``tqdm``.
     """
 
+    _above = contextlib.ExitStack()  # for a bar that a signal ended before it was made
+
     def __init__(self, *args: Any, disable: bool = False, **kwargs: Any) -> None:
         self._above = contextlib.ExitStack()
         on_terminal = sys.stderr.isatty()

@@ -69,9 +69,11 @@ class SpatialEncoder(Inferer):
     def __init__(self, encoder: Inferer, kinds: Mapping[str, SpatialKind]) -> None:
         self.encoder, self.kinds = encoder, kinds
 
-    def __call__(self, inputs: Tensor, network: Any, spatial: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: Any, spatial: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The latents of images, ``BxCxHxWxD``, and as further channels those of the conditions, in their order."""
-        return torch.cat([self.encoder(inputs, network), *self.encode_planes(spatial, network).values()], 1)
+        return torch.cat([self.encoder(inputs, network), *self.encode_planes(spatial or {}, network).values()], 1)
 
     def encode_planes(self, spatial: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
         """

@@ -102,3 +102,7 @@ def test_a_bar_that_is_disabled_writes_nothing(output):
     with ProgressBar(range(3), disable=True) as bar:
         assert list(bar) == [0, 1, 2]
     assert output.getvalue() == ""
+
+
+def test_a_bar_that_a_signal_ended_before_it_was_made_closes_in_silence():
+    ProgressBar.__new__(ProgressBar).close()
