@@ -187,3 +187,25 @@ def test_a_label_map_of_another_key_is_the_label_of_the_pairs(generator, weights
         assert samples.label_names == names
         (sample,) = samples.samples
         assert [sample.labels[key].parent.name for key in keys] == [f"{names[key]}sTr" for key in keys]
+
+
+def test_another_contrast_is_made_on_the_grid_of_the_given_one(weights, tmp_path):
+    """The commands of the manual: from the T1 of each patient, in coarser voxels, to the T2."""
+    for i in range(3):
+        anat = tmp_path / "bids" / f"sub-{i}" / "anat"
+        save_volume(anat / f"sub-{i}_T2w.nii.gz", SIZE, i, np.diag([*SPACING, 1.0]))
+        save_volume(anat / f"sub-{i}_T1w.nii.gz", (14, 18, 5), i + 5, np.diag([1.0, 1.5, 4.0, 1.0]))
+    keys = {"spatial_keys": ["T1w"]}
+    latents = encode(tmp_path / "bids", tmp_path / "latents", weights, image_glob="**/*_T2w.nii.gz", **keys)
+    assert sorted(path.name for path in latents.rglob("sub-0_*.nii.gz")) == [
+        "sub-0_T2w_latent.nii.gz",
+        "sub-0_T2w_spatial-T1w.nii.gz",
+    ]
+    generator = save_untrained_generator(latents, tmp_path / "contrast", val_fraction=0.34, **keys)
+    affine, made = np.array([[0, -1.5, 0, 9.0], [1.0, 0, 0, -2], [0, 0, 2.0, 5], [0, 0, 0, 1]]), []
+    for seed in (1, 2):
+        given = save_volume(tmp_path / str(seed) / "sub-9_T1w.nii.gz", SIZE, seed, affine)
+        generate(generator, weights, tmp_path / "out" / str(seed), dataset_dir=given.parent, num_samples=1, **keys)
+        made.append(nib.load(tmp_path / "out" / str(seed) / "imagesTr" / "sub-9_sample_00_0000.nii.gz"))
+        assert made[-1].shape == SIZE and np.array_equal(made[-1].affine, affine)
+    assert not np.array_equal(made[0].get_fdata(), made[1].get_fdata())  # the T1 decides
