@@ -41,6 +41,11 @@ def grid_of(image: MetaTensor) -> Grid:
     return Grid(tuple(image.shape[1:]), image.affine.numpy())
 
 
+def spacing_of(affine: Any) -> list[float]:
+    """The spacing of voxels with a 4x4 affine, rounded to four digits."""
+    return [round(float(length), 4) for length in nib.affines.voxel_sizes(np.array(affine))]
+
+
 def preprocessed_grid(grid: Grid, spacing: float | Sequence[float] | None = None) -> Grid:
     """The grid of a file after its preprocessing; spacing in mm to the right, anterior and superior, or that of the file."""
     volume = MetaTensor(torch.empty(1).expand(1, *grid.shape), affine=torch.from_numpy(grid.affine))

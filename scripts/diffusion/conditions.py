@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,11 +30,6 @@ class Volume:
     size: Sequence[int]
     spacing: Sequence[float]
     conditions: Mapping[str, Any] = field(default_factory=dict)
-
-
-def spacing_of(affine: Any) -> list[float]:
-    """The spacing of voxels with a 4x4 affine, rounded."""
-    return [round(float(length), 4) for length in nib.affines.voxel_sizes(np.array(affine))]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from monai.transforms import Transform
 from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.weights import what_differs
+from scripts.data.grids import spacing_of
 from scripts.data.latents import LatentDescription, all_latents, read_description, read_latent, read_spatial
 from scripts.data.spatial_kinds import SpatialKind
 from scripts.data.volume_lists import split_by_subject
-from scripts.diffusion.conditions import Conditions, Volume, spacing_of
+from scripts.diffusion.conditions import Conditions, Volume
 from scripts.diffusion.flow import draw_noise
 from scripts.diffusion.statistics import Geometry, LatentAutoencoder, LatentStatistics
 from scripts.layers.factors import padded_size

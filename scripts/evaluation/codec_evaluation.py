@@ -20,6 +20,7 @@ from monai.utils.enums import CommonKeys as Keys
 
 from scripts.bundle.files import file_hash
 from scripts.bundle.machine import merged
+from scripts.data.grids import spacing_of
 from scripts.data.intensity_window import intensity_window
 from scripts.evaluation.codecs import BlockDCT, Codec, block_dct_of
 from scripts.evaluation.pictures import ERROR_GAIN, Panels, panels_of
@@ -132,7 +133,7 @@ class EvaluationSaver:
         name, window = self._name(image.meta[ImageMetaKey.FILENAME_OR_OBJ]), intensity_window(image)
         self.volumes[name] = {
             "shape": list(image.shape[1:]),
-            "spacing": [round(float(size), 4) for size in image.pixdim],
+            "spacing": spacing_of(image.affine),
             **{key: value for key, value in window.items() if key != "missing"},
         }
         if codec not in self.shown:

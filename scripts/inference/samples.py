@@ -19,11 +19,11 @@ from scripts.bundle.files import content_hash, write_atomically
 from scripts.bundle.json_files import checked
 from scripts.bundle.machine import share_of
 from scripts.data.dataset_tables import conditions_of
-from scripts.data.grids import back_on_grid, grid_of
+from scripts.data.grids import back_on_grid, grid_of, spacing_of
 from scripts.data.restored_volumes import Record, record_of, restore, save_labels, save_nifti, with_record
 from scripts.data.spatial_files import find_spatial_items
 from scripts.data.volume_reader import NiftiHeader, read_header, state_of
-from scripts.diffusion.conditions import Volume, spacing_of
+from scripts.diffusion.conditions import Volume
 from scripts.diffusion.sampler import Sampler
 from scripts.diffusion.statistics import ranges
 from scripts.layers.factors import by

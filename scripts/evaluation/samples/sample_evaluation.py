@@ -224,6 +224,7 @@ class SampleEvaluation:
             row["fine_detail"] = mean_of_finite(difference[NUM_BANDS // 2 :])
             for column in columns:
                 row[column] = mean_of_finite(each["numbers"].get(column, math.nan) for each in measured[name])
+        training = standardised(coarse, coarse)
         for key, condition in self.generator.statistics.conditions.keys.items():
             labels = [str(each.conditions.get(key)) for each in self.descriptions]
             classes = [name for name in getattr(condition, "classes", ()) if name in labels]
@@ -231,7 +232,7 @@ class SampleEvaluation:
                 for name, row in rows.items():
                     asked = [str(latent.volume.conditions.get(key)) if latent.volume else "" for latent in sets[name]]
                     volumes = features["coarse"][name]
-                    row[f"obeyed_{key}"] = share_obeyed(volumes, asked, standardised(coarse, coarse), labels, classes)
+                    row[f"obeyed_{key}"] = share_obeyed(volumes, asked, training, labels, classes)
         return rows, {name: spectrum.tolist() for name, spectrum in spectra.items()}
 
     def _measured(self, name: str, latents: Sequence[Latent]) -> list[dict[str, Any]]:
