@@ -98,6 +98,7 @@ def curves_in(folder) -> dict[str, list[int]]:
 
 def with_curves(folder, epochs: int, interrupt_at: int | None = None, resume: bool = False):
     """A training on three images that writes curves, is validated after every epoch, and may stop within one."""
+    time.sleep(1)  # TensorBoard reads files in the order of their names: second, then a number as text, 10 before 9
     writer = SummaryWriter(str(folder / "tensorboard"))
     network = small_network()
     saver = TrainingSaver(str(folder / "checkpoints"), network, {}, evaluator_of(network))
